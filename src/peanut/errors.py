@@ -1,0 +1,27 @@
+"""What the library raises when an input is wrong: one line, with the finding, the expectation and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["PeanutError", "nearest"]
+
+
+class PeanutError(ValueError):
+    """A wrong input, told in one line: what was found, what was expected, what to do.
+
+    It is a ``ValueError`` so that scripts written for other PEFT libraries keep catching it.
+    """
+
+    def __init__(self, found: str, expected: str = "", do: str = "") -> None:
+        self.found, self.expected, self.do = found, expected, do
+        parts = [found, f"expected {expected}" if expected else "", do]
+        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """The candidates most like ``word``, best first, as text for an error: ``'q_proj', 'v_proj'`` ('' if there are none)."""
+    names = sorted(set(candidates))
+    close = difflib.get_close_matches(word, names, n=count, cutoff=0.4) or names[:count]
+    return ", ".join(repr(name) for name in close)

@@ -1,0 +1,107 @@
+"""Files that are whole or not there: written under a temporary name, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import PeanutError
+
+__all__ = ["make_folder", "read_json", "write_files", "write_json"]
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Creates ``folder`` if need be and checks that a file can be written into it.
+
+    Raises:
+        PeanutError: the path is a file, or cannot be made or written to.
+    """
+    path = Path(folder)
+    with _told(f"cannot write into folder '{path}'"):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    return path
+
+
+def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> Path:
+    """Writes several files of one folder so that all of them appear, or none.
+
+    Args:
+        folder: where to; created if need be.
+        writers: file name → a function that writes that content to the path it is given.
+
+    Raises:
+        PeanutError: the folder cannot be written, or the disk is full. What was there before is untouched.
+    """
+    path = make_folder(folder)
+    staged: dict[str, Path] = {}
+    try:
+        with _told(f"cannot write {', '.join(writers)} into '{path}'"):
+            for name, write in writers.items():
+                handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=path)
+                os.close(handle)
+                staged[name] = Path(temporary)
+                write(staged[name])
+                _flush(staged[name])
+            for name, temporary_path in staged.items():
+                os.replace(temporary_path, path / name)
+    finally:
+        for temporary_path in staged.values():
+            temporary_path.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes ``value`` as sorted, indented JSON; the file is whole or not there."""
+    target = Path(path)
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_files(target.parent, {target.name: lambda where: where.write_text(text, encoding="utf-8")})
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        PeanutError: the file is missing, unreadable or not JSON.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise PeanutError(f"no file '{target}'", "a JSON file there", "check the path")
+    try:
+        return json.loads(target.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PeanutError(f"cannot read '{target}': {error}", "a whole JSON file", "save it again") from error
+
+
+def _flush(path: Path) -> None:
+    """Makes the disk say now, not later, that it is full; and gives the file the permissions of an ordinary new one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns the system's refusal into one line that says what to do.
+
+    safetensors reports a failed write with an exception of its own that is no ``OSError``.
+    """
+    try:
+        yield
+    except PeanutError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise PeanutError(f"{what}: {error}", do="free some space or choose another folder") from error
+        raise

@@ -1,0 +1,52 @@
+"""Where an adapter's files are: a local folder or, only if the user names one, a repository on the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import PeanutError
+
+__all__ = ["locate"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | None = None, **options: Any) -> Path:
+    """The path of one file of an adapter.
+
+    Args:
+        source: a folder, or a hub id ``owner/name``; a folder of that name always wins.
+        file_name: the file.
+        subfolder: folder inside ``source``.
+        options: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` for the hub.
+
+    Raises:
+        PeanutError: the folder or the file is not there, or the hub does not give it.
+    """
+    folder = Path(source) / (subfolder or "")
+    if (folder / file_name).is_file():
+        return folder / file_name
+    if Path(source).exists():
+        held = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+        raise PeanutError(
+            f"no '{file_name}' in '{folder}' (it holds {', '.join(held) or 'nothing'})",
+            "the folder that save_pretrained wrote",
+            "check the path",
+        )
+    if not _HUB_ID.fullmatch(str(source)):
+        raise PeanutError(f"no folder '{source}'", "an adapter's folder or a hub id owner/name", "check the path")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    given = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    try:
+        return Path(hf_hub_download(str(source), file_name, subfolder=subfolder, **given))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PeanutError(
+            f"no folder '{source}', and the hub gives no '{file_name}' of that name: {reason}", do="check the name"
+        ) from error

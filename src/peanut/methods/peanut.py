@@ -1,0 +1,147 @@
+"""PEANuT: the update is a small network of the frozen weight itself (Zhong et al. 2024, arXiv 2410.01870)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..errors import PeanutError, nearest
+from ..operators import LowRank
+from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
+from ..protocols.config import check_finite, check_probability, check_whole, matching_pattern
+from ..weights import FrozenLayer
+
+__all__ = ["Peanut", "PeanutConfig", "activation", "tweak"]
+
+
+@dataclass(kw_only=True)
+class PeanutConfig(PeftConfig):
+    """Config of PEANuT.
+
+    Args:
+        r: hidden width of the network, the rank of ΔW.
+        depth: number of encoder/decoder pairs; 0 is A and B alone. (The paper counts layers: its 2, 4, 6 are 0, 1, 2.)
+        act_fn: the activation, a key of transformers' ``ACT2FN`` or ``"sine"``, sin 2πx.
+        scaling: s.
+        init_weights: start with B = 0, so that nothing changes at first; else B is random like the rest.
+        side: which dimension of W⁰ A reads: ``"out"`` (A: r × out, the published code), ``"in"`` (A: r × in, the
+            paper's equations), ``"auto"`` the smaller of the two.
+        dropout: dropout of the change's input.
+        rank_pattern: r for particular layers, by name or regular expression.
+    """
+
+    method = PeftType.PEANUT
+    only_here = frozenset({"side", "dropout", "rank_pattern"})
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+    side: Literal["out", "in", "auto"] = "out"
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.r = check_whole("r", self.r, least=1)
+        self.depth = check_whole("depth", self.depth, least=0)
+        self.scaling = check_finite("scaling", self.scaling)
+        self.dropout = check_probability("dropout", self.dropout)
+        for name, r in self.rank_pattern.items():
+            check_whole(f"rank_pattern[{name!r}]", r, least=1)
+        if self.side not in ("out", "in", "auto"):
+            raise PeanutError(f"side={self.side!r}", "'out', 'in' or 'auto'", "change side")
+        if self.act_fn != "sine" and self.act_fn not in ACT2FN:
+            names = [*ACT2FN, "sine"]
+            raise PeanutError(
+                f"act_fn={self.act_fn!r}", "a key of transformers' ACT2FN or 'sine'", f"nearest: {nearest(self.act_fn, names)}"
+            )
+
+    def for_layer(self, path: str) -> PeanutConfig:
+        pattern = matching_pattern(self.rank_pattern, path)
+        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
+
+
+@register
+class Peanut(WeightMethod[PeanutConfig]):
+    """ΔW = s · B · Hᵀ with H = f(W⁰ᵀAᵀ); for side "in", ΔW = s · H · Bᵀ with H = f(W⁰Aᵀ).
+
+    With d the side that A reads and e the other: A (r, d), B (d, r), encoders and decoders (r, r), H (e, r). f works
+    row by row and ends before B, so ΔW has rank r at any depth and is never built.
+    """
+
+    config_class = PeanutConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+
+    def start(self, config: PeanutConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        width = layer.out_features if reads_out(config, layer) else layer.in_features
+        shapes = {"peanut_A.weight": (config.r, width), "peanut_B.weight": (width, config.r)}
+        for level in range(config.depth):
+            shapes[f"peanut_encoders.{level}.weight"] = (config.r, config.r)
+            shapes[f"peanut_decoders.{level}.weight"] = (config.r, config.r)
+        values = {
+            suffix: nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+            for suffix, shape in shapes.items()
+        }
+        if config.init_weights:
+            values["peanut_B.weight"].zero_()
+        return values
+
+    def change(self, config: PeanutConfig, parameters: Mapping[str, Tensor], layer: FrozenLayer) -> Change:
+        A, B = parameters["peanut_A.weight"], parameters["peanut_B.weight"]
+        encoders = [parameters[f"peanut_encoders.{level}.weight"] for level in range(config.depth)]
+        decoders = [parameters[f"peanut_decoders.{level}.weight"] for level in range(config.depth)]
+        W, sigma = layer.matrix(), activation(config.act_fn, A.device)
+        if reads_out(config, layer):
+            delta = LowRank(B, tweak(W.T, A, encoders, decoders, sigma).T, config.scaling)
+        else:
+            delta = LowRank(tweak(W, A, encoders, decoders, sigma), B.T, config.scaling)
+        return Change(delta=delta, dropout=config.dropout)
+
+
+def tweak(
+    W: Tensor, A: Tensor, encoders: list[Tensor], decoders: list[Tensor], sigma: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """H = f(W Aᵀ), the neural tweaker up to its output projection.
+
+    h₀ = σ(W Aᵀ);  hᵢ = σ(hᵢ₋₁ Eᵢᵀ) for each encoder;  then for each decoder h ← σ(h Dᵢᵀ) + the encoder state that mirrors it.
+
+    Args:
+        W: (e, d), the frozen weight, read in its own dtype: it is never copied to another.
+        A: (r, d).
+        encoders, decoders: each (r, r).
+        sigma: the activation.
+
+    Returns:
+        H, (e, r), in A's dtype.
+    """
+    h = sigma((W @ A.to(W.dtype).T).to(A.dtype))
+    states = []
+    for encoder in encoders:
+        states.append(h)
+        h = sigma(h @ encoder.T)
+    for decoder in decoders:
+        h = sigma(h @ decoder.T) + states.pop()
+    return h
+
+
+def reads_out(config: PeanutConfig, layer: FrozenLayer) -> bool:
+    """Whether A acts on the output dimension of W⁰."""
+    return config.side == "out" or (config.side == "auto" and layer.out_features <= layer.in_features)
+
+
+@cache
+def activation(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The activation called ``name``; one with parameters of its own keeps their initial values."""
+    if name == "sine":
+        return lambda x: torch.sin(2 * math.pi * x)
+    function: nn.Module = ACT2FN[name].requires_grad_(False).to(device)
+    return function

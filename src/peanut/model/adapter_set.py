@@ -1,0 +1,302 @@
+"""The adapters of one model: put in, switched, merged, taken out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError, nearest
+from ..protocols import PeftConfig, WeightMethod, method_of
+from ..weights import FrozenLayer, kind_of
+from .layer import AdaptedLayer
+from .parameters import Parameters
+from .saved_modules import SavedModule
+from .state import AdapterState
+from .targets import saved_paths, target_paths
+
+__all__ = ["AdapterSet"]
+
+
+class AdapterSet:
+    """The adapters of ``model``, which is changed in place: its target layers are wrapped.
+
+    Args:
+        model: the base model; the set is kept on it, and ``AdapterSet.of`` finds it again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = AdapterState()
+        self.configs: dict[str, PeftConfig] = {}
+        model.__dict__["_adapter_set"] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> AdapterSet:
+        """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none."""
+        for module in (model, getattr(model, "model", None), getattr(getattr(model, "base_model", None), "model", None)):
+            found = None if module is None else module.__dict__.get("_adapter_set")
+            if isinstance(found, AdapterSet):
+                return found
+        return AdapterSet(model)
+
+    # What there is
+
+    def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
+        """The adapted layers with their paths, all or those that have adapter ``name``."""
+        for module in self.model.modules():
+            if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
+                yield module.path, module
+
+    def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
+        """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
+        for module in self.model.modules():
+            if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
+                yield module.path, module
+
+    def parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters and buffers of adapter ``name`` by the key that files give them."""
+        for path, layer in self.layers(name):
+            for suffix, value in layer.adapters[name].values_by_suffix().items():
+                yield f"{path}.{suffix}", value  # type: ignore[misc]
+        for path, saved in self.saved_modules(name):
+            for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
+                yield f"{path}.{suffix}", value
+
+    def known(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: there is no adapter of one of the names.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in self.configs:
+                raise PeanutError(
+                    f"no adapter {name!r}", f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
+                    f"nearest: {nearest(name, self.configs, 1)}" if self.configs else "add it first",
+                )
+        return wanted
+
+    # In and out
+
+    def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> None:
+        """Puts a new adapter into the model; it is not active yet.
+
+        Args:
+            name: any name without a dot or slash.
+            config: what to put in.
+            meta: leave the parameters without storage, to be filled by loading.
+            wide: keep parameters in float32 at least, also on a half-precision base.
+
+        Raises:
+            PeanutError: the name is taken or unusable, or the config does not fit the model. The model is then unchanged.
+        """
+        if not name or any(character in name for character in "./\\") or name == "__base__":
+            raise PeanutError(f"adapter name {name!r}", "a name without dots and slashes", "choose another name")
+        if name in self.configs:
+            raise PeanutError(f"an adapter {name!r} is there already", "a new name", "delete it first or choose another")
+        if self.state.merged:
+            raise PeanutError(
+                f"adapter {self.state.merged[0]!r} is merged", "an unmerged model", "call unmerge_adapter() first"
+            )
+        method = method_of(config.peft_type)
+        paths = target_paths(self.model, config, method)
+        heads = saved_paths(self.model, config)
+        planned = [(path, self._frozen(path), config.for_layer(path)) for path in paths]
+        for path, frozen, own in planned:
+            try:
+                method.check(own, frozen)
+            except PeanutError as error:
+                raise PeanutError(f"layer '{path}': {error.found}", error.expected, error.do) from error
+        seed = int(torch.randint(2**62, ()).item())
+        for path, frozen, own in planned:
+            parameters = _started(method, own, frozen, f"{seed}/{path}", meta=meta, wide=wide)
+            self._wrapped(path).add(name, method, own, parameters)
+        for path in heads:
+            self._saved(path).add(name)
+        self.configs[name] = config
+
+    def delete(self, name: str) -> None:
+        """Takes an adapter out; layers that then have none are the base's own again."""
+        self.known(name)
+        if name in self.state.merged:
+            raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
+        for path, layer in list(self.layers(name)):
+            layer.delete(name)
+            if not len(layer.adapters):
+                self._put(path, layer.base_layer)
+        for path, saved in list(self.saved_modules(name)):
+            saved.delete(name)
+            if not len(saved.modules_to_save):
+                self._put(path, saved.original_module)
+        del self.configs[name]
+        self.state.active = [other for other in self.state.active if other != name]
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
+        self.unmerge()
+        for name in list(self.configs):
+            self.delete(name)
+        self.model.__dict__.pop("_adapter_set", None)
+        return self.model
+
+    def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
+        """The base model with adapters merged for good and the active adapters' heads put in place."""
+        self.merge(names)
+        for path, layer in list(self.layers()):
+            if layer.frozen.untied and getattr(self.model, "config", None) is not None:
+                # Else the saved model would come back with the head tied to the embedding, and the merge lost.
+                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            layer.frozen.forget()
+            self._put(path, layer.base_layer)
+        for path, saved in list(self.saved_modules()):
+            self._put(path, saved.acting())
+        self.model.__dict__.pop("_adapter_set", None)
+        self.configs, self.state = {}, AdapterState()
+        return self.model
+
+    # Which act
+
+    def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
+        """Makes exactly ``names`` active, and trainable unless told otherwise.
+
+        Raises:
+            PeanutError: an adapter is unknown; one that is merged would not be active; two have a copy of one head.
+        """
+        wanted = self.known(names)
+        left = [name for name in self.state.merged if name not in wanted]
+        if left:
+            raise PeanutError(
+                f"adapter {left[0]!r} is merged into the weights and would stay so", "an unmerged model",
+                "call unmerge_adapter() first",
+            )
+        for path, saved in self.saved_modules():
+            both = [name for name in wanted if name in saved.modules_to_save]
+            if len(both) > 1:
+                raise PeanutError(
+                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
+                    "one such adapter at a time", "activate one of them",
+                )
+        self.state.active = wanted
+        self.freeze(trainable=wanted if trainable else ())
+
+    def freeze(self, trainable: Sequence[str]) -> None:
+        """Freezes every parameter but those of the adapters ``trainable``."""
+        for _, layer in self.layers():
+            for name in layer.adapters:
+                layer.adapters[name].requires_grad_(name in trainable)
+        for _, saved in self.saved_modules():
+            saved.original_module.requires_grad_(False)
+            for name in saved.modules_to_save:
+                saved.modules_to_save[name].requires_grad_(name in trainable)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the model answers exactly as its base; what was merged is merged again afterwards."""
+        merged, before = list(self.state.merged), self.state.disabled
+        self.unmerge()
+        self.state.disabled = True
+        try:
+            yield
+        finally:
+            self.state.disabled = before
+            if merged:
+                self.merge(merged)
+
+    # Merging
+
+    def merge(self, names: str | Sequence[str] | None = None) -> None:
+        """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
+
+        Raises:
+            PeanutError: a merged weight would not be finite, or a bias has nowhere to go. Nothing is then merged.
+        """
+        wanted = self.known(self.state.active if names is None else names)
+        merged = self.state.merged + [name for name in wanted if name not in self.state.merged]
+        before = list(self.state.merged)
+        tied = _shared_parameters(self.model)
+        try:
+            for _, layer in self.layers():
+                layer.merge(merged, shared=id(layer.weight) in tied)
+        except PeanutError:
+            for _, layer in self.layers():
+                layer.unmerge()
+                layer.merge(before, shared=id(layer.weight) in tied)
+            raise
+        self.state.merged = merged
+        self.state.active += [name for name in merged if name not in self.state.active]
+
+    def unmerge(self) -> None:
+        """Restores every weight bit for bit; the adapters stay active."""
+        for _, layer in self.layers():
+            layer.unmerge()
+        self.state.merged = []
+
+    # Surgery
+
+    def _frozen(self, path: str) -> FrozenLayer:
+        module = self.model.get_submodule(path)
+        if isinstance(module, AdaptedLayer):
+            return module.frozen
+        kind = kind_of(module)
+        assert kind is not None  # target_paths has checked it
+        return FrozenLayer(module, kind)
+
+    def _wrapped(self, path: str) -> AdaptedLayer:
+        module = self.model.get_submodule(path)
+        if isinstance(module, AdaptedLayer):
+            return module
+        layer = AdaptedLayer(module, self._frozen(path).kind, path, self.state).train(module.training)
+        self._put(path, layer)
+        return layer
+
+    def _saved(self, path: str) -> SavedModule:
+        module = self.model.get_submodule(path)
+        if isinstance(module, SavedModule):
+            return module
+        saved = SavedModule(module, path, self.state).train(module.training)
+        self._put(path, saved)
+        return saved
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+
+def _started(
+    method: WeightMethod[Any], config: PeftConfig, frozen: FrozenLayer, seed: str, *, meta: bool, wide: bool
+) -> Parameters:
+    """A layer's parameters at their start, where and as precise as they are kept.
+
+    The generator is seeded from one number drawn from torch's generator and the layer's path, so that the same seed
+    gives the same adapter on every device and in every order of layers.
+    """
+    weight = frozen.weight
+    device = torch.device("meta") if meta else weight.device
+    dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
+    values: dict[str, Tensor] = {}
+    with torch.no_grad(), torch.device("meta" if device.type == "meta" else "cpu"):
+        started = method.start(config, frozen, generator)
+    for suffix, value in started.items():
+        values[suffix] = value.to(device=device, dtype=dtype)
+    return Parameters(values)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in holders.items() if len(modules) > 1}
+
+

@@ -1,0 +1,231 @@
+"""An adapter as files: ``adapter_config.json`` and ``adapter_model.safetensors``, in Hugging Face PEFT's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import PeanutError, nearest
+from ..files import write_files
+from ..hub import locate
+from ..protocols import PeftConfig
+from ..protocols.config import CONFIG_NAME
+from .adapter_set import AdapterSet
+from .defaults import HEADS
+from .fingerprint import check_base, fingerprint
+from .targets import ALL_LINEAR
+
+__all__ = ["PREFIX", "WEIGHTS_NAME", "StoredAdapter", "adapter_state", "load_state", "read_adapter", "save_adapter"]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What every key in a file begins with."""
+_FINGERPRINT = "peanut_base"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter's folder holds.
+
+    Args:
+        config: its config.
+        state: its tensors by key, without the prefix.
+        base: the fingerprint of the base that it was trained on, if its writer recorded one.
+        source: the folder, for messages.
+    """
+
+    config: PeftConfig
+    state: dict[str, Tensor]
+    base: str | None
+    source: str
+
+
+def adapter_state(adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of adapter ``name`` by key, without the prefix.
+
+    Args:
+        adapters: the model's adapters.
+        name: which.
+        state_dict: full state dict of the model (as gathered by FSDP or DeepSpeed) to take the values from.
+    """
+    adapters.known(name)
+    own = {key: value.detach() for key, value in adapters.parameters(name)}
+    if state_dict is None:
+        return own
+    inner = {_plain(key): value for key, value in state_dict.items()}
+    names = {id(value): _plain(key) for key, value in adapters.model.state_dict(keep_vars=True).items()}
+    return {key: inner.get(names.get(id(value), ""), value.detach()) for key, value in adapters.parameters(name)}
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Writes adapter ``name`` into ``folder``: both files, or, if that fails, neither.
+
+    Raises:
+        PeanutError: a value is not finite, or the folder cannot be written.
+    """
+    state = adapter_state(adapters, name, state_dict)
+    _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
+    model_config = getattr(adapters.model, "config", None)
+    config = replace(
+        adapters.configs[name],
+        inference_mode=True,
+        base_model_name_or_path=adapters.configs[name].base_model_name_or_path
+        or getattr(model_config, "_name_or_path", None)
+        or None,
+        modules_to_save=_modules_to_save(adapters, name),
+        target_modules=_target_modules(adapters, name),
+    )
+    metadata = {"format": "pt"}
+    base = fingerprint(adapters, name)
+    if base is not None:
+        metadata[_FINGERPRINT] = base
+    tensors = {f"{PREFIX}{key}": value.cpu().contiguous() for key, value in sorted(state.items())}
+    return write_files(
+        folder,
+        {
+            CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
+            WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+        },
+    )
+
+
+def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
+    """Reads an adapter's folder (or hub repository) whole, before any model is touched.
+
+    Raises:
+        PeanutError: a file is missing, truncated or not safetensors, or holds values that are not finite.
+    """
+    config = PeftConfig.from_pretrained(source, **hub) if config is None else config
+    path = locate(source, WEIGHTS_NAME, **hub)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except (SafetensorError, OSError) as error:
+        raise PeanutError(
+            f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
+        ) from error
+    _refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
+    plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    return StoredAdapter(config, plain, metadata.get(_FINGERPRINT), str(source))
+
+
+def load_state(
+    adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, assign: bool = False
+) -> None:
+    """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
+
+    Args:
+        adapters: the model's adapters.
+        name: the adapter, which is in the model already.
+        stored: what was read.
+        check: refuse a base whose weights differ from those that the adapter was trained on.
+        assign: put the tensors in place of parameters on the meta device.
+
+    Raises:
+        PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
+    """
+    own = dict(adapters.parameters(name))
+    state = {key: value for key, value in stored.state.items() if key in own or not _is_base_copy(key, adapters, value)}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise PeanutError(
+            f"'{stored.source}' {_listed('lacks', missing)}{' and ' if missing and unexpected else ''}"
+            f"{_listed('has unexpected', unexpected)}",
+            f"the {len(own)} tensors of its config on {type(adapters.model).__name__}",
+            f"check the base model and the config{_hint(unexpected, own)}",
+        )
+    for key, parameter in own.items():
+        if parameter.shape != state[key].shape:
+            raise PeanutError(
+                f"'{stored.source}' holds {key} of shape {tuple(state[key].shape)}",
+                f"{tuple(parameter.shape)}",
+                "load it on the base it was trained on (for a head: with the same number of labels)",
+            )
+    if check:
+        check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            value = state[key]
+            if assign and parameter.device.type == "meta":
+                device = _device_at(adapters, key)
+                _assign(adapters, key, name, value.to(device=device, dtype=parameter.dtype))
+            else:
+                parameter.copy_(value.to(parameter.device))
+
+
+def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
+    """Replaces a parameter without storage by one that holds ``value``."""
+    for path, layer in adapters.layers(name):
+        if key.startswith(f"{path}.") and key[len(path) + 1 :] in layer.adapters[name].suffixes:
+            branch, _, leaf = key[len(path) + 1 :].rpartition(".")
+            module = layer.adapters[name].get_submodule(branch)
+            trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=trained)
+            return
+    raise PeanutError(f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded")
+
+
+def _device_at(adapters: AdapterSet, key: str) -> torch.device:
+    return next(layer.weight.device for path, layer in adapters.layers() if key.startswith(f"{path}."))
+
+
+def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:
+    """What the config names, and the task's heads under the names that the peer writes for them."""
+    config = adapters.configs[name]
+    task = str(getattr(config.task_type, "value", config.task_type))
+    return sorted({*(config.modules_to_save or []), *HEADS.get(task, ())}) or None
+
+
+def _target_modules(adapters: AdapterSet, name: str) -> list[str] | str | None:
+    """The config's targets; where it left them open, the layers that were adapted."""
+    targets = adapters.configs[name].target_modules
+    if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return targets
+    return sorted(path for path, _ in adapters.layers(name))
+
+
+def _is_base_copy(key: str, adapters: AdapterSet, value: Tensor) -> bool:
+    """Whether a key that no adapter owns is a copy of a frozen tensor of this base (the peer saves embeddings so)."""
+    *_, leaf = key.split(".")
+    for path, layer in adapters.layers():
+        if key == f"{path}.base_layer.{leaf}" and leaf == "weight":
+            return layer.frozen.weight.shape == value.shape and torch.equal(
+                layer.frozen.weight.cpu().to(value.dtype), value
+            )
+    base = {k: v for k, v in adapters.model.state_dict().items() if k == key}
+    return key in base and base[key].shape == value.shape and torch.equal(base[key].cpu().to(value.dtype), value)
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
+
+
+def _listed(verb: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{verb} {', '.join(keys[:3])}{more}"
+
+
+def _hint(unexpected: list[str], own: Mapping[str, Tensor]) -> str:
+    return f" (nearest to the first: {nearest(unexpected[0], own, 1)})" if unexpected and own else ""
+
+
+def _plain(key: str) -> str:
+    """A state dict's key without what wrappers put before and into it."""
+    for token in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+        key = key.replace(token, "")
+    return key.removeprefix("module.").removeprefix(PREFIX)

@@ -1,0 +1,54 @@
+"""Containers: an adapter's parameters in a layer, and modules by a name that a user chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+__all__ = ["NamedModules", "Parameters"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class NamedModules(nn.Module, Generic[M]):
+    """Modules by any name without a dot, be it ``0``, ``layers`` or ``keys``, which ``nn.ModuleDict`` refuses or confuses."""
+
+    def __getitem__(self, name: str) -> M:
+        return self._modules[name]  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, module: M) -> None:
+        self._modules[name] = module
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+class Parameters(nn.Module):
+    """Parameters by the suffix under which files keep them: ``lora_A.weight`` is the parameter ``lora_A.weight`` here too."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.suffixes = tuple(values)
+        for suffix, value in values.items():
+            module: nn.Module = self
+            *branches, leaf = suffix.split(".")
+            for branch in branches:
+                if branch not in module._modules:
+                    module.add_module(branch, nn.Module())
+                module = module._modules[branch]  # type: ignore[assignment]
+            module.register_parameter(leaf, nn.Parameter(value))
+
+    def values_by_suffix(self) -> dict[str, Tensor]:
+        """The parameters by suffix."""
+        return {suffix: self.get_parameter(suffix) for suffix in self.suffixes}

@@ -1,0 +1,415 @@
+"""``PeftModel`` and what makes one: the surface that scripts written for Hugging Face PEFT know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from ..protocols import PeftConfig, PeftType
+from .adapter_set import AdapterSet
+from .checkpoint import PREFIX, StoredAdapter, adapter_state, load_state, read_adapter, save_adapter
+from .routing import per_sample
+
+__all__ = [
+    "AdaptedModel",
+    "LoraModel",
+    "PeanutModel",
+    "PeftModel",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]
+
+
+class AdaptedModel(nn.Module):
+    """A base model with adapters in it, kept at ``.model``.
+
+    Args:
+        model: the base model, changed in place.
+        config: the adapter's config, or several by name.
+        adapter_name: name of the adapter, if ``config`` is one.
+        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by ``state_dict`` or by loading.
+        state_dict: the adapter's tensors, by the keys that its file has.
+    """
+
+    method: ClassVar[PeftType | None] = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        configs = {adapter_name: config} if isinstance(config, PeftConfig) else dict(config)
+        for name, own in configs.items():
+            if self.method is not None and own.peft_type != self.method:
+                raise PeanutError(
+                    f"{type(own).__name__} given to {type(self).__name__}",
+                    f"a config of {self.method.value}",
+                    "use get_peft_model, which takes any",
+                )
+            inject_adapter_in_model(own, model, name, low_cpu_mem_usage, state_dict)
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters in the model."""
+        return AdapterSet.of(self.model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class PeanutModel(AdaptedModel):
+    """A model adapted by PEANuT: ``PeanutModel(model, config, adapter_name)``."""
+
+    method = PeftType.PEANUT
+
+
+class LoraModel(AdaptedModel):
+    """A model adapted by LoRA: ``LoraModel(model, config, adapter_name)``."""
+
+    method = PeftType.LORA
+
+
+_MODELS = {model.method: model for model in (PeanutModel, LoraModel)}
+
+
+class PeftModel(nn.Module):
+    """A base model and its adapters; what is not found here is the base model's own.
+
+    Args:
+        model: the base model; it is changed in place and frozen.
+        peft_config: config of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base; else in the base's dtype.
+        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by loading.
+
+    Raises:
+        PeanutError: the config does not fit the model, which is then unchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        adapters = AdapterSet.of(model)
+        adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
+        base = _MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
+        self.base_model = base(model, {})
+        model.requires_grad_(False)
+        adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
+
+    # What there is
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters in the model."""
+        return cast(AdaptedModel, self.base_model).adapters
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The adapters' configs by name."""
+        return self.adapters.configs
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; their changes add."""
+        return list(self.adapters.state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first active adapter.
+
+        Raises:
+            PeanutError: none is active.
+        """
+        if not self.active_adapters:
+            raise PeanutError("no adapter is active", "an active adapter", "call set_adapter(name)")
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the weights."""
+        return list(self.adapters.state.merged)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters in it."""
+        return self.adapters.model
+
+    # Running
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward.
+
+        Args:
+            adapter_names: for each sample the adapter that it goes through, ``"__base__"`` for none.
+        """
+        with per_sample(self.adapters, adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``; ``adapter_names`` as in ``forward``."""
+        with per_sample(self.adapters, adapter_names):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    # Which adapters act
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
+        self.adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+        self.adapters.freeze(trainable=self._trainable())
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several whose changes then add, active; the others are frozen and silent."""
+        self.adapters.activate(adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the model."""
+        self.adapters.delete(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model answers exactly as its base, also if adapters are merged."""
+        with self.adapters.disabled():
+            yield
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
+        """Writes adapters (default: the active ones) into the weights; the others stay as they are.
+
+        Args:
+            adapter_names: which.
+            safe_merge: accepted for scripts; a merge that is not finite is always refused and undone.
+        """
+        self.adapters.merge(adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Restores every weight bit for bit."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters merged for good, and no trace of this library in it."""
+        return self.adapters.adopt(adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        return self.adapters.unload()
+
+    # Counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all) numbers of parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **unused: Any,
+    ) -> None:
+        """Writes adapters with their trained heads, never the base: ``default`` into the folder, others into folders in it.
+
+        Args:
+            save_directory: where to.
+            safe_serialization: must be true; only safetensors are written.
+            selected_adapters: which adapters; all by default.
+            is_main_process: whether this process writes.
+            state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
+            unused: what the peer also accepts and a folder of safetensors has no use for.
+
+        Raises:
+            PeanutError: the folder cannot be written, or a value is not finite. No file is then half written.
+        """
+        if not safe_serialization:
+            raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
+        for name in self.adapters.known(selected_adapters or list(self.peft_config)):
+            if is_main_process:
+                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                save_adapter(folder, self.adapters, name, state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        check_base: bool = True,
+        **hub: Any,
+    ) -> PeftModel:
+        """A model with an adapter read from a folder (or from the hub, if a hub id is given).
+
+        Args:
+            model: the base model.
+            model_id: the adapter's folder.
+            adapter_name: the name it gets.
+            is_trainable: whether its parameters are trained further.
+            config: to be used instead of the folder's.
+            autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
+            low_cpu_mem_usage: do not initialise parameters before filling them.
+            check_base: refuse a base whose weights differ from those that the adapter was trained on.
+            hub: ``subfolder``, ``revision``, ``token`` and the like.
+
+        Raises:
+            PeanutError: a file is missing or broken, or does not fit the model, which is then unchanged.
+        """
+        stored = read_adapter(model_id, config, **hub)
+        stored = replace(stored, config=replace(stored.config, inference_mode=not is_trainable))
+        adapted = cls(model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        try:
+            load_state(adapted.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
+        except PeanutError:
+            adapted.delete_adapter(adapter_name)
+            raise
+        return adapted.eval() if not is_trainable else adapted
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        low_cpu_mem_usage: bool = False,
+        check_base: bool = True,
+        **hub: Any,
+    ) -> None:
+        """Reads another adapter into the model; one of that name gets the file's values. ``set_adapter`` makes it active.
+
+        Args and errors: see ``from_pretrained``.
+        """
+        stored = read_adapter(model_id, **hub)
+        fresh = adapter_name not in self.peft_config
+        if fresh:
+            config = replace(stored.config, inference_mode=not is_trainable)
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage)
+        try:
+            load_state(self.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
+        except PeanutError:
+            if fresh:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _trainable(self) -> list[str]:
+        return [name for name in self.active_adapters if not self.peft_config[name].inference_mode]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """A model with a new adapter in it; the base is changed in place and frozen. Arguments and errors: see ``PeftModel``."""
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Puts an adapter into a model and returns the model itself, not wrapped; the rest of it is not frozen.
+
+    Args:
+        peft_config: the adapter's config.
+        model: the model, changed in place.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave the parameters without storage.
+        state_dict: the adapter's tensors, by the keys that its file has.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+    adapters.activate([*adapters.state.active, adapter_name], trainable=not peft_config.inference_mode)
+    if state_dict is not None:
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """An adapter's tensors by the keys that files give them.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
+        state_dict: full state dict of the model to take the values from.
+        adapter_name: which adapter.
+    """
+    prefix = PREFIX if isinstance(model, PeftModel) else ""
+    state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copies tensors, by the keys that files give them, into an adapter.
+
+    Raises:
+        PeanutError: a key is missing or unexpected, or a shape differs. Nothing is then copied.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.known(adapter_name)
+    state = {key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+    stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
+    load_state(adapters, adapter_name, stored, check=False, assign=True)

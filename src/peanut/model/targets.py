@@ -1,0 +1,223 @@
+"""From a config's patterns to the layers that they name; what names nothing is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import PeanutError, nearest
+from ..protocols import PeftConfig, WeightMethod
+from ..weights import kind_of
+from .defaults import DEFAULT_TARGETS, HEADS
+from .layer import AdaptedLayer
+from .saved_modules import SavedModule
+
+__all__ = ["ALL_LINEAR", "modules_by_path", "saved_paths", "target_paths"]
+
+ALL_LINEAR = "all-linear"
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by path; of an adapted layer only the layer, not what is inside."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        if path:
+            found[path] = module
+        if isinstance(module, AdaptedLayer):
+            return
+        inner = module.original_module if isinstance(module, SavedModule) else module
+        for name, child in inner.named_children():
+            visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
+def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]) -> list[str]:
+    """The paths of the layers that ``config`` names, in the model's order.
+
+    Raises:
+        PeanutError: a name, pattern or index names nothing; a named module cannot be adapted; nothing is left.
+    """
+    modules = modules_by_path(model)
+    named = _named(model, config, modules)
+    saved = saved_paths(model, config)
+    kept = [path for path in named if not any(path == head or path.startswith(f"{head}.") for head in saved)]
+    kept = _without_excluded(kept, config, modules)
+    kept = _within_layers(kept, config)
+    if not kept:
+        raise PeanutError(
+            f"target_modules={config.target_modules!r} leaves no layer once modules_to_save, exclude_modules and "
+            "layers_to_transform are taken away",
+            "at least one layer",
+            "change one of them",
+        )
+    for path in kept:
+        _check_adaptable(path, modules, method)
+    return kept
+
+
+def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
+    """The paths of the modules that are trained whole: ``modules_to_save`` and the task's heads.
+
+    Raises:
+        PeanutError: a name in ``modules_to_save`` names nothing.
+    """
+    heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    paths = list(modules_by_path(model))
+    found: list[str] = []
+    for name in [*(config.modules_to_save or []), *heads]:
+        hits = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not hits and name not in heads:
+            raise PeanutError(
+                f"modules_to_save names {name!r}, which no module of {type(model).__name__} is called",
+                "names of modules",
+                f"nearest: {nearest(name, _names(paths))}",
+            )
+        found += [path for path in hits if path not in found]
+    return found
+
+
+def _named(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """The paths that ``target_modules`` names, before anything is taken away."""
+    targets = config.target_modules
+    if targets is None:
+        return _default(model, modules)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return _all_linear(model, config, modules)
+    if isinstance(targets, str):
+        hits = [path for path in modules if re.fullmatch(targets, path)]
+        if not hits:
+            raise PeanutError(
+                f"target_modules={targets!r} matches no module path of {type(model).__name__}",
+                "a regular expression for whole paths",
+                f"adaptable layers are called {nearest(targets, _adaptable_names(modules), 6)}",
+            )
+        return hits
+    hits = [path for path in modules if any(_ends_in(path, name) for name in targets)]
+    for name in targets:
+        if not any(_ends_in(path, name) for path in hits):
+            raise PeanutError(
+                f"target_modules names {name!r}, which no module of {type(model).__name__} is called",
+                "names of layers",
+                f"nearest: {nearest(name, _adaptable_names(modules))}",
+            )
+    return hits
+
+
+def _default(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    names = DEFAULT_TARGETS.get(str(model_type), [])
+    hits = [path for path in modules if any(_ends_in(path, name) for name in names)]
+    if not hits:
+        raise PeanutError(
+            f"no default target_modules for {type(model).__name__} (model_type {model_type!r})",
+            "target_modules",
+            f"name some of {', '.join(sorted(_adaptable_names(modules))[:12])}, or use 'all-linear'",
+        )
+    return hits
+
+
+def _all_linear(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """Every linear layer but the output layer of a language model, or else the task's head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = [path for path, module in modules.items() if output is not None and module is output]
+    if not head:
+        head = saved_paths(model, config)
+    linear = [path for path, module in modules.items() if _kind_name(module) in ("linear", "conv1d")]
+    return [
+        path
+        for path in linear
+        if not any(path == name or path.startswith(f"{name}.") for name in head) and not _inside_attention(path, modules)
+    ]
+
+
+def _without_excluded(paths: list[str], config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    excluded = config.exclude_modules
+    if not excluded:
+        return paths
+    if isinstance(excluded, str):
+        hits = {path for path in modules if re.fullmatch(excluded, path)}
+        unmatched = [] if hits else [excluded]
+    else:
+        hits = {path for path in modules if any(_ends_in(path, name) for name in excluded)}
+        unmatched = [name for name in excluded if not any(_ends_in(path, name) for path in hits)]
+    if unmatched:
+        raise PeanutError(
+            f"exclude_modules names {unmatched[0]!r}, which no module is called",
+            "names of modules",
+            f"nearest: {nearest(unmatched[0], _names(modules))}",
+        )
+    return [path for path in paths if path not in hits]
+
+
+def _within_layers(paths: list[str], config: PeftConfig) -> list[str]:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return paths
+    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    by_path = {path: _block_index(path, config.layers_pattern) for path in paths}
+    present = sorted({index for index in by_path.values() if index is not None})
+    missing = [index for index in indices if index not in present]
+    if missing:
+        blocks = f"blocks {present[0]} to {present[-1]}" if present else "no numbered block"
+        pattern = f" under layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
+        raise PeanutError(
+            f"layers_to_transform names {missing}, and the targets lie in {blocks}{pattern}",
+            "indices of blocks that hold a target",
+            "change layers_to_transform or layers_pattern",
+        )
+    return [path for path in paths if by_path[path] in indices]
+
+
+def _block_index(path: str, pattern: list[str] | str | None) -> int | None:
+    """The index of the block that ``path`` lies in: the first number after a list called as the pattern says."""
+    lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    for name in lists:
+        match = re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", path)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _check_adaptable(path: str, modules: dict[str, nn.Module], method: WeightMethod[Any]) -> None:
+    module = modules[path]
+    if _inside_attention(path, modules):
+        raise PeanutError(
+            f"'{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it",
+            "a layer that is called",
+            "exclude it",
+        )
+    kind = _kind_name(module)
+    if kind not in method.kinds:
+        raise PeanutError(
+            f"target_modules matches '{path}', a {type(module).__name__}",
+            f"layers of kind {', '.join(method.kinds)}",
+            "name the layers inside it or exclude it",
+        )
+
+
+def _inside_attention(path: str, modules: dict[str, nn.Module]) -> bool:
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _kind_name(module: nn.Module) -> str | None:
+    inner = module.base_layer if isinstance(module, AdaptedLayer) else module
+    kind = kind_of(inner)
+    return None if kind is None else kind.name
+
+
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _names(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def _adaptable_names(modules: dict[str, nn.Module]) -> set[str]:
+    return _names(path for path, module in modules.items() if _kind_name(module) is not None)

@@ -1,0 +1,243 @@
+"""The config of a method: checked when made, read from and written to ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from typing_extensions import Self
+
+from ..errors import PeanutError, nearest
+from ..files import read_json, write_json
+
+__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "PeftConfig", "PeftType", "TaskType", "check_probability", "check_whole"]
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"
+"""The version of Hugging Face PEFT whose file format is written."""
+
+
+class TaskType(str, Enum):
+    """What the adapted model is for; the task decides which head is trained beside the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, Enum):
+    """The methods, by the name that ``adapter_config.json`` gives them."""
+
+    PEANUT = "PEANUT"
+    LORA = "LORA"
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What every method's config holds.
+
+    Args:
+        task_type: a ``TaskType`` or its name.
+        peft_type: the method; set by the class, and checked if given.
+        auto_mapping: class and library of a base model that the Auto classes do not know.
+        peft_version: version of the file format.
+        base_model_name_or_path: the model that the adapter was trained on.
+        revision: its revision on the hub.
+        inference_mode: whether the adapter's parameters are frozen.
+        target_modules: the layers to adapt: names (a name matches every module path that ends in it), one regular
+            expression for whole paths, ``"all-linear"``, or ``None`` for the architecture's default.
+        exclude_modules: names, or a regular expression, of layers to leave out.
+        modules_to_save: names of modules that are trained whole beside the adapter and saved with it.
+        layers_to_transform: indices of the blocks whose layers are adapted; all if ``None``.
+        layers_pattern: name of the list of blocks (``"layers"``, ``"h"``), if it is not the first numbered part of a path.
+
+    Raises:
+        PeanutError: a value is out of range.
+    """
+
+    method: ClassVar[PeftType]
+    only_here: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the peer does not know: written to files only where they differ from their default."""
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self.task_type = _member(TaskType, self.task_type, "task_type")
+        given = self.peft_type
+        if given is not None and str(getattr(given, "value", given)).upper() != self.method.value:
+            raise PeanutError(
+                f"peft_type={given!r} in a {type(self).__name__}", repr(self.method.value), "use that method's own config"
+            )
+        self.peft_type = self.method
+        self.peft_version = self.peft_version or FORMAT_VERSION
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                value = sorted(set(value))
+                if not all(isinstance(entry, str) and entry for entry in value):
+                    raise PeanutError(f"{name}={value!r}", "a list of names", "remove what is not a name")
+                setattr(self, name, value)
+            elif isinstance(value, str) and name == "modules_to_save":
+                raise PeanutError(f"modules_to_save={value!r}", "a list of names", f"write [{value!r}]")
+            elif isinstance(value, str):
+                _check_pattern(name, value)
+        if self.layers_to_transform is not None:
+            many = not isinstance(self.layers_to_transform, int)
+            indices = list(self.layers_to_transform) if many else [self.layers_to_transform]  # type: ignore[call-overload]
+            for index in indices:
+                check_whole("layers_to_transform", index, least=0)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise PeanutError(
+                f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
+                "both or neither",
+                "name the blocks' indices in layers_to_transform",
+            )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method adds virtual tokens (no weight method does)."""
+        return False
+
+    def for_layer(self, path: str) -> Self:
+        """This config with what its patterns say for the layer at ``path`` filled in."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.only_here and value == _default(field):
+                continue
+            plain[field.name] = value.value if isinstance(value, Enum) else value
+        return plain
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes ``adapter_config.json`` into a folder."""
+        write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
+        """The config that ``values`` describes, of the class that its ``peft_type`` names.
+
+        Fields of the peer that this library does not have are accepted while they ask for nothing.
+
+        Raises:
+            PeanutError: the method is unknown, or a field asks for something that does not exist here.
+        """
+        from .registry import method_of
+
+        config_class = method_of(values.get("peft_type") or getattr(cls, "method", None), source).config_class
+        known = {field.name for field in dataclasses.fields(config_class)}
+        for name, value in values.items():
+            if name not in known and not _asks_for_nothing(name, value):
+                raise PeanutError(
+                    f"{source} sets {name}={value!r}",
+                    f"the fields of {config_class.__name__}",
+                    f"remove it (nearest: {nearest(name, known)})",
+                )
+        return config_class(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
+        """The config in an adapter's folder (or, if the user names one, on the hub)."""
+        from ..hub import locate
+
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise PeanutError(f"'{path}' holds {type(values).__name__}", "a JSON object", "save the adapter again")
+        return cls.from_dict(values, source=f"'{path}'")
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least ``least``.
+
+    Raises:
+        PeanutError: it is not whole, or too small.
+    """
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool) or whole < least:
+        raise PeanutError(f"{name}={value!r}", f"a whole number of at least {least}", f"change {name}")
+    return whole
+
+
+def check_finite(name: str, value: Any) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PeanutError(f"{name}={value!r}", "a finite number", f"change {name}")
+    return float(value)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise PeanutError(f"{name}={value!r}", "a probability of at least 0 and below 1", f"change {name}")
+    return float(value)
+
+
+def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
+    """The key of ``rank_pattern`` or ``alpha_pattern`` that matches the end of ``path``: a name or a regular expression."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+_Member = TypeVar("_Member", bound=Enum)
+
+
+def _member(kind: type[_Member], value: Any, name: str) -> _Member:
+    try:
+        return kind(value)
+    except ValueError:
+        names = [member.value for member in kind]
+        raise PeanutError(
+            f"{name}={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
+        ) from None
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PeanutError(f"{name}={pattern!r} is no regular expression ({error})", do="correct it") from None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+"""Fields of the peer whose default is a value; on their own they ask for nothing."""
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return value is None or value is False or value in ({}, []) or _NEUTRAL.get(name) == value

@@ -1,0 +1,45 @@
+"""The list of methods: what the laws test, the benchmark measures and the documentation tabulates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ..errors import PeanutError, nearest
+from .config import PeftConfig
+from .method import WeightMethod
+
+__all__ = ["METHODS", "get_peft_config", "method_of", "register"]
+
+METHODS: dict[str, WeightMethod[Any]] = {}
+"""Every method by its name in ``adapter_config.json``; ``methods/`` fills it."""
+
+M = TypeVar("M", bound=type[WeightMethod[Any]])
+
+
+def register(method: M) -> M:
+    """Class decorator: makes a method known everywhere."""
+    instance = method()
+    METHODS[instance.name] = instance
+    return method
+
+
+def method_of(peft_type: Any, source: str = "the config") -> WeightMethod[Any]:
+    """The method called ``peft_type``.
+
+    Raises:
+        PeanutError: there is none of that name.
+    """
+    name = str(getattr(peft_type, "value", peft_type)).upper()
+    if name not in METHODS:
+        raise PeanutError(
+            f"{source} names the method {peft_type!r}",
+            f"one of {', '.join(sorted(METHODS))}",
+            f"nearest: {nearest(name, METHODS, 1)}",
+        )
+    return METHODS[name]
+
+
+def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dictionary with a ``peft_type`` describes."""
+    return PeftConfig.from_dict(values)

@@ -1,0 +1,18 @@
+"""Reading and writing a frozen weight, whatever kind of layer keeps it."""
+
+from .conv1d import Conv1DKind
+from .conv2d import Conv2dKind
+from .embedding import EmbeddingKind
+from .frozen import FrozenLayer
+from .kind import LayerKind, LinearMap
+from .linear import LinearKind
+
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of"]
+
+KINDS: tuple[LayerKind, ...] = (LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+"""Every kind of layer that can be adapted; a new kind is one file and one entry here."""
+
+
+def kind_of(module: object) -> LayerKind | None:
+    """The kind of layer that ``module`` is, or ``None`` if it cannot be adapted."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)

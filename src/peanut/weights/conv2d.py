@@ -1,0 +1,51 @@
+"""``nn.Conv2d``: the kernel (out, in/groups, h, w) flattened to a matrix (out, in/groups·h·w)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kind import LayerKind, LinearMap
+
+__all__ = ["Conv2dKind"]
+
+
+class Conv2dKind(LayerKind):
+    """Each output pixel is the matrix times a patch; a low-rank change is an r-channel convolution, then a 1×1 one."""
+
+    name = "conv2d"
+
+    def matches(self, module: object) -> bool:
+        return isinstance(module, nn.Conv2d)
+
+    def shape(self, module: nn.Conv2d) -> tuple[int, int]:
+        out, *patch = module.weight.shape
+        return out, patch[0] * patch[1] * patch[2]
+
+    def matrix(self, module: nn.Conv2d, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def layout(self, module: nn.Conv2d, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, *module.weight.shape[1:])
+
+    def respond(self, module: nn.Conv2d, x: Tensor, delta: LinearMap) -> Tensor:
+        factors = delta.factors()
+        if factors is None:
+            return self._convolve(module, x, delta.dense())
+        up, down = factors
+        # Every group sees the same r patterns on its own channels, so r·groups responses go to the 1×1 product.
+        hidden = self._convolve(module, x, down.repeat(module.groups, 1))
+        return F.conv2d(hidden, up[:, :, None, None], groups=module.groups)
+
+    def down_shape(self, module: nn.Conv2d, r: int) -> tuple[int, ...]:
+        return (r, *module.weight.shape[1:])
+
+    def up_shape(self, module: nn.Conv2d, r: int) -> tuple[int, ...]:
+        return (module.weight.shape[0], r, 1, 1)
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        return vector[:, None, None]
+
+    def _convolve(self, module: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
+        """``x`` convolved as the layer does (stride, padding and its mode, dilation, groups), with another kernel."""
+        return module._conv_forward(x, self.layout(module, matrix), None)

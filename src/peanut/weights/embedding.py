@@ -1,0 +1,35 @@
+"""``nn.Embedding``: a matrix (dim, vocabulary) applied to one-hot vectors, kept transposed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .kind import LayerKind, LinearMap
+
+__all__ = ["EmbeddingKind"]
+
+
+class EmbeddingKind(LayerKind):
+    """y = W e_id with W kept as (vocabulary, dim); Gemma's embeddings multiply the output by ``embed_scale``."""
+
+    name = "embedding"
+
+    def matches(self, module: object) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def shape(self, module: nn.Embedding) -> tuple[int, int]:
+        return module.embedding_dim, module.num_embeddings
+
+    def matrix(self, module: nn.Embedding, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def layout(self, module: nn.Embedding, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+    def respond(self, module: nn.Embedding, x: Tensor, delta: LinearMap) -> Tensor:
+        rows = delta.rows(x)
+        scale = getattr(module, "embed_scale", None)
+        return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+    def takes_activations(self) -> bool:
+        return False

@@ -1,0 +1,119 @@
+"""A frozen layer: its matrix before any merge, and the merge itself, undone bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from .kind import LayerKind
+
+__all__ = ["FrozenLayer"]
+
+
+class FrozenLayer:
+    """One frozen layer seen as y = W x + b, W of shape (out, in).
+
+    ``matrix()`` and ``bias()`` are those before any merge, also while something is merged: a weight-aware method
+    reads the weight that it was trained on.
+    """
+
+    def __init__(self, module: nn.Module, kind: LayerKind) -> None:
+        self.module: Any = module
+        self.kind = kind
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._shared: nn.Parameter | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.kind.shape(self.module)[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.kind.shape(self.module)[1]
+
+    @property
+    def merged(self) -> bool:
+        return self._weight is not None
+
+    @property
+    def untied(self) -> bool:
+        """Whether a merge gave the layer a weight of its own where it had shared one."""
+        return self._shared is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight before any merge, as the layer keeps it."""
+        weight: Tensor = self.module.weight
+        return weight if self._weight is None else self._weight.to(weight.device)
+
+    def matrix(self) -> Tensor:
+        """W before any merge, (out, in)."""
+        return self.kind.matrix(self.module, self.weight)
+
+    def bias(self) -> Tensor | None:
+        """b before any merge, (out), or ``None``."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias if bias is None or self._bias is None else self._bias.to(bias.device)
+
+    def down_shape(self, r: int) -> tuple[int, ...]:
+        """The shape in which files keep a factor (r, in)."""
+        return self.kind.down_shape(self.module, r)
+
+    def up_shape(self, r: int) -> tuple[int, ...]:
+        """The shape in which files keep a factor (out, r)."""
+        return self.kind.up_shape(self.module, r)
+
+    @torch.no_grad()
+    def write(self, matrix: Tensor, bias: Tensor | None, *, shared: bool = False) -> None:
+        """Puts a merged matrix (out, in) and bias (out) in place; the first time, keeps the originals on the CPU.
+
+        Args:
+            matrix: the new W.
+            bias: the new b, or ``None`` to leave it.
+            shared: another layer uses the same weight (a tied head) and must not see the change.
+
+        Raises:
+            PeanutError: a value is not finite, or there is a bias to write and the layer has none.
+        """
+        if not torch.isfinite(matrix).all() or (bias is not None and not torch.isfinite(bias).all()):
+            raise PeanutError(
+                "the merged weight holds values that are not finite", "finite values", "check the adapter's training"
+            )
+        if bias is not None and self.bias() is None:
+            raise PeanutError(
+                "the adapter changes the bias of a layer that has none", "a layer with a bias", "use it unmerged"
+            )
+        weight = self.module.weight
+        merged = self.kind.layout(self.module, matrix).to(weight.dtype)
+        if self._weight is None:
+            self._weight = weight.detach().to("cpu", copy=True)
+            own_bias = self.bias()
+            self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
+            if shared:
+                self._shared = weight
+                self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
+        self.module.weight.data.copy_(merged)
+        if bias is not None:
+            self.module.bias.data.copy_(bias)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes every merge, bit for bit."""
+        if self._weight is None:
+            return
+        if self._shared is not None:
+            self.module.weight = self._shared
+        else:
+            self.module.weight.data.copy_(self._weight)
+        if self._bias is not None:
+            self.module.bias.data.copy_(self._bias)
+        self.forget()
+
+    def forget(self) -> None:
+        """Makes what is merged the layer's own: the originals are let go."""
+        self._weight = self._bias = None
+        self._shared = None

@@ -1,0 +1,90 @@
+"""What the library must know of a kind of layer to change its weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LayerKind", "LinearMap"]
+
+
+class LinearMap(Protocol):
+    """A linear operator of shape (out, in), as a layer applies it to its input."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """(…) ids in [0, in) → (…, out), the columns of the matrix at ``ids``."""
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) of shapes (out, r) and (r, in) whose product is the operator, if it is given so."""
+
+    def dense(self) -> Tensor:
+        """The matrix, (out, in)."""
+
+
+class LayerKind(ABC):
+    """One kind of layer seen as a matrix W of shape (out, in).
+
+    Laws: ``layout(m, matrix(m, m.weight))`` is ``m.weight`` bit for bit; ``respond(m, x, Δ)`` is what the layer's
+    output gains when W becomes W + Δ.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def matches(self, module: object) -> bool:
+        """Whether ``module`` is a layer of this kind."""
+
+    @abstractmethod
+    def shape(self, module: Any) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+
+    @abstractmethod
+    def matrix(self, module: Any, weight: Tensor) -> Tensor:
+        """``weight``, kept as the layer keeps it, seen as the matrix (out, in); a view where possible."""
+
+    @abstractmethod
+    def layout(self, module: Any, matrix: Tensor) -> Tensor:
+        """The matrix (out, in) as the layer keeps it."""
+
+    @abstractmethod
+    def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
+        """What ``delta`` adds to the layer's output for the input ``x``."""
+
+    def down_shape(self, module: Any, r: int) -> tuple[int, ...]:
+        """The shape in which files keep a factor (r, in)."""
+        return (r, self.shape(module)[1])
+
+    def up_shape(self, module: Any, r: int) -> tuple[int, ...]:
+        """The shape in which files keep a factor (out, r)."""
+        return (self.shape(module)[0], r)
+
+    def fused(self, module: nn.Module) -> bool:
+        """Whether the layer computes exactly ``x Wᵀ + b`` with nothing hooked in, so that a change may join its product."""
+        return False
+
+    def along_output(self, vector: Tensor) -> Tensor:
+        """A vector (out), shaped so that it broadcasts over the layer's output."""
+        return vector
+
+    def takes_activations(self) -> bool:
+        """Whether the input is activations (dropout makes sense), not ids."""
+        return True
+
+
+def unhooked(module: nn.Module, forward: Any) -> bool:
+    """Whether calling ``module`` runs ``forward`` of its class and nothing else."""
+    return (
+        type(module).forward is forward
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not torch.nn.utils.parametrize.is_parametrized(module)
+    )
