@@ -37,7 +37,7 @@ _WHERE = {
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - they are strings
 
 if TYPE_CHECKING:
     from .errors import PeanutError as PeanutError

@@ -21,7 +21,7 @@ class PeanutError(ValueError):
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
-    """The candidates most like ``word``, best first, as text for an error: ``'q_proj', 'v_proj'`` ('' if there are none)."""
+    """The candidates most like ``word``, best first, as an error shows them: ``'q_proj', 'v_proj'``."""
     names = sorted(set(candidates))
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.4) or names[:count]
     return ", ".join(repr(name) for name in close)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import PeanutError
 
-__all__ = ["make_folder", "read_json", "write_files", "write_json"]
+__all__ = ["make_folder", "read_json", "told", "write_files", "write_json"]
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -22,7 +22,7 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         PeanutError: the path is a file, or cannot be made or written to.
     """
     path = Path(folder)
-    with _told(f"cannot write into folder '{path}'"):
+    with told(f"cannot write into folder '{path}'"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -42,7 +42,7 @@ def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[
     path = make_folder(folder)
     staged: dict[str, Path] = {}
     try:
-        with _told(f"cannot write {', '.join(writers)} into '{path}'"):
+        with told(f"cannot write {', '.join(writers)} into '{path}'"):
             for name, write in writers.items():
                 handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=path)
                 os.close(handle)
@@ -92,7 +92,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Turns the system's refusal into one line that says what to do.
 
     safetensors reports a failed write with an exception of its own that is no ``OSError``.

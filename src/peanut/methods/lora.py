@@ -30,8 +30,8 @@ class LoraConfig(PeftConfig):
         fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
         bias: ``"none"``, or ``"lora_only"``: the adapted layers' biases are trained too.
         use_rslora: scale by α/√r instead.
-        init_lora_weights: ``True``: A Kaiming-uniform, B = 0; ``"gaussian"``: A normal with σ = 1/r, B = 0; ``False``: both
-            random.
+        init_lora_weights: ``True``: A Kaiming-uniform, B = 0; ``"gaussian"``: A normal with σ = 1/r, B = 0; ``False``:
+            both random.
         lora_bias: B has a bias of its own.
         rank_pattern, alpha_pattern: r and α for particular layers, by name or regular expression.
     """
@@ -112,8 +112,9 @@ class Lora(WeightMethod[LoraConfig]):
         shift = None
         if config.lora_bias:
             shift = config.scaling * parameters["lora_B.bias"]
-        if "base_layer.bias" in parameters:
-            moved = parameters["base_layer.bias"] - layer.bias()
+        bias = layer.bias()
+        if bias is not None and "base_layer.bias" in parameters:
+            moved = parameters["base_layer.bias"] - bias
             shift = moved if shift is None else shift + moved
         return Change(delta=LowRank(B, A, config.scaling), shift=shift, dropout=config.lora_dropout)
 

@@ -62,7 +62,9 @@ class PeanutConfig(PeftConfig):
         if self.act_fn != "sine" and self.act_fn not in ACT2FN:
             names = [*ACT2FN, "sine"]
             raise PeanutError(
-                f"act_fn={self.act_fn!r}", "a key of transformers' ACT2FN or 'sine'", f"nearest: {nearest(self.act_fn, names)}"
+                f"act_fn={self.act_fn!r}",
+                "a key of transformers' ACT2FN or 'sine'",
+                f"nearest: {nearest(self.act_fn, names)}",
             )
 
     def for_layer(self, path: str) -> PeanutConfig:
@@ -112,7 +114,8 @@ def tweak(
 ) -> Tensor:
     """H = f(W Aᵀ), the neural tweaker up to its output projection.
 
-    h₀ = σ(W Aᵀ);  hᵢ = σ(hᵢ₋₁ Eᵢᵀ) for each encoder;  then for each decoder h ← σ(h Dᵢᵀ) + the encoder state that mirrors it.
+    h₀ = σ(W Aᵀ);  hᵢ = σ(hᵢ₋₁ Eᵢᵀ) for each encoder;  then for each decoder h ← σ(h Dᵢᵀ) + the state before the encoder
+    that mirrors it.
 
     Args:
         W: (e, d), the frozen weight, read in its own dtype: it is never copied to another.

@@ -38,7 +38,11 @@ class AdapterSet:
     @staticmethod
     def of(model: nn.Module) -> AdapterSet:
         """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none."""
-        for module in (model, getattr(model, "model", None), getattr(getattr(model, "base_model", None), "model", None)):
+        for module in (
+            model,
+            getattr(model, "model", None),
+            getattr(getattr(model, "base_model", None), "model", None),
+        ):
             found = None if module is None else module.__dict__.get("_adapter_set")
             if isinstance(found, AdapterSet):
                 return found
@@ -77,7 +81,8 @@ class AdapterSet:
         for name in wanted:
             if name not in self.configs:
                 raise PeanutError(
-                    f"no adapter {name!r}", f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
+                    f"no adapter {name!r}",
+                    f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
                     f"nearest: {nearest(name, self.configs, 1)}" if self.configs else "add it first",
                 )
         return wanted
@@ -94,12 +99,14 @@ class AdapterSet:
             wide: keep parameters in float32 at least, also on a half-precision base.
 
         Raises:
-            PeanutError: the name is taken or unusable, or the config does not fit the model. The model is then unchanged.
+            PeanutError: the name is taken or unusable, or the config does not fit the model, which is then unchanged.
         """
         if not name or any(character in name for character in "./\\") or name == "__base__":
             raise PeanutError(f"adapter name {name!r}", "a name without dots and slashes", "choose another name")
         if name in self.configs:
-            raise PeanutError(f"an adapter {name!r} is there already", "a new name", "delete it first or choose another")
+            raise PeanutError(
+                f"an adapter {name!r} is there already", "a new name", "delete it first or choose another"
+            )
         if self.state.merged:
             raise PeanutError(
                 f"adapter {self.state.merged[0]!r} is merged", "an unmerged model", "call unmerge_adapter() first"
@@ -109,10 +116,7 @@ class AdapterSet:
         heads = saved_paths(self.model, config)
         planned = [(path, self._frozen(path), config.for_layer(path)) for path in paths]
         for path, frozen, own in planned:
-            try:
-                method.check(own, frozen)
-            except PeanutError as error:
-                raise PeanutError(f"layer '{path}': {error.found}", error.expected, error.do) from error
+            method.check(own, frozen, path)
         seed = int(torch.randint(2**62, ()).item())
         for path, frozen, own in planned:
             parameters = _started(method, own, frozen, f"{seed}/{path}", meta=meta, wide=wide)
@@ -172,7 +176,8 @@ class AdapterSet:
         left = [name for name in self.state.merged if name not in wanted]
         if left:
             raise PeanutError(
-                f"adapter {left[0]!r} is merged into the weights and would stay so", "an unmerged model",
+                f"adapter {left[0]!r} is merged into the weights and would stay so",
+                "an unmerged model",
                 "call unmerge_adapter() first",
             )
         for path, saved in self.saved_modules():
@@ -180,7 +185,8 @@ class AdapterSet:
             if len(both) > 1:
                 raise PeanutError(
                     f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
-                    "one such adapter at a time", "activate one of them",
+                    "one such adapter at a time",
+                    "activate one of them",
                 )
         self.state.active = wanted
         self.freeze(trainable=wanted if trainable else ())
@@ -298,5 +304,3 @@ def _shared_parameters(model: nn.Module) -> set[int]:
             if parameter is not None:
                 holders.setdefault(id(parameter), set()).add(id(module))
     return {parameter for parameter, modules in holders.items() if len(modules) > 1}
-
-

@@ -53,7 +53,7 @@ class AutoPeftModel:
             adapter_name: the name it gets.
             is_trainable: whether it is trained further.
             config: to be used instead of the folder's.
-            kwargs: for the base model's ``from_pretrained`` (``dtype``, ``device_map``, ``num_labels``…), and the hub's.
+            kwargs: for the base model's ``from_pretrained`` (``dtype``, ``num_labels``…), and the hub's.
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
@@ -62,20 +62,24 @@ class AutoPeftModel:
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.base_model_name_or_path:
             raise PeanutError(
-                f"the config of '{pretrained_model_name_or_path}' names no base model", "base_model_name_or_path in it",
+                f"the config of '{pretrained_model_name_or_path}' names no base model",
+                "base_model_name_or_path in it",
                 "load the base yourself and use PeftModel.from_pretrained",
             )
         task = str(getattr(config.task_type, "value", config.task_type))
         auto = cls.base or _BY_TASK.get(task)
         if auto is None:
             raise PeanutError(
-                f"the config of '{pretrained_model_name_or_path}' names no task", f"one of {', '.join(_BY_TASK)}",
+                f"the config of '{pretrained_model_name_or_path}' names no task",
+                f"one of {', '.join(_BY_TASK)}",
                 "use AutoPeftModelForCausalLM or another of its kind",
             )
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
         model = getattr(transformers, auto).from_pretrained(config.base_model_name_or_path, **kwargs)
-        return PeftModel.from_pretrained(model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **hub)
+        return PeftModel.from_pretrained(
+            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **hub
+        )
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -54,8 +54,8 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     if differs:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         raise PeanutError(
-            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(recorded)}) and this base is "
-            f"'{here}' (weights {_short(own)})",
+            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(recorded)}) "
+            f"and this base is '{here}' (weights {_short(own)})",
             "the base that it was trained on",
             "load that one, or pass check_base=False",
         )

@@ -32,7 +32,7 @@ class AdaptedLayer(nn.Module):
         self.state = state
         self._methods: dict[str, tuple[WeightMethod[Any], PeftConfig]] = {}
         self._known: dict[str, tuple[Any, Change]] = {}
-        self._register_state_dict_hook(_save_unmerged)
+        self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
 
     def add(self, name: str, method: WeightMethod[Any], config: PeftConfig, parameters: Parameters) -> None:
         """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe."""
@@ -134,7 +134,9 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
-        changes = [self.change(name) for name in self.state.active if name in self.adapters and name not in self.state.merged]
+        changes = [
+            self.change(name) for name in self.state.active if name in self.adapters and name not in self.state.merged
+        ]
         if not changes:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not args and not kwargs and self.frozen.kind.fused(self.base_layer):
@@ -209,7 +211,7 @@ def _version(tensors: list[Tensor]) -> tuple[tuple[int, int, torch.dtype, torch.
 
 
 def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """A state dict taken while merged holds the weight before the merge, so that loading it applies no adapter twice."""
+    """A state dict taken while merged holds the weight before the merge, so that loading it applies nothing twice."""
     if layer.frozen.merged:
         for name, value in (("weight", layer.frozen.weight), ("bias", layer.frozen.bias())):
             key = f"{prefix}base_layer.{name}"

@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class NamedModules(nn.Module, Generic[M]):
-    """Modules by any name without a dot, be it ``0``, ``layers`` or ``keys``, which ``nn.ModuleDict`` refuses or confuses."""
+    """Modules by any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses."""
 
     def __getitem__(self, name: str) -> M:
         return self._modules[name]  # type: ignore[return-value]
@@ -35,7 +35,7 @@ class NamedModules(nn.Module, Generic[M]):
 
 
 class Parameters(nn.Module):
-    """Parameters by the suffix under which files keep them: ``lora_A.weight`` is the parameter ``lora_A.weight`` here too."""
+    """Parameters by the suffix under which files keep them: ``lora_A.weight`` is ``lora_A.weight`` here too."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -129,7 +129,7 @@ class PeftModel(nn.Module):
     @property
     def adapters(self) -> AdapterSet:
         """The adapters in the model."""
-        return cast(AdaptedModel, self.base_model).adapters
+        return self.base_model.adapters
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -254,7 +254,7 @@ class PeftModel(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         **unused: Any,
     ) -> None:
-        """Writes adapters with their trained heads, never the base: ``default`` into the folder, others into folders in it.
+        """Writes adapters and their trained heads, never the base: ``default`` into the folder, others into its own.
 
         Args:
             save_directory: where to.
@@ -322,7 +322,7 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         **hub: Any,
     ) -> None:
-        """Reads another adapter into the model; one of that name gets the file's values. ``set_adapter`` makes it active.
+        """Reads another adapter into the model, or other values into one; ``set_adapter`` makes it active.
 
         Args and errors: see ``from_pretrained``.
         """
@@ -357,7 +357,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """A model with a new adapter in it; the base is changed in place and frozen. Arguments and errors: see ``PeftModel``."""
+    """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``."""
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

@@ -30,7 +30,8 @@ def per_sample(adapters: AdapterSet, samples: Sequence[str] | None) -> Iterator[
     adapters.known([name for name in samples if name != BASE])
     if adapters.state.merged:
         raise PeanutError(
-            f"adapter_names given while {adapters.state.merged[0]!r} is merged", "an unmerged model",
+            f"adapter_names given while {adapters.state.merged[0]!r} is merged",
+            "an unmerged model",
             "call unmerge_adapter() first",
         )
     restored = _replayed(adapters.model, adapters.state) if torch.is_grad_enabled() else []

@@ -56,7 +56,7 @@ class SavedModule(nn.Module):
             part = module(x[index], *args, **kwargs)
             if y is not None and part.shape[1:] != y.shape[1:]:
                 raise PeanutError(
-                    f"the copies of '{self.path}' give outputs of shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
+                    f"the copies of '{self.path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
                     "the same shape for every sample of a batch",
                     "run adapters with different heads in different batches",
                 )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import PeanutError, nearest
 from ..protocols import PeftConfig, WeightMethod
@@ -124,7 +125,7 @@ def _default(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 def _all_linear(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output layer of a language model, or else the task's head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     head = [path for path, module in modules.items() if output is not None and module is output]
     if not head:
         head = saved_paths(model, config)
@@ -132,7 +133,8 @@ def _all_linear(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Modu
     return [
         path
         for path in linear
-        if not any(path == name or path.startswith(f"{name}.") for name in head) and not _inside_attention(path, modules)
+        if not any(path == name or path.startswith(f"{name}.") for name in head)
+        and not _inside_attention(path, modules)
     ]
 
 

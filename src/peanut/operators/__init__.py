@@ -2,5 +2,6 @@
 
 from .low_rank import LowRank
 from .operator import Operator
+from .spectrum import effective_rank, singular_values
 
-__all__ = ["LowRank", "Operator"]
+__all__ = ["LowRank", "Operator", "effective_rank", "singular_values"]

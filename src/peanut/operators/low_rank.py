@@ -100,7 +100,7 @@ class _JoinedProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down = ctx.saved_tensors
         need_x, need_weight, need_bias, need_up, need_down, _ = ctx.needs_input_grad
         grads = grad.reshape(-1, grad.shape[-1])

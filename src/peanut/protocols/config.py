@@ -61,7 +61,7 @@ class PeftConfig:
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: names of modules that are trained whole beside the adapter and saved with it.
         layers_to_transform: indices of the blocks whose layers are adapted; all if ``None``.
-        layers_pattern: name of the list of blocks (``"layers"``, ``"h"``), if it is not the first numbered part of a path.
+        layers_pattern: name of the list of blocks (``"layers"``, ``"h"``), if it is not a path's first numbered part.
 
     Raises:
         PeanutError: a value is out of range.
@@ -90,25 +90,25 @@ class PeftConfig:
         given = self.peft_type
         if given is not None and str(getattr(given, "value", given)).upper() != self.method.value:
             raise PeanutError(
-                f"peft_type={given!r} in a {type(self).__name__}", repr(self.method.value), "use that method's own config"
+                f"peft_type={given!r} in a {type(self).__name__}",
+                repr(self.method.value),
+                "use that method's own config",
             )
         self.peft_type = self.method
         self.peft_version = self.peft_version or FORMAT_VERSION
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                value = sorted(set(value))
                 if not all(isinstance(entry, str) and entry for entry in value):
                     raise PeanutError(f"{name}={value!r}", "a list of names", "remove what is not a name")
-                setattr(self, name, value)
+                setattr(self, name, sorted(set(value)))
             elif isinstance(value, str) and name == "modules_to_save":
                 raise PeanutError(f"modules_to_save={value!r}", "a list of names", f"write [{value!r}]")
             elif isinstance(value, str):
                 _check_pattern(name, value)
         if self.layers_to_transform is not None:
-            many = not isinstance(self.layers_to_transform, int)
-            indices = list(self.layers_to_transform) if many else [self.layers_to_transform]  # type: ignore[call-overload]
-            for index in indices:
+            one = isinstance(self.layers_to_transform, int)
+            for index in [self.layers_to_transform] if one else list(self.layers_to_transform):  # type: ignore[arg-type]
                 check_whole("layers_to_transform", index, least=0)
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
@@ -207,7 +207,7 @@ def check_probability(name: str, value: Any) -> float:
 
 
 def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
-    """The key of ``rank_pattern`` or ``alpha_pattern`` that matches the end of ``path``: a name or a regular expression."""
+    """The key (a name or a regular expression) of a ``rank_pattern`` or its like that matches the end of ``path``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class WeightMethod(ABC, Generic[C]):
         """The method's name in ``adapter_config.json``."""
         return self.config_class.method.value
 
-    def check(self, config: Any, layer: FrozenLayer) -> None:  # noqa: B027 - most methods fit every layer
-        """Refuses a config that does not fit ``layer``, naming both.
+    def check(self, config: C, layer: FrozenLayer, path: str) -> None:
+        """Refuses a config that does not fit the ``layer`` at ``path``, naming both.
 
         Raises:
             PeanutError: for instance a block size that does not divide the layer's width.

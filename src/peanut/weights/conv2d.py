@@ -48,4 +48,5 @@ class Conv2dKind(LayerKind):
 
     def _convolve(self, module: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
         """``x`` convolved as the layer does (stride, padding and its mode, dilation, groups), with another kernel."""
-        return module._conv_forward(x, self.layout(module, matrix), None)
+        y: Tensor = module._conv_forward(x, self.layout(module, matrix), None)
+        return y

@@ -65,7 +65,7 @@ class LayerKind(ABC):
         return (self.shape(module)[0], r)
 
     def fused(self, module: nn.Module) -> bool:
-        """Whether the layer computes exactly ``x Wᵀ + b`` with nothing hooked in, so that a change may join its product."""
+        """Whether the layer computes just ``x Wᵀ + b``, nothing hooked in, so that a change may join its product."""
         return False
 
     def along_output(self, vector: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+# Each target first makes .venv from requirements.lock; a second run installs nothing. ARGS passes options on: make demo ARGS=--quick
+
+# Found by running it: a name on PATH may be a shim for a version that is not there, or lack venv.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$name && break; done)
+# On Linux the package index serves torch with gigabytes of GPU libraries; without a GPU only a CPU build will do.
+TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)$(shell \
+	[ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1 || echo +cpu)
+BIN := .venv/bin
+
+.PHONY: demo test bench docs lint format types check lock clean
+
+demo: .venv/installed
+	$(BIN)/python -m peanut.lab.demo $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+bench: .venv/installed
+	$(BIN)/peanut bench $(ARGS)
+
+docs: .venv/installed
+	$(BIN)/python -m pdoc --docformat google --output-directory site \
+		peanut $(addprefix peanut.,export lab methods operators protocols training weights)
+
+lint: .venv/installed
+	$(BIN)/ruff check
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: .venv/installed
+	$(BIN)/mypy
+
+check: lint types
+	$(BIN)/ruff format --check
+	! grep -iE '^(nvidia|triton|cuda)' requirements.lock
+
+.venv/installed: requirements.lock pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "error: no usable Python on PATH; expected Python 3.10 to 3.13 with its venv module" \
+	"(on Debian: python3 and python3-venv); install one, or name it: make PYTHON=/path/to/python ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "installing $(TORCH), then what requirements.lock lists (a minute or two)"
+	@$(BIN)/pip install -qq --constraint requirements.lock "$(TORCH)" || { echo "error: pip found no $(TORCH);" \
+	"expected a CPU build for this Python; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (its" \
+	"installation page names it), or take the GPU build with its libraries: make TORCH=torch ..."; exit 1; }
+	@$(BIN)/pip install -qq --no-deps --requirement requirements.lock
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
+	@$(BIN)/pip check
+	@touch $@
+
+# Keeps the pins that still fit; ARGS=--upgrade takes the newest of everything.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv==0.13.9
+	UV_PYTHON_DOWNLOADS=never build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --all-extras \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml $(ARGS)
+
+clean:
+	rm -rf .venv site build dist htmlcov .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

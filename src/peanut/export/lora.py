@@ -1,0 +1,210 @@
+"""To LoRA and back: a low-rank change is a LoRA of that rank, and a LoRA is the start of a PEANuT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from ..methods.lora import LoraConfig, suffixes
+from ..methods.peanut import PeanutConfig
+from ..model.adapter_set import AdapterSet
+from ..model.checkpoint import save_adapter
+from ..model.layer import AdaptedLayer
+from ..model.targets import target_paths
+from ..operators import LowRank, singular_values
+from ..protocols import method_of
+
+__all__ = ["LoraExport", "from_lora", "to_lora"]
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """An adapter written as LoRA, living in the model beside its source.
+
+    Args:
+        adapters: the model's adapters.
+        name: the name under which the LoRA is among them.
+        errors: for each layer ‖ΔW_LoRA − ΔW‖ / ‖ΔW‖ in Frobenius norm, measured.
+    """
+
+    adapters: AdapterSet
+    name: str
+    errors: dict[str, float]
+
+    @property
+    def largest_error(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the LoRA as an adapter of its own, which the peer and servers of LoRA read."""
+        return save_adapter(folder, self.adapters, self.name)
+
+
+@torch.no_grad()
+def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None) -> LoraExport:
+    """The adapter ``name`` as a LoRA of the same rank: B = s·up, A = down, α = r.
+
+    Args:
+        model: a model with adapters; the LoRA is added to it, not active.
+        name: the adapter.
+        new_name: what the LoRA is called; ``<name>_lora`` by default.
+
+    Raises:
+        PeanutError: there is no such adapter, or one of its changes is no low-rank product.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.known(name)
+    layers = dict(adapters.layers(name))
+    changes = {path: layer.change(name) for path, layer in layers.items()}
+    factors: dict[str, LowRank] = {}
+    for path, change in changes.items():
+        if not isinstance(change.delta, LowRank):
+            raise PeanutError(
+                f"the change of '{path}' by {adapters.configs[name].peft_type} is no low-rank product",
+                "a method whose updates are",
+                "merge it instead",
+            )
+        factors[path] = change.delta
+    source = adapters.configs[name]
+    ranks = {path: operator.rank for path, operator in factors.items()}
+    r = max(ranks.values())
+    config = LoraConfig(
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=source.inference_mode,
+        modules_to_save=source.modules_to_save,
+        r=r,
+        lora_alpha=r,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != r},
+        alpha_pattern={path: rank for path, rank in ranks.items() if rank != r},
+        lora_bias=any(change.shift is not None for change in changes.values()),
+        fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
+    )
+    values: dict[str, dict[str, Tensor]] = {}
+    for path, layer in layers.items():
+        a, b = suffixes(layer.frozen)
+        own, shift = factors[path], changes[path].shift
+        values[path] = {
+            a: own.down.reshape(layer.frozen.down_shape(own.rank)),
+            b: own.scaled_up().reshape(layer.frozen.up_shape(own.rank)),
+        }
+        if config.lora_bias:
+            values[path]["lora_B.bias"] = own.up.new_zeros(layer.frozen.out_features) if shift is None else shift
+    made = _add_beside(adapters, name, new_name or f"{name}_lora", config, values)
+    return LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
+
+
+@torch.no_grad()
+def from_lora(
+    model: nn.Module, name: str = "default", new_name: str | None = None, side: Literal["in", "out"] = "in"
+) -> LoraExport:
+    """A PEANuT that starts where a trained LoRA ended, by the paper's Proposition 3.2.
+
+    Since x = ReLU(x) − ReLU(−x), the hidden units Aᵀ = [W⁺B, −W⁺B] and the output projection [Aᵀ, −Aᵀ] of the LoRA give
+    ΔW_PEANuT = W W⁺ ΔW_LoRA: 2r hidden units, and the LoRA's update projected on W's left singular space
+    (``side="in"``, the paper's form; ``side="out"`` projects on the right singular space instead). What lies outside
+    is lost, and told.
+
+    Args:
+        model: a model with a LoRA adapter; the PEANuT is added to it, not active.
+        name: the LoRA.
+        new_name: what the PEANuT is called; ``<name>_peanut`` by default.
+        side: the side of W that A reads.
+
+    Returns:
+        the new adapter's name, and for each layer the relative part of the LoRA's update that it could not take over.
+
+    Raises:
+        PeanutError: ``name`` is no LoRA, or it changes a bias, which PEANuT has not.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.known(name)
+    source = adapters.configs[name]
+    if not isinstance(source, LoraConfig) or source.lora_bias or source.bias != "none":
+        raise PeanutError(
+            f"adapter {name!r} is {source.peft_type} that changes more than a weight"
+            if isinstance(source, LoraConfig)
+            else f"adapter {name!r} is a {type(source).__name__}",
+            "a LoRA without biases",
+            "start PEANuT from scratch",
+        )
+    layers = dict(adapters.layers(name))
+    values: dict[str, dict[str, Tensor]] = {}
+    for path, layer in layers.items():
+        delta = layer.change(name).delta
+        assert isinstance(delta, LowRank)  # what LoRA makes
+        W, up, down = layer.frozen.matrix().double(), delta.scaled_up().double(), delta.down.double()
+        read, kept = (torch.linalg.pinv(W) @ up, down.T) if side == "in" else (torch.linalg.pinv(W.T) @ down.T, up)
+        values[path] = {
+            "peanut_A.weight": torch.cat([read, -read], dim=1).T,
+            "peanut_B.weight": torch.cat([kept, -kept], dim=1),
+        }
+    ranks = {path: len(value["peanut_A.weight"]) for path, value in values.items()}
+    r = max(ranks.values())
+    config = PeanutConfig(
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=source.inference_mode,
+        modules_to_save=source.modules_to_save,
+        r=r,
+        act_fn="relu",
+        side=side,
+        dropout=source.lora_dropout,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != r},
+    )
+    made = _add_beside(adapters, name, new_name or f"{name}_peanut", config, values)
+    return LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
+
+
+def _add_beside(
+    adapters: AdapterSet,
+    name: str,
+    new_name: str,
+    config: LoraConfig | PeanutConfig,
+    values: Mapping[str, Mapping[str, Tensor]],
+) -> str:
+    """Adds an adapter with given parameters on the layers of adapter ``name``, with copies of its trained modules."""
+    config = replace(config, target_modules=_shortest_targets(adapters, config, list(values)))
+    adapters.add(new_name, config)
+    for path, layer in adapters.layers(new_name):
+        own = layer.adapters[new_name].values_by_suffix()
+        for suffix, value in values[path].items():
+            own[suffix].copy_(value)
+    for _, saved in adapters.saved_modules(name):
+        saved.modules_to_save[new_name].load_state_dict(saved.modules_to_save[name].state_dict())
+    adapters.freeze(
+        trainable=[active for active in adapters.state.active if not adapters.configs[active].inference_mode]
+    )
+    return new_name
+
+
+def _shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, paths: list[str]) -> list[str]:
+    """Layer names if they name just ``paths`` (servers of LoRA look at names), else the paths themselves."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    try:
+        named = target_paths(adapters.model, replace(config, target_modules=names), method_of(config.peft_type))
+    except PeanutError:
+        return sorted(paths)
+    return names if set(named) == set(paths) else sorted(paths)
+
+
+def _relative(layer: AdaptedLayer, name: str, made: str) -> float:
+    """‖ΔW_made − ΔW_name‖ / ‖ΔW_name‖ from the factors, nothing written out."""
+    source, result = layer.change(name).delta, layer.change(made).delta
+    assert isinstance(source, LowRank)
+    assert isinstance(result, LowRank)
+    minus = LowRank(source.up.double(), source.down.double(), -source.scaling)
+    apart = singular_values(
+        LowRank.sum([LowRank(result.up.double(), result.down.double(), result.scaling), minus])
+    ).norm()
+    size = singular_values(minus).norm()
+    return float(apart / size) if size > 0 else float(apart)

@@ -1,0 +1,164 @@
+"""What the benchmark measures with: seconds in interleaved rounds, bytes kept for the backward, the peak of memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Spread", "interleaved", "now", "peak_bytes", "ratio", "repeated", "saved_bytes"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one or more values."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
+    """The spread of the ratios of two measurements, taken round by round.
+
+    What slows the whole machine for a while slows both sides of a round, and leaves their ratio.
+    """
+    return Spread.of([value / other for value, other in zip(values, to, strict=True)])
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when all work given to ``device`` is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def repeated(call: Callable[[], object], device: torch.device, seconds: float = 0.005) -> Callable[[], float]:
+    """A probe of a short call: seconds a call, over as many calls as last about ``seconds`` now."""
+    count = 1
+    while (took := _lasts(call, device, count)) < seconds:
+        count = max(2 * count, int(count * seconds / took))
+    return lambda: _lasts(call, device, count) / count
+
+
+def _lasts(call: Callable[[], object], device: torch.device, count: int) -> float:
+    start = now(device)
+    for _ in range(count):
+        call()
+    return now(device) - start
+
+
+def interleaved(
+    probes: Mapping[str, Callable[[], Mapping[str, float]]], rounds: Iterable[int]
+) -> dict[str, dict[str, list[float]]]:
+    """Runs every probe once a round, in an order that changes from round to round, without garbage collection within.
+
+    Args:
+        probes: by name, a function that measures once and returns what it found, by quantity.
+        rounds: one entry a round.
+
+    Returns:
+        Name → quantity → one value a round.
+    """
+    order = random.Random(0)  # noqa: S311 - the same order in every run, nothing secret
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in probes}
+    collecting = gc.isenabled()
+    try:
+        for _ in rounds:
+            gc.collect()
+            gc.disable()
+            for name in order.sample(list(probes), len(probes)):
+                for quantity, value in probes[name]().items():
+                    found[name].setdefault(quantity, []).append(value)
+    finally:
+        if collecting:
+            gc.enable()
+    return found
+
+
+def saved_bytes(call: Callable[[], Tensor], layers: Iterable[nn.Module], kept: Iterable[Tensor]) -> int:
+    """Bytes that ``call`` keeps for the backward beyond the parameters and each layer's input activations.
+
+    Counted are the tensors that autograd saves, those that an ``autograd.Function`` saves with ``save_for_backward``
+    among them, each storage once and whole, since a view keeps all of it alive. (What a function hides on its context
+    is not seen.) Not counted are the storages of ``kept`` and of the tensors that are given to ``layers``; everything
+    else is, what a method computes from a parameter too.
+
+    Args:
+        call: a forward; its output is not run backward.
+        layers: the modules whose inputs are not counted; a wrapped layer is represented by its wrapper.
+        kept: the model's parameters and buffers.
+    """
+    free = {_storage(tensor) for tensor in kept}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # a tensor let go would leave its address to another
+
+    def keep(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def enter(_: nn.Module, inputs: tuple[object, ...]) -> None:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                alive.append(tensor)
+                free.add(_storage(tensor))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(enter).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        alive.append(call())
+    return sum(size for storage, size in saved.items() if storage not in free)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory that ``call`` holds at one moment beyond what was held before it.
+
+    On the CPU it is summed up from the allocations that torch's profiler records, and does not depend on what else
+    the process does; scratch memory that a library takes past torch's allocator is not in it. On CUDA it is
+    ``max_memory_allocated``.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells its stages on standard error
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,168 @@
+"""What the benchmark compares: one stack of layers frozen, adapted by this library, and adapted by Hugging Face PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import methods as _methods  # noqa: F401 - registers them
+from ..errors import PeanutError
+from ..model.peft_model import get_peft_model, get_peft_model_state_dict
+from ..protocols import PeftConfig, method_of
+from .measure import now, peak_bytes, repeated, saved_bytes
+
+__all__ = ["Variant", "configs_of", "frozen_stack", "peer_version", "variants_of"]
+
+Build = Callable[[], nn.Sequential]
+
+
+def frozen_stack(dims: tuple[int, int], blocks: int, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
+    """``blocks`` times the linear layers narrow → wide → narrow, frozen, a GELU between any two; the same at every call."""
+    narrow, wide = dims
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(blocks):
+            layers += [nn.Linear(narrow, wide), nn.GELU(), nn.Linear(wide, narrow), nn.GELU()]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False).to(device, dtype)
+
+
+def configs_of(names: Sequence[str], rank: int, depths: Sequence[int]) -> dict[str, PeftConfig]:
+    """The configs to measure, by the name that tables give them; a method with a depth comes at each of ``depths``.
+
+    Raises:
+        PeanutError: there is no such method, or a value is out of range.
+    """
+    configs: dict[str, PeftConfig] = {}
+    for name in names:
+        method = method_of(name, "--methods")
+        fields = {field.name for field in dataclasses.fields(method.config_class)}
+        options = {"r": rank} if "r" in fields else {}
+        if "depth" in fields:
+            for depth in depths:
+                configs[f"{method.name} depth {depth}"] = method.config_class(**options, depth=depth)
+        else:
+            configs[method.name] = method.config_class(**options)
+    return configs
+
+
+def peer_version() -> str | None:
+    """The version of Hugging Face PEFT, or ``None`` where it is not installed."""
+    return str(importlib.import_module("peft").__version__) if importlib.util.find_spec("peft") else None
+
+
+@dataclass
+class Variant:
+    """One way to run the stack, ready to be measured.
+
+    Args:
+        method: what is trained, as tables name it; empty for the frozen stack.
+        by: whose implementation it is.
+        model: what is called.
+        stack: the frozen stack, or what became of it: a layer or its wrapper at each place.
+        difference: of a peer's output from this library's, relative to the largest entry.
+    """
+
+    method: str
+    by: Literal["frozen", "peanut", "peft"]
+    model: nn.Module
+    stack: nn.Sequential
+    difference: float | None = None
+
+    def __post_init__(self) -> None:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def step(self, x: Tensor, grad: Tensor) -> dict[str, float]:
+        """Seconds of a training step from the input x, whose gradient is computed too, and the gradient of the output."""
+        start = now(x.device)
+        y: Tensor = self.model(x)
+        after_forward = now(x.device)
+        y.backward(grad)
+        after_backward = now(x.device)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        end = now(x.device)
+        x.grad = None
+        return {"forward": after_forward - start, "backward": after_backward - after_forward, "step": end - start}
+
+    def token_probe(self, x: Tensor) -> Callable[[], dict[str, float]]:
+        """A probe of the seconds that the forward of one token takes, as in generation; the model is put in eval mode."""
+        self.model.eval()
+
+        @torch.no_grad()
+        def call() -> object:
+            return self.model(x)
+
+        call()
+        probe = repeated(call, x.device)
+        return lambda: {"token": probe()}
+
+    def saved_bytes(self, x: Tensor) -> int:
+        """Bytes that a forward keeps for the backward; every module of the stack counts as a layer."""
+        kept = [*self.model.parameters(), *self.model.buffers()]
+        return saved_bytes(lambda: cast(Tensor, self.model(x)), self.stack, kept)
+
+    def peak_bytes(self, x: Tensor, grad: Tensor) -> int:
+        """The most memory that a training step takes beyond weights, optimiser state and input."""
+        return peak_bytes(lambda: self.step(x, grad), x.device)
+
+
+def variants_of(configs: Mapping[str, PeftConfig], build: Build, x: Tensor) -> list[Variant]:
+    """The frozen stack; then each config by this library and, where it is installed and has the method, by the peer.
+
+    Args:
+        configs: by name.
+        build: makes the frozen stack, the same at every call.
+        x: an input, on which the two sides of a config must agree.
+
+    Raises:
+        PeanutError: they do not.
+    """
+    stack = build()
+    variants = [Variant("", "frozen", stack, stack)]
+    targets = [name for name, module in stack.named_children() if isinstance(module, nn.Linear)]
+    for name, config in configs.items():
+        config = dataclasses.replace(config, target_modules=targets)
+        stack = build()
+        ours = get_peft_model(stack, config)
+        for parameter in ours.parameters():
+            if parameter.requires_grad and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)  # at zero the two sides would agree whatever they compute
+        variants.append(Variant(name, "peanut", ours, stack))
+        peer = _by_peer(name, config, build(), ours, x)
+        if peer is not None:
+            variants.append(peer)
+    return variants
+
+
+def _by_peer(name: str, config: PeftConfig, stack: nn.Sequential, ours: nn.Module, x: Tensor) -> Variant | None:
+    """The peer's implementation with the parameters of ours, if there is one."""
+    if peer_version() is None:
+        return None
+    peft: Any = importlib.import_module("peft")
+    if config.method not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        return None
+    model: nn.Module = peft.get_peft_model(stack, peft.get_peft_config(config.to_dict()))
+    peft.set_peft_model_state_dict(model, get_peft_model_state_dict(ours))
+    with torch.no_grad():
+        y = ours(x).double()
+        difference = float((model(x).double() - y).abs().max() / y.abs().max())
+    if not difference < 100 * torch.finfo(x.dtype).eps:
+        raise PeanutError(
+            f"{name}: the output differs from peft {peer_version()}'s by {difference:.1e} of its largest entry",
+            f"rounding error in {x.dtype}", "do not compare them: report it with this line",
+        )
+    return Variant(name, "peft", model, stack, difference)

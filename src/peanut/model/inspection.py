@@ -1,0 +1,71 @@
+"""What an adapter does to each layer, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..operators import effective_rank, singular_values
+from .adapter_set import AdapterSet
+
+__all__ = ["LayerReport", "inspect_adapter"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer.
+
+    Args:
+        path: where it is in the model.
+        method: the method that changes it.
+        kind: what kind of layer it is.
+        shape: (out, in) of its matrix.
+        parameters: how many parameters the adapter has in it.
+        weight_norm: Frobenius norm of W⁰.
+        delta_norm: Frobenius norm of ΔW.
+        effective_rank: exp of the entropy of ΔW's normalised singular values; at most its rank.
+    """
+
+    path: str
+    method: str
+    kind: str
+    shape: tuple[int, int]
+    parameters: int
+    weight_norm: float
+    delta_norm: float
+    effective_rank: float
+
+    @property
+    def relative_norm(self) -> float:
+        """‖ΔW‖ / ‖W⁰‖."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else float("inf")
+
+
+@torch.no_grad()
+def inspect_adapter(model: nn.Module, name: str = "default") -> list[LayerReport]:
+    """A report of every layer that adapter ``name`` changes, in the model's order.
+
+    Raises:
+        PeanutError: there is no such adapter.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.known(name)
+    reports = []
+    for path, layer in adapters.layers(name):
+        delta = layer.change(name).delta
+        values = torch.zeros(1, dtype=torch.float64) if delta is None else singular_values(delta)
+        reports.append(
+            LayerReport(
+                path=path,
+                method=layer.method_of(name)[0].name,
+                kind=layer.frozen.kind.name,
+                shape=(layer.frozen.out_features, layer.frozen.in_features),
+                parameters=sum(parameter.numel() for parameter in layer.adapters[name].parameters()),
+                weight_norm=float(layer.frozen.weight.double().norm()),
+                delta_norm=float(values.norm()),
+                effective_rank=effective_rank(values),
+            )
+        )
+    return reports

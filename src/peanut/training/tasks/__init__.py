@@ -1,0 +1,15 @@
+"""The tasks, by the name that a run's config gives them."""
+
+from __future__ import annotations
+
+from .image import ImageClassification
+from .instruction import Instruction
+from .language import CausalLM
+from .sentences import TextClassification, TextRegression
+from .task import Task
+
+__all__ = ["TASKS", "CausalLM", "Task", "TextClassification"]
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextClassification, TextRegression, CausalLM, Instruction, ImageClassification)
+}

@@ -1,0 +1,180 @@
+"""transformers' Trainer for adapted models: checkpoints hold the adapter and the trained head, never the base."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.generic import can_return_loss, find_labels
+
+from .. import PeftModel
+from ..errors import PeanutError
+
+__all__ = ["AdapterTrainerMixin", "Trainer", "whole_checkpoints"]
+
+if TYPE_CHECKING:
+    _Base: TypeAlias = transformers.Trainer
+else:
+    _Base = object
+
+
+class AdapterTrainerMixin(_Base):
+    """What a Trainer must know about an adapted model; to be put before any subclass of transformers' Trainer.
+
+    ``class MyTrainer(AdapterTrainerMixin, Seq2SeqTrainer): ...``. transformers recognises adapters only by the classes
+    of Hugging Face PEFT; here its hooks for labels, columns, saving and loading look at the base model and at our
+    files. A model that is no ``PeftModel`` of ours is treated as transformers always does.
+
+    Args:
+        args, kwargs: those of the Trainer.
+        head_learning_rate: learning rate of the modules trained whole (``modules_to_save``, the classifier); the
+            adapter's, ``TrainingArguments.learning_rate``, if not given.
+    """
+
+    def __init__(self, *args: Any, head_learning_rate: float | None = None, **kwargs: Any) -> None:
+        self.head_learning_rate = head_learning_rate
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, PeftModel):
+            # The sign by which transformers lets a quantised base through: something trainable is attached to it.
+            model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        super().__init__(*args, **kwargs)
+        adapted = self._adapted()
+        if adapted is None:
+            return
+        base = adapted.get_base_model()
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(base))
+        self.can_return_loss = can_return_loss(type(base))
+        accepts = getattr(base, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(base.forward).parameters.values()
+        self.model_accepts_loss_kwargs = (
+            any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) if accepts is None else accepts
+        )
+        shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
+        self._loss_shifts_labels = shifts and not getattr(base.config, "is_encoder_decoder", False)
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
+
+    def _adapted(self) -> PeftModel | None:
+        """The model without what accelerate and ``torch.compile`` put around it, if it is one of ours."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model if isinstance(model, PeftModel) else None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._set_signature_columns_if_needed()
+        else:
+            names = inspect.signature(adapted.get_base_model().forward).parameters
+            columns = [*names, "label", "label_ids", *self.label_names]
+            self._signature_columns = list(dict.fromkeys(columns))  # type: ignore[assignment]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that the arguments ask for, with groups for the adapter and for the head."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        adapted = self._adapted()
+        if adapted is not None and self.head_learning_rate is not None:
+            heads = {id(p) for _, saved in adapted.adapters.saved_modules() for p in saved.parameters()}
+            groups = [
+                {**group, "params": [p for p in group["params"] if id(p) not in heads]}
+                for group in optimizer.param_groups
+            ]
+            groups += [
+                {**group, "params": [p for p in group["params"] if id(p) in heads], "lr": self.head_learning_rate}
+                for group in optimizer.param_groups
+            ]
+            optimizer.param_groups[:] = groups
+        # A fused step with no tensor in a group is an error in some optimisers.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(output_dir or self.args.output_dir)
+        adapted.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None and self.args.should_save:
+            processor.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that is whole, or none: a full disk leaves no half of one behind."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError, PeanutError) as error:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if not (isinstance(error, (OSError, SafetensorError, PeanutError)) or _is_failed_write(error)):
+                raise
+            if self.args.should_save and not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, PeanutError):
+                raise
+            raise PeanutError(
+                f"cannot write the checkpoint '{folder}': {error}", do="free some space and run again to continue"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = self._adapted()
+        if adapted is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _load_adapters(adapted, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        adapted, best = self._adapted(), self.state.best_model_checkpoint
+        if adapted is None or best is None:
+            super()._load_best_model()
+        else:
+            _load_adapters(adapted, best)
+
+
+class Trainer(AdapterTrainerMixin, transformers.Trainer):
+    """transformers' Trainer for a ``PeftModel``: same arguments, and ``head_learning_rate``.
+
+    Checkpoints hold the adapter and the trained head and resume exactly; ``load_best_model_at_end`` works.
+    """
+
+
+def whole_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run that were written to their end, oldest first."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    steps = {
+        int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.name.rpartition("-")[2].isdigit()
+    }
+    return [folder for _, folder in sorted(steps.items()) if is_whole(folder)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes ``trainer_state.json`` last."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and checkpoint.name == f"{PREFIX_CHECKPOINT_DIR}-{state.get('global_step')}"
+
+
+def _load_adapters(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Gives every adapter of the model the values in ``folder``, where ``save_pretrained`` put them."""
+    for name in model.peft_config:
+        source = Path(folder) if name == "default" else Path(folder) / name
+        model.load_adapter(source, name, is_trainable=True)
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether torch.save failed on the disk; it says so in a plain RuntimeError."""
+    return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)

@@ -1,0 +1,194 @@
+"""What the tests of the core share: one-layer models of every kind, configs of every method, and ways to compare."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
+
+import peanut.methods  # noqa: F401 - fills METHODS
+from peanut import PeftModel, get_peft_model
+from peanut.model.adapter_set import AdapterSet
+from peanut.protocols import METHODS, PeftConfig
+
+VOCABULARY = 11
+
+
+def tokens() -> Tensor:
+    return torch.randn(4, 7, 12)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 4, 9, 7)
+
+
+def ids() -> Tensor:
+    return torch.arange(20).reshape(4, 5) % VOCABULARY
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {"linear": tokens, "conv1d": tokens, "conv2d": images, "embedding": ids}
+
+LAYERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "linear": {"wide": lambda: nn.Linear(12, 20), "narrow, no bias": lambda: nn.Linear(12, 8, bias=False)},
+    "conv1d": {"wide": lambda: Conv1D(20, 12), "narrow": lambda: Conv1D(8, 12)},
+    "conv2d": {
+        "plain": lambda: nn.Conv2d(4, 10, 3),
+        "strided": lambda: nn.Conv2d(4, 10, (3, 2), stride=(2, 1), padding=(1, 2), bias=False),
+        "dilated": lambda: nn.Conv2d(4, 10, 3, dilation=2, padding="same"),
+        "reflecting": lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"),
+        "circular": lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="circular"),
+        "grouped": lambda: nn.Conv2d(4, 10, 3, groups=2),
+        "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
+    },
+    "embedding": {
+        "plain": lambda: nn.Embedding(VOCABULARY, 12),
+        "padded": lambda: nn.Embedding(VOCABULARY, 12, padding_idx=3),
+        "scaled": lambda: Gemma3TextScaledWordEmbedding(VOCABULARY, 12, 0, embed_scale=12**0.5),
+    },
+}
+"""Every kind of layer in its variants; the first one of a kind meets every config of every method."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A config of a method: its options, and whether it promises that a new adapter changes nothing."""
+
+    name: str = "default"
+    options: dict[str, Any] = field(default_factory=dict)
+    silent: bool = True
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    "PEANUT": [
+        Variant("depth 0", {"r": 3, "scaling": 0.5}),
+        Variant("depth 1", {"r": 3, "depth": 1, "act_fn": "gelu"}),
+        Variant("depth 2", {"r": 3, "depth": 2}),
+        Variant("side in", {"r": 3, "depth": 1, "side": "in", "act_fn": "sine"}),
+        Variant("side auto", {"r": 3, "side": "auto", "act_fn": "gelu"}),
+        Variant("random", {"r": 3, "init_weights": False}, silent=False),
+        Variant("dropout", {"r": 3, "dropout": 0.25, "act_fn": "tanh"}),
+        Variant("rank pattern", {"r": 3, "rank_pattern": {"lay..": 2}}),
+    ],
+    "LORA": [
+        Variant("plain", {"r": 3, "lora_alpha": 6}),
+        Variant("rslora", {"r": 4, "use_rslora": True}),
+        Variant("lora_bias", {"r": 3, "lora_bias": True}),
+        Variant("lora_only", {"r": 3, "bias": "lora_only"}),
+        Variant("gaussian", {"r": 3, "init_lora_weights": "gaussian"}),
+        Variant("random", {"r": 3, "init_lora_weights": False}, silent=False),
+        Variant("dropout", {"r": 3, "lora_dropout": 0.25}),
+        Variant("patterns", {"r": 3, "rank_pattern": {"layer": 2}, "alpha_pattern": {"l.*r": 5}}),
+    ],
+}
+"""Configs beyond the default; a method that is not listed is tested with its default alone."""
+
+
+class Net(nn.Module):
+    """A model with one layer, called ``layer``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with one of its configs on one layer."""
+
+    method: str
+    variant: Variant
+    kind: str
+    layer: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.variant.name}-{self.kind}-{self.layer}"
+
+    def net(self, dtype: torch.dtype = torch.float64) -> Net:
+        """The model: the same weights at every call, padding rows not zero so that mistakes with them show."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            net = Net(LAYERS[self.kind][self.layer]())
+            for parameter in net.parameters():
+                nn.init.normal_(parameter, std=0.5)
+        return net.to(dtype)
+
+    def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            x = INPUTS[self.kind]()
+        return x.to(dtype) if x.is_floating_point() else x
+
+    def config(self, **more: Any) -> PeftConfig:
+        return METHODS[self.method].config_class(target_modules=["layer"], **self.variant.options | more)
+
+    def adapted(self, *names: str, dtype: torch.dtype = torch.float64) -> PeftModel:
+        """The model in eval mode with random adapters called ``names`` (``default`` if none); the first is active."""
+        first, *others = names or ("default",)
+        model = get_peft_model(self.net(dtype), self.config(), first)
+        for name in others:
+            model.add_adapter(name, self.config())
+        return randomised(model).eval()
+
+
+def _cases() -> Iterable[Case]:
+    for method in METHODS.values():
+        variants = VARIANTS.get(method.name, [Variant()])
+        for kind in method.kinds:
+            first, *others = LAYERS[kind]
+            yield from (Case(method.name, variant, kind, first) for variant in variants)
+            yield from (Case(method.name, variants[0], kind, layer) for layer in others)
+
+
+CASES = list(_cases())
+FIRST_CASES = [next(group) for _, group in itertools.groupby(CASES, lambda case: (case.method, case.kind))]
+"""One case of every method on every kind of layer, for what is slow."""
+
+
+@torch.no_grad()
+def randomised(model: PeftModel | nn.Module, names: Iterable[str] | None = None, seed: int = 3) -> Any:
+    """``model`` with clearly non-zero, fixed values in its adapters (all, or those named) and their heads."""
+    adapters = AdapterSet.of(model)
+    for name in adapters.configs if names is None else names:
+        for key, parameter in adapters.parameters(name):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {key}".encode()))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.4 * noise).to(parameter.dtype))
+    return model
+
+
+def change_in_output(model: nn.Module, base: nn.Module, x: Tensor) -> float:
+    """How far the adapters move the output, relative to it: tests that compare first make sure that this is not small."""
+    with torch.no_grad():
+        return distance(model(x), base(x))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected value."""
+    assert found.shape == expected.shape
+    difference = (found.detach().double() - expected.detach().double()).abs().max()
+    return float(difference / expected.detach().double().abs().max())
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    """Equality bit for bit, dtype and shape included."""
+    return found.dtype == expected.dtype and found.shape == expected.shape and torch.equal(found, expected)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of all parameters that have one, by name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state, to compare with later."""
+    return {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,0 +1,120 @@
+"""Files are whole or not there, and what goes wrong is told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peanut.errors import PeanutError, nearest
+from peanut.files import make_folder, read_json, write_files, write_json
+
+
+def fail_after_writing(path: Path) -> None:
+    path.write_text("half")
+    raise OSError(28, "No space left on device")
+
+
+def test_error_is_one_line_of_finding_expectation_and_remedy() -> None:
+    error = PeanutError("r=0", "a whole number\n  above 0", "set r")
+    assert str(error) == "r=0; expected a whole number above 0; set r"
+    assert isinstance(error, ValueError)
+    assert str(PeanutError("r=0", do="set r")) == "r=0; set r"
+
+
+def test_nearest_puts_the_likest_first() -> None:
+    assert nearest("qproj", ["v_proj", "q_proj", "lm_head"]).startswith("'q_proj'")
+    assert nearest("zzz", ["b", "a"]) == "'a', 'b'"
+    assert nearest("zzz", []) == ""
+
+
+def test_make_folder_makes_parents_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert os.listdir(folder) == []
+    assert make_folder(folder) == folder
+
+
+def test_make_folder_refuses_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(PeanutError, match=r"cannot write into folder .*; free some space or choose another folder"):
+            make_folder(path)
+
+
+def test_make_folder_refuses_what_cannot_be_written() -> None:
+    with pytest.raises(PeanutError, match="cannot write into folder '/proc/peanut'"):
+        make_folder("/proc/peanut")  # refused to root too, as tests often run as root
+
+
+def test_write_files_writes_all(tmp_path: Path) -> None:
+    weights = {"a": torch.arange(6.0).view(2, 3)}
+    folder = write_files(
+        tmp_path / "new",
+        {"w.safetensors": lambda path: save_file(weights, path), "n.txt": lambda path: path.write_text("n")},
+    )
+    assert sorted(os.listdir(folder)) == ["n.txt", "w.safetensors"]
+    assert torch.equal(load_file(folder / "w.safetensors")["a"], weights["a"])
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in os.listdir(folder)} == {0o666 & ~mask}
+
+
+def test_write_files_that_fails_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("before")
+    with pytest.raises(PeanutError, match=r"cannot write a\.txt, b\.txt into .*No space left on device"):
+        write_files(tmp_path, {"a.txt": lambda path: path.write_text("after"), "b.txt": fail_after_writing})
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "before"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the always full device of Linux")
+def test_a_disk_that_is_full_for_safetensors_is_told(tmp_path: Path) -> None:
+    def to_full_disk(_: Path) -> None:
+        save_file({"a": torch.zeros(2)}, "/dev/full/a")
+
+    with pytest.raises(PeanutError, match=r"cannot write a\.safetensors"):
+        write_files(tmp_path, {"a.safetensors": to_full_disk})
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_files_lets_a_bug_through_and_cleans_up(tmp_path: Path) -> None:
+    def bug(_: Path) -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        write_files(tmp_path, {"a.txt": bug})
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_is_sorted_and_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    write_json(path, {"b": [1, 2.5], "a": None})
+    assert path.read_text() == '{\n  "a": null,\n  "b": [\n    1,\n    2.5\n  ]\n}\n'
+    assert read_json(path) == {"a": None, "b": [1, 2.5]}
+
+
+def test_write_json_of_what_json_cannot_hold_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    write_json(path, 1)
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    assert json.loads(path.read_text()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00"])
+def test_read_json_refuses_a_broken_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.json"
+    path.write_bytes(content)
+    with pytest.raises(PeanutError, match=r"cannot read '.*c\.json'.*expected a whole JSON file; save it again"):
+        read_json(path)
+
+
+def test_read_json_refuses_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(PeanutError, match=r"no file '.*c\.json'; expected a JSON file there"):
+        read_json(tmp_path / "c.json")

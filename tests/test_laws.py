@@ -1,0 +1,348 @@
+"""The laws that every method keeps on every kind of layer it names. A method joins by being registered."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from peanut import PeanutError, PeftModel, get_peft_model
+from peanut.model.adapter_set import AdapterSet
+from peanut.model.layer import AdaptedLayer
+from peanut.operators import LowRank
+from peanut.protocols import METHODS
+
+from .support import CASES, FIRST_CASES, Case, change_in_output, distance, frozen_state, gradients, randomised, same_bits
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+one_case_a_kind = pytest.mark.parametrize("case", FIRST_CASES, ids=str)
+low_rank_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if "dropout" not in case.variant.name], ids=str
+)
+TIGHT = 1e-12
+"""Largest relative difference in float64 between two orders of the same sums."""
+
+
+def layer_of(model: PeftModel) -> AdaptedLayer:
+    return next(layer for _, layer in AdapterSet.of(model).layers())
+
+
+def can_merge(model: PeftModel) -> bool:
+    """Whether a bias that the adapter moves has a place in the layer."""
+    layer = layer_of(model)
+    return layer.change(model.active_adapter).shift is None or layer.frozen.bias() is not None
+
+
+def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
+    """The layer's output from (W + Σ Δ) and (b + Σ shift) built densely and put into an untouched copy of it."""
+    changes = [layer.change(name) for name in names]
+    kind, module = layer.frozen.kind, case.net().layer
+    matrix, bias = layer.frozen.matrix(), layer.frozen.bias()
+    for change in changes:
+        matrix = matrix if change.delta is None else matrix + change.delta.dense()
+        if change.shift is not None and bias is not None:
+            bias = bias + change.shift
+    own = {"weight": kind.layout(module, matrix)} | ({} if bias is None else {"bias": bias})
+    y = torch.func.functional_call(module, own, (x,))
+    for change in changes:
+        if change.shift is not None and bias is None:
+            y = y + kind.along_output(change.shift)
+    return y
+
+
+# 1. A new adapter changes nothing, where the method promises it, and a disabled one never does
+
+
+@every_case
+def test_new_adapter_changes_nothing(case: Case) -> None:
+    base, x = case.net(), case.input()
+    model = get_peft_model(case.net(), case.config()).eval()
+    with torch.no_grad():
+        moved = distance(model(x), base(x))
+        assert (moved == 0) if case.variant.silent else (moved > 1e-3)
+
+
+@every_case
+def test_disabled_adapter_is_the_base_bit_for_bit(case: Case) -> None:
+    base, x, model = case.net(), case.input(), case.adapted()
+    assert change_in_output(model, base, x) > 0.05
+    with model.disable_adapter():
+        assert same_bits(model(x), base(x))
+    assert change_in_output(model, base, x) > 0.05
+
+
+# 2. Merged equals unmerged; unmerging restores every bit; merging some leaves the others active
+
+
+@every_case
+def test_merged_equals_unmerged_and_unmerging_restores_every_bit(case: Case) -> None:
+    model, x = case.adapted(), case.input()
+    before, expected = frozen_state(model), model(x)
+    if not can_merge(model):
+        with pytest.raises(PeanutError, match="changes the bias of a layer that has none; .*use it unmerged"):
+            model.merge_adapter()
+        assert same_bits(model(x), expected)
+        return
+    model.merge_adapter()
+    assert distance(model(x), expected) < TIGHT
+    assert layer_of(model).merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert same_bits(model(x), expected)
+    assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
+
+
+@every_case
+def test_merging_one_of_two_leaves_the_other_active(case: Case) -> None:
+    model, x, base = case.adapted("a", "b"), case.input(), case.net()
+    if not can_merge(model):
+        return
+    model.set_adapter(["a", "b"])
+    expected = model(x)
+    model.merge_adapter(["b"])
+    assert layer_of(model).merged_adapters == ["b"]
+    assert distance(model(x), expected) < TIGHT
+    model.merge_adapter(["a"])
+    assert distance(model(x), expected) < TIGHT
+    model.unmerge_adapter()
+    assert same_bits(model(x), expected)
+    assert same_bits(model.unload()(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@one_case_a_kind
+def test_unmerging_restores_every_bit_in_every_dtype(case: Case, dtype: torch.dtype) -> None:
+    model, x = case.adapted(dtype=dtype), case.input(dtype)
+    before, expected = frozen_state(model), model(x)
+    model.merge_adapter()
+    assert distance(model(x), expected) < 20 * torch.finfo(dtype).eps
+    model.unmerge_adapter()
+    assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
+
+
+# 3. Saved and loaded on a fresh base, the outputs are the same, bit for bit
+
+
+@every_case
+def test_reloaded_adapter_gives_the_same_bits(case: Case, tmp_path: Path) -> None:
+    model, x = case.adapted(dtype=torch.float32), case.input(torch.float32)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.net(torch.float32), tmp_path)
+    assert same_bits(again(x), model(x))
+    empty = PeftModel.from_pretrained(case.net(torch.float32), tmp_path, low_cpu_mem_usage=True)
+    assert same_bits(empty(x), model(x))
+    other = tmp_path / "again"
+    again.save_pretrained(other)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (other / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+# 4. Every trained parameter gets a gradient, and no frozen one does
+
+
+@every_case
+def test_gradients_reach_what_is_trained_and_nothing_else(case: Case) -> None:
+    model, x = case.adapted().train(), case.input()
+    model(x).square().sum().backward()
+    own = {id(parameter) for _, parameter in model.adapters.parameters("default")}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in own), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+@every_case
+def test_one_step_from_the_start_lowers_the_loss(case: Case) -> None:
+    x = case.input()
+    model = get_peft_model(case.net(), case.config()).eval()
+    target = randomised(get_peft_model(case.net(), case.config())).eval()(x).detach()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = (model(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
+
+
+# 5. The fast path equals the dense form, forward and backward, and never builds it
+
+
+@every_case
+def test_layer_equals_its_dense_form_forward_and_backward(case: Case) -> None:
+    model, x = case.adapted("a", "b"), case.input()
+    model.set_adapter(["a", "b"])
+    layer = layer_of(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = [x.requires_grad_(), *trained] if x.is_floating_point() else trained
+    fast, slow = layer(x), written_out(case, layer, ["a", "b"], x)
+    assert distance(fast, slow) < TIGHT
+    direction = torch.randn_like(slow)
+    for found, expected in zip(
+        torch.autograd.grad(fast, wanted, direction), torch.autograd.grad(slow, wanted, direction), strict=True
+    ):
+        if case.layer == "padded":
+            continue  # F.embedding's own backward skips the padding row only for its weight
+        assert distance(found, expected) < TIGHT
+
+
+@one_case_a_kind
+def test_operator_passes_gradcheck(case: Case) -> None:
+    layer = layer_of(case.adapted())
+    method, config = layer.method_of("default")
+    parameters = layer.adapters["default"].values_by_suffix()
+    _, inputs = layer.frozen.out_features, layer.frozen.in_features
+    x = torch.randn(3, inputs, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([[0, inputs - 1], [1, 1]])
+
+    def fast(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        delta = method.change(config, dict(zip(parameters, values, strict=True)), layer.frozen).delta
+        return (delta.apply(x), delta.rows(at)) if delta is not None else (x.sum() + sum(v.sum() for v in values),)
+
+    def slow(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        matrix = method.change(config, dict(zip(parameters, values, strict=True)), layer.frozen).delta.dense()
+        return x @ matrix.T, matrix.T[at]
+
+    assert torch.autograd.gradcheck(fast, (x, *parameters.values()))
+    for found, expected in zip(fast(x, *parameters.values()), slow(x, *parameters.values()), strict=True):
+        assert distance(found, expected) < TIGHT
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the size of every tensor that is newly made."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.made.append(tuple(tensor.shape))
+        return out
+
+
+@every_case
+def test_low_rank_change_is_never_built(case: Case) -> None:
+    model, x = case.adapted(), case.input()
+    layer = layer_of(model)
+    if not isinstance(layer.change("default").delta, LowRank):
+        return
+    out, inputs = layer.frozen.out_features, layer.frozen.in_features
+    forbidden = {(out, inputs), (inputs, out), tuple(layer.weight.shape)}
+    with Shapes(layer.weight) as watch:
+        model(x).sum().backward()
+    assert not forbidden & set(watch.made)
+    with Shapes(layer.weight) as watch:
+        layer.delta("default")
+    assert forbidden & set(watch.made)  # the watch sees it where it is built
+
+
+# 6. Two adapters: each alone, both together, one for each sample
+
+
+@pytest.mark.parametrize("other", sorted(METHODS))
+@every_case
+def test_two_adapters_add_and_mix_by_sample(case: Case, other: str) -> None:
+    if case.kind not in METHODS[other].kinds:
+        return
+    model, x, base = case.adapted("a"), case.input(), case.net()
+    model.add_adapter("b", METHODS[other].config_class(target_modules=["layer"]))
+    randomised(model, ["b"])
+    plain, alone = base(x), {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        assert change_in_output(model, base, x) > 0.05
+        alone[name] = model(x)
+    assert distance(alone["a"], alone["b"]) > 0.05
+    model.set_adapter(["a", "b"])
+    assert distance(model(x), alone["a"] + alone["b"] - plain) < TIGHT
+    names = ["b", "__base__", "a", "b"]
+    mixed = model(x, adapter_names=names)
+    expected = torch.stack([{**alone, "__base__": plain}[name][row] for row, name in enumerate(names)])
+    assert distance(mixed, expected) < TIGHT
+    model.delete_adapter("b")
+    assert model.active_adapters == ["a"]
+    assert same_bits(model(x), alone["a"])
+
+
+# 7. Every dtype, autocast, checkpointing and compiling: the same result within the dtype's error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_case
+def test_dtypes(case: Case, dtype: torch.dtype) -> None:
+    model, x = case.adapted(dtype=dtype), case.input(dtype)
+    exact = case.adapted()
+    reference = exact.load_state_dict(model.state_dict()) and exact(x.double() if x.is_floating_point() else x)
+    y = model(x)
+    assert y.dtype == dtype
+    assert distance(y, reference) < 20 * torch.finfo(dtype).eps
+    y.sum().backward()
+    for _, parameter in model.adapters.parameters("default"):
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+
+
+@one_case_a_kind
+def test_autocast(case: Case) -> None:
+    model, x = case.adapted(dtype=torch.float32), case.input(torch.float32)
+    expected = model(x)
+    (expected.square().mean()).backward()
+    exact = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        with torch.no_grad():
+            evaluated = model(x)
+    assert y.dtype == case.adapted(dtype=torch.float32)(x).dtype if case.kind == "embedding" else torch.bfloat16
+    assert distance(y, expected) < 0.05
+    assert distance(evaluated, expected) < 0.05
+    y.square().mean().backward()
+    for name, grad in gradients(model).items():
+        assert distance(grad, exact[name]) < 0.1
+    with torch.no_grad():
+        assert same_bits(model(x), expected)  # nothing that was computed in bfloat16 is kept for later
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@every_case
+def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
+    model, x = case.adapted().train(), case.input()
+    if reentrant and not x.is_floating_point():
+        return  # the reentrant form needs an input with a gradient
+    x = x.requires_grad_() if x.is_floating_point() else x
+    torch.manual_seed(5)
+    model(x).square().sum().backward()
+    expected = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    torch.manual_seed(5)
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    found = gradients(model)
+    assert expected.keys() == found.keys()
+    assert all(distance(found[name], grad) < TIGHT for name, grad in expected.items())
+
+
+@one_case_a_kind
+def test_compiles_in_one_graph(case: Case) -> None:
+    torch._dynamo.reset()
+    model, x = case.adapted(dtype=torch.float32), case.input(torch.float32)
+    model(x).square().sum().backward()
+    expected = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    assert distance(y, model(x)) < 1e-5
+    y.square().sum().backward()
+    assert all(distance(grad, expected[name]) < 1e-5 for name, grad in gradients(model).items())
