@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import peanut.methods  # noqa: F401 - fills METHODS
-from peanut import PeftModel, get_peft_model
+from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.model.adapter_set import AdapterSet
 from peanut.protocols import METHODS, PeftConfig
 
 VOCABULARY = 11
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For a module that imports it: on tiny layers, threads that wait for each other cost 100 times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tokens() -> Tensor:
@@ -69,8 +81,9 @@ VARIANTS: dict[str, list[Variant]] = {
     "PEANUT": [
         Variant("depth 0", {"r": 3, "scaling": 0.5}),
         Variant("depth 1", {"r": 3, "depth": 1, "act_fn": "gelu"}),
-        Variant("depth 2", {"r": 3, "depth": 2}),
-        Variant("side in", {"r": 3, "depth": 1, "side": "in", "act_fn": "sine"}),
+        Variant("depth 2", {"r": 3, "depth": 2, "act_fn": "silu"}),
+        Variant("side in", {"r": 3, "depth": 1, "side": "in", "act_fn": "tanh"}),
+        Variant("sine", {"r": 3, "side": "in", "act_fn": "sine"}),
         Variant("side auto", {"r": 3, "side": "auto", "act_fn": "gelu"}),
         Variant("random", {"r": 3, "init_weights": False}, silent=False),
         Variant("dropout", {"r": 3, "dropout": 0.25, "act_fn": "tanh"}),
@@ -154,20 +167,69 @@ FIRST_CASES = [next(group) for _, group in itertools.groupby(CASES, lambda case:
 """One case of every method on every kind of layer, for what is slow."""
 
 
+PEER_WARNINGS = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (
+        "fan_in_fan_out is set to False",  # of every Conv1D
+        ".*LoRA tensor.*have invalid shape",  # of its own lora_bias
+        "Setting `save_embedding_layers` to `True`",  # of embeddings
+        "`is_gradient_checkpointing` is deprecated",  # of what it asks transformers
+        ".*`tie_word_embeddings=True`",  # of a tied head, where it then does as we do
+    )
+]
+"""What the peer warns of itself."""
+
+
+def peer_has(case: Case) -> bool:
+    """Whether the peer can do the same: on fewer kinds of layer, and of a convolution it forgets all but the stride."""
+    kinds = {"LORA": {"linear", "conv1d", "conv2d", "embedding"}}.get(case.method, {"linear"})
+    refused = {"sine", "dilated", "reflecting", "circular", "grouped", "depthwise"} & {case.variant.name, case.layer}
+    only_here = METHODS[case.method].config_class.only_here & case.variant.options.keys()
+    return (
+        case.kind in kinds
+        and not refused
+        and not only_here
+        and (case.variant.name, case.kind) != ("lora_bias", "embedding")
+    )
+
+
+PEER_CASES = [case for case in CASES if peer_has(case)]
+
+
+def peer_model(model: nn.Module, config: PeftConfig) -> Any:
+    """The peer's model from our config."""
+    import peft
+
+    values = {name: value for name, value in config.to_dict().items() if name not in config.only_here}
+    return peft.get_peft_model(model, peft.get_peft_config(values)).eval()
+
+
+def peer_loaded(model: nn.Module, folder: Path, is_trainable: bool = False) -> Any:
+    """The peer's model from a folder."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable).eval()
+
+
 @torch.no_grad()
-def randomised(model: PeftModel | nn.Module, names: Iterable[str] | None = None, seed: int = 3) -> Any:
+def scattered(parameters: Iterable[Tensor], seed: int = 4, scale: float = 0.4) -> None:
+    """Adds clearly non-zero noise to parameters, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_((scale * noise).to(parameter.dtype))
+
+
+def randomised(model: PeftModel | nn.Module, names: Iterable[str] | None = None, scale: float = 0.4) -> Any:
     """``model`` with clearly non-zero, fixed values in its adapters (all, or those named) and their heads."""
     adapters = AdapterSet.of(model)
     for name in adapters.configs if names is None else names:
-        for key, parameter in adapters.parameters(name):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {key}".encode()))
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((0.4 * noise).to(parameter.dtype))
+        scattered((value for _, value in adapters.parameters(name)), zlib.crc32(name.encode()), scale)
     return model
 
 
 def change_in_output(model: nn.Module, base: nn.Module, x: Tensor) -> float:
-    """How far the adapters move the output, relative to it: tests that compare first make sure that this is not small."""
+    """How far the adapters move the output, relative to it: before comparing, make sure that this is not small."""
     with torch.no_grad():
         return distance(model(x), base(x))
 
@@ -192,3 +254,27 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's state, to compare with later."""
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def look_of(model: nn.Module) -> tuple[dict[str, type], dict[str, bool], dict[str, Tensor]]:
+    """A model's modules, what of it is trained, and a copy of its state: all that a refused call must leave alone."""
+    modules = {name: type(module) for name, module in model.named_modules()}
+    return modules, {name: p.requires_grad for name, p in model.named_parameters()}, frozen_state(model)
+
+
+def assert_looks(model: nn.Module, before: tuple[dict[str, type], dict[str, bool], dict[str, Tensor]]) -> None:
+    """The model is bit for bit as it was when ``before`` was taken."""
+    modules, trained, state = look_of(model)
+    assert (modules, trained) == before[:2]
+    assert state.keys() == before[2].keys()
+    assert all(same_bits(value, before[2][key]) for key, value in state.items())
+
+
+@contextmanager
+def refused(model: nn.Module, message: str) -> Iterator[None]:
+    """The block raises a PeanutError of one line that ``message`` matches, and leaves the model as it was."""
+    before = look_of(model)
+    with pytest.raises(PeanutError, match=message) as error:
+        yield
+    assert "\n" not in str(error.value)
+    assert_looks(model, before)

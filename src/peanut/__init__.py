@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "errors": ("PeanutError",),
     "export": ("from_lora", "to_lora"),
+    "methods.linear_probing": ("LinearProbingConfig",),
     "methods.lora": ("LoraConfig",),
     "methods.peanut": ("PeanutConfig",),
     "model.auto": (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .errors import PeanutError as PeanutError
     from .export import from_lora as from_lora
     from .export import to_lora as to_lora
+    from .methods.linear_probing import LinearProbingConfig as LinearProbingConfig
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.peanut import PeanutConfig as PeanutConfig
     from .model.auto import AutoPeftModel as AutoPeftModel

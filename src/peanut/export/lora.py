@@ -42,6 +42,11 @@ class LoraExport:
     def largest_error(self) -> float:
         return max(self.errors.values(), default=0.0)
 
+    @property
+    def rank(self) -> int:
+        """The rank of the new adapter, of the largest layer."""
+        return int(self.adapters.configs[self.name].r)  # type: ignore[attr-defined]
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the LoRA as an adapter of its own, which the peer and servers of LoRA read."""
         return save_adapter(folder, self.adapters, self.name)

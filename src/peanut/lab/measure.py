@@ -5,44 +5,48 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import random
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Spread", "interleaved", "now", "peak_bytes", "ratio", "repeated", "saved_bytes"]
+__all__ = ["Spread", "interleaved", "now", "peak_bytes", "processor", "ratio", "repeated", "saved_bytes"]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the quartiles around it."""
+    """What the rounds of a measurement gave: the median, the quartiles around it, and the least value."""
 
     median: float
     low: float
     high: float
+    least: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """The spread of one or more values."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
+        twice = [*values, *values] if len(values) == 1 else values
+        low, median, high = statistics.quantiles(twice, n=4, method="inclusive")
+        return cls(median, low, high, min(values))
 
 
 def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
-    """The spread of the ratios of two measurements, taken round by round.
+    """The spread of the ratios of two measurements, taken round by round, and in ``least`` that of their least values.
 
-    What slows the whole machine for a while slows both sides of a round, and leaves their ratio.
+    What slows the whole machine for a while slows both sides of a round and leaves their ratio; the least values are
+    those that other work on the machine disturbed least.
     """
-    return Spread.of([value / other for value, other in zip(values, to, strict=True)])
+    spread = Spread.of([value / other for value, other in zip(values, to, strict=True)])
+    return replace(spread, least=min(values) / min(to))
 
 
 def now(device: torch.device) -> float:
@@ -68,27 +72,27 @@ def _lasts(call: Callable[[], object], device: torch.device, count: int) -> floa
 
 
 def interleaved(
-    probes: Mapping[str, Callable[[], Mapping[str, float]]], rounds: Iterable[int]
-) -> dict[str, dict[str, list[float]]]:
-    """Runs every probe once a round, in an order that changes from round to round, without garbage collection within.
+    probes: Sequence[Callable[[], Mapping[str, float]]], rounds: Iterable[int]
+) -> list[dict[str, list[float]]]:
+    """Runs every probe once a round, in an order that changes, and collects garbage only between rounds.
 
     Args:
-        probes: by name, a function that measures once and returns what it found, by quantity.
+        probes: each measures once and returns what it found, by quantity.
         rounds: one entry a round.
 
     Returns:
-        Name → quantity → one value a round.
+        For each probe: quantity → one value a round.
     """
-    order = random.Random(0)  # noqa: S311 - the same order in every run, nothing secret
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in probes}
+    order = random.Random(0)  # noqa: S311 - the same in every run, and nothing secret
+    found: list[dict[str, list[float]]] = [{} for _ in probes]
     collecting = gc.isenabled()
     try:
         for _ in rounds:
             gc.collect()
             gc.disable()
-            for name in order.sample(list(probes), len(probes)):
-                for quantity, value in probes[name]().items():
-                    found[name].setdefault(quantity, []).append(value)
+            for index in order.sample(range(len(probes)), len(probes)):
+                for quantity, value in probes[index]().items():
+                    found[index].setdefault(quantity, []).append(value)
     finally:
         if collecting:
             gc.enable()
@@ -162,3 +166,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+def processor(device: torch.device) -> str:
+    """The model of the processor that ``device`` names, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    listed = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.is_file() else None
+    return model[1] if model else platform.processor() or platform.machine()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
-from ..protocols.config import check_finite, check_probability, check_whole, matching_pattern
+from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
 from ..weights import FrozenLayer
 
 __all__ = ["Lora", "LoraConfig"]
@@ -55,8 +55,10 @@ class LoraConfig(PeftConfig):
         check_finite("lora_alpha", self.lora_alpha)
         self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
         for name, r in self.rank_pattern.items():
+            check_pattern("rank_pattern", name)
             check_whole(f"rank_pattern[{name!r}]", r, least=1)
         for name, alpha in self.alpha_pattern.items():
+            check_pattern("alpha_pattern", name)
             check_finite(f"alpha_pattern[{name!r}]", alpha)
         if self.bias not in ("none", "lora_only"):
             raise PeanutError(f"bias={self.bias!r}", "'none' or 'lora_only'", "change bias")

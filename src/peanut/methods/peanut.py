@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
-from ..protocols.config import check_finite, check_probability, check_whole, matching_pattern
+from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
 from ..weights import FrozenLayer
 
 __all__ = ["Peanut", "PeanutConfig", "activation", "tweak"]
@@ -56,6 +56,7 @@ class PeanutConfig(PeftConfig):
         self.scaling = check_finite("scaling", self.scaling)
         self.dropout = check_probability("dropout", self.dropout)
         for name, r in self.rank_pattern.items():
+            check_pattern("rank_pattern", name)
             check_whole(f"rank_pattern[{name!r}]", r, least=1)
         if self.side not in ("out", "in", "auto"):
             raise PeanutError(f"side={self.side!r}", "'out', 'in' or 'auto'", "change side")
@@ -84,6 +85,7 @@ class Peanut(WeightMethod[PeanutConfig]):
     kinds = ("linear", "conv1d", "conv2d", "embedding")
 
     def start(self, config: PeanutConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        activation(config.act_fn, layer.weight.device)  # made now, as torch.compile cannot make one with parameters
         width = layer.out_features if reads_out(config, layer) else layer.in_features
         shapes = {"peanut_A.weight": (config.r, width), "peanut_B.weight": (width, config.r)}
         for level in range(config.depth):
@@ -141,10 +143,25 @@ def reads_out(config: PeanutConfig, layer: FrozenLayer) -> bool:
     return config.side == "out" or (config.side == "auto" and layer.out_features <= layer.in_features)
 
 
-@cache
 def activation(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The activation called ``name``; one with parameters of its own keeps their initial values."""
-    if name == "sine":
-        return lambda x: torch.sin(2 * math.pi * x)
-    function: nn.Module = ACT2FN[name].requires_grad_(False).to(device)
-    return function
+    if name in _WRITTEN_HERE:
+        return _WRITTEN_HERE[name]
+    if (name, device) not in _ACTIVATIONS:
+        _ACTIVATIONS[name, device] = ACT2FN[name].requires_grad_(False).to(device)
+    return _ACTIVATIONS[name, device]
+
+
+def sine(x: Tensor) -> Tensor:
+    """sin 2πx."""
+    return torch.sin(2 * math.pi * x)
+
+
+def untrained_prelu(x: Tensor) -> Tensor:
+    """What a PReLU computes at its initial slope; unlike ``nn.PReLU`` it takes any dtype."""
+    return F.leaky_relu(x, 0.25)
+
+
+_WRITTEN_HERE = {"sine": sine, "prelu": untrained_prelu}
+_ACTIVATIONS: dict[tuple[str, torch.device], nn.Module] = {}
+"""Kept in a dictionary that torch.compile can look into; it warns of ``functools.cache``."""

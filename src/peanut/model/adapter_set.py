@@ -33,20 +33,15 @@ class AdapterSet:
         self.model = model
         self.state = AdapterState()
         self.configs: dict[str, PeftConfig] = {}
+        self.trained: list[str] = []
         model.__dict__["_adapter_set"] = self
 
     @staticmethod
     def of(model: nn.Module) -> AdapterSet:
         """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none."""
-        for module in (
-            model,
-            getattr(model, "model", None),
-            getattr(getattr(model, "base_model", None), "model", None),
-        ):
-            found = None if module is None else module.__dict__.get("_adapter_set")
-            if isinstance(found, AdapterSet):
-                return found
-        return AdapterSet(model)
+        # A wrapper (PeftModel, PeanutModel) knows the set of the model that it wraps.
+        found = model.__dict__.get("_adapter_set") or getattr(model, "adapters", None)
+        return found if isinstance(found, AdapterSet) else AdapterSet(model)
 
     # What there is
 
@@ -77,7 +72,7 @@ class AdapterSet:
         Raises:
             PeanutError: there is no adapter of one of the names.
         """
-        wanted = [names] if isinstance(names, str) else list(names)
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in wanted:
             if name not in self.configs:
                 raise PeanutError(
@@ -90,7 +85,7 @@ class AdapterSet:
     # In and out
 
     def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> None:
-        """Puts a new adapter into the model; it is not active yet.
+        """Puts a new adapter into the model; it is neither active nor trained yet.
 
         Args:
             name: any name without a dot or slash.
@@ -111,18 +106,38 @@ class AdapterSet:
             raise PeanutError(
                 f"adapter {self.state.merged[0]!r} is merged", "an unmerged model", "call unmerge_adapter() first"
             )
+        if any(layer.state is not self.state for _, layer in self.layers()):
+            raise PeanutError(
+                f"a part of this {type(self.model).__name__}, or a model around it, has adapters of its own",
+                "one model that holds all adapters",
+                "add the adapter there, or unload() that one first",
+            )
         method = method_of(config.peft_type)
         paths = target_paths(self.model, config, method)
         heads = saved_paths(self.model, config)
+        for path in heads:
+            if any(isinstance(module, AdaptedLayer) for module in self._own(self._at(path)).modules()):
+                raise PeanutError(
+                    f"'{path}' is to be trained whole, and another adapter changes a layer in it",
+                    "a module that no adapter changes",
+                    "leave it out of modules_to_save, or delete that adapter first",
+                )
         planned = [(path, self._frozen(path), config.for_layer(path)) for path in paths]
         for path, frozen, own in planned:
             method.check(own, frozen, path)
-        seed = int(torch.randint(2**62, ()).item())
+        seed = int(torch.randint(2**62, (), device="cpu").item())
         for path, frozen, own in planned:
             parameters = _started(method, own, frozen, f"{seed}/{path}", meta=meta, wide=wide)
             self._wrapped(path).add(name, method, own, parameters)
         for path in heads:
             self._saved(path).add(name)
+        self.configs[name] = config
+        self.freeze(self.trained)
+
+    def configure(self, name: str, config: PeftConfig) -> None:
+        """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
+        for path, layer in self.layers(name):
+            layer.add(name, layer.method_of(name)[0], config.for_layer(path), layer.adapters[name])
         self.configs[name] = config
 
     def delete(self, name: str) -> None:
@@ -140,6 +155,7 @@ class AdapterSet:
                 self._put(path, saved.original_module)
         del self.configs[name]
         self.state.active = [other for other in self.state.active if other != name]
+        self.trained = [other for other in self.trained if other != name]
 
     def unload(self) -> nn.Module:
         """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
@@ -151,7 +167,9 @@ class AdapterSet:
 
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
-        self.merge(names)
+        wanted = self.known(self.state.active if names is None else names)
+        self.state.active = list(dict.fromkeys([*self.state.merged, *wanted]))
+        self.merge(wanted)
         for path, layer in list(self.layers()):
             if layer.frozen.untied and getattr(self.model, "config", None) is not None:
                 # Else the saved model would come back with the head tied to the embedding, and the merge lost.
@@ -161,7 +179,7 @@ class AdapterSet:
         for path, saved in list(self.saved_modules()):
             self._put(path, saved.acting())
         self.model.__dict__.pop("_adapter_set", None)
-        self.configs, self.state = {}, AdapterState()
+        self.configs, self.state, self.trained = {}, AdapterState(), []
         return self.model
 
     # Which act
@@ -180,19 +198,13 @@ class AdapterSet:
                 "an unmerged model",
                 "call unmerge_adapter() first",
             )
-        for path, saved in self.saved_modules():
-            both = [name for name in wanted if name in saved.modules_to_save]
-            if len(both) > 1:
-                raise PeanutError(
-                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
-                    "one such adapter at a time",
-                    "activate one of them",
-                )
+        self._refuse_two_heads(wanted)
         self.state.active = wanted
         self.freeze(trainable=wanted if trainable else ())
 
     def freeze(self, trainable: Sequence[str]) -> None:
-        """Freezes every parameter but those of the adapters ``trainable``."""
+        """Freezes the parameters of every adapter but those called ``trainable``."""
+        self.trained = list(trainable)
         for _, layer in self.layers():
             for name in layer.adapters:
                 layer.adapters[name].requires_grad_(name in trainable)
@@ -220,11 +232,14 @@ class AdapterSet:
         """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
 
         Raises:
-            PeanutError: a merged weight would not be finite, or a bias has nowhere to go. Nothing is then merged.
+            PeanutError: a merged weight would not be finite, a bias has nowhere to go, or two adapters have a copy of
+                one head. Nothing is then merged.
         """
         wanted = self.known(self.state.active if names is None else names)
         merged = self.state.merged + [name for name in wanted if name not in self.state.merged]
         before = list(self.state.merged)
+        active = list(dict.fromkeys([*self.state.active, *merged]))
+        self._refuse_two_heads(active)
         tied = _shared_parameters(self.model)
         try:
             for _, layer in self.layers():
@@ -234,8 +249,7 @@ class AdapterSet:
                 layer.unmerge()
                 layer.merge(before, shared=id(layer.weight) in tied)
             raise
-        self.state.merged = merged
-        self.state.active += [name for name in merged if name not in self.state.active]
+        self.state.merged, self.state.active = merged, active
 
     def unmerge(self) -> None:
         """Restores every weight bit for bit; the adapters stay active."""
@@ -246,7 +260,7 @@ class AdapterSet:
     # Surgery
 
     def _frozen(self, path: str) -> FrozenLayer:
-        module = self.model.get_submodule(path)
+        module = self._at(path)
         if isinstance(module, AdaptedLayer):
             return module.frozen
         kind = kind_of(module)
@@ -254,7 +268,7 @@ class AdapterSet:
         return FrozenLayer(module, kind)
 
     def _wrapped(self, path: str) -> AdaptedLayer:
-        module = self.model.get_submodule(path)
+        module = self._at(path)
         if isinstance(module, AdaptedLayer):
             return module
         layer = AdaptedLayer(module, self._frozen(path).kind, path, self.state).train(module.training)
@@ -262,7 +276,7 @@ class AdapterSet:
         return layer
 
     def _saved(self, path: str) -> SavedModule:
-        module = self.model.get_submodule(path)
+        module = self._at(path)
         if isinstance(module, SavedModule):
             return module
         saved = SavedModule(module, path, self.state).train(module.training)
@@ -271,7 +285,28 @@ class AdapterSet:
 
     def _put(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
+        setattr(self._own(self._at(parent)), name, module)
+
+    def _at(self, path: str) -> nn.Module:
+        """The module at ``path`` in the base model; through a module that is trained whole it leads by the original."""
+        module = self.model
+        for name in path.split(".") if path else ():
+            module = getattr(self._own(module), name)
+        return module
+
+    @staticmethod
+    def _own(module: nn.Module) -> nn.Module:
+        return module.original_module if isinstance(module, SavedModule) else module
+
+    def _refuse_two_heads(self, names: Sequence[str]) -> None:
+        for path, saved in self.saved_modules():
+            both = [name for name in names if name in saved.modules_to_save]
+            if len(both) > 1:
+                raise PeanutError(
+                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
+                    "one such adapter at a time",
+                    "activate one of them",
+                )
 
 
 def _started(

@@ -21,7 +21,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
 ]
 
-_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+_ADAPTER = ("subfolder", "revision")
+_HUB = ("token", "cache_dir", "force_download", "local_files_only")
 _BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -58,7 +59,8 @@ class AutoPeftModel:
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
         """
-        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in _ADAPTER if name in kwargs}
+        hub |= {name: kwargs[name] for name in _HUB if name in kwargs}  # these are for the base's files too
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.base_model_name_or_path:
             raise PeanutError(

@@ -89,7 +89,7 @@ def save_adapter(
     base = fingerprint(adapters, name)
     if base is not None:
         metadata[_FINGERPRINT] = base
-    tensors = {f"{PREFIX}{key}": value.cpu().contiguous() for key, value in sorted(state.items())}
+    tensors = _unshared({f"{PREFIX}{key}": value.cpu().contiguous() for key, value in sorted(state.items())})
     return write_files(
         folder,
         {
@@ -135,6 +135,8 @@ def load_state(
     Raises:
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
     """
+    if name in adapters.state.merged:
+        raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
     own = dict(adapters.parameters(name))
     state = {key: value for key, value in stored.state.items() if key in own or not _is_base_copy(key, adapters, value)}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -192,7 +194,17 @@ def _target_modules(adapters: AdapterSet, name: str) -> list[str] | str | None:
     targets = adapters.configs[name].target_modules
     if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return targets
-    return sorted(path for path, _ in adapters.layers(name))
+    return sorted(path for path, _ in adapters.layers(name)) or None
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, which safetensors refuses: a head may hold one bias under two names."""
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return tensors
 
 
 def _is_base_copy(key: str, adapters: AdapterSet, value: Tensor) -> bool:

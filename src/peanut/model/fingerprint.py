@@ -19,7 +19,8 @@ _LAYERS, _VALUES = 16, 16
 def fingerprint(adapters: AdapterSet, name: str) -> str | None:
     """JSON of samples of the weights under adapter ``name``: up to 16 values of up to 16 layers, evenly spread.
 
-    Values, not a hash: the same base in another precision must be known again. ``None`` on the meta device.
+    Values, not a hash: the same base in another precision must be known again. ``None`` on the meta device, and
+    where no layer is adapted.
     """
     layers = list(adapters.layers(name))
     step = max(1, len(layers) // _LAYERS)
@@ -31,7 +32,7 @@ def fingerprint(adapters: AdapterSet, name: str) -> str | None:
         flat = layer.frozen.weight.reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()
         samples[path] = [float(f"{value:.6g}") for value in flat[places.to(flat.device)].double().tolist()]
-    return json.dumps(samples, sort_keys=True)
+    return json.dumps(samples, sort_keys=True) if samples else None
 
 
 def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, WeightMethod
 from ..weights import FrozenLayer, LayerKind
@@ -33,6 +34,7 @@ class AdaptedLayer(nn.Module):
         self._methods: dict[str, tuple[WeightMethod[Any], PeftConfig]] = {}
         self._known: dict[str, tuple[Any, Change]] = {}
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
     def add(self, name: str, method: WeightMethod[Any], config: PeftConfig, parameters: Parameters) -> None:
         """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe."""
@@ -84,7 +86,8 @@ class AdaptedLayer(nn.Module):
     def change(self, name: str) -> Change:
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
-        Without gradients and outside training it is computed once and kept while no parameter and no weight changes.
+        Without gradients and outside training it is computed once and kept while no parameter and no weight changes,
+        and autocast neither begins nor ends.
         """
         method, config = self._methods[name]
         parameters = self.adapters[name].values_by_suffix()
@@ -149,8 +152,8 @@ class AdaptedLayer(nn.Module):
     def _forward_joined(self, x: Tensor, operator: LowRank, changes: list[Change]) -> Tensor:
         """The frozen product and a low-rank change in one go."""
         weight, bias = self.frozen.kind.matrix(self.base_layer, self.weight), self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = _autocast_dtype(x.device)
+        if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         for change in changes:
             if change.shift is not None:
@@ -203,11 +206,21 @@ class AdaptedLayer(nn.Module):
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
 
 
-def _version(tensors: list[Tensor]) -> tuple[tuple[int, int, torch.dtype, torch.device], ...] | None:
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast has products computed on ``device`` now, or ``None``."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _version(tensors: list[Tensor]) -> tuple[Any, ...] | None:
     """A value that changes whenever one of the tensors does, or ``None`` where torch does not count versions."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return tuple((tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)
+    return (
+        _autocast_dtype(tensors[-1].device),
+        *((tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors),
+    )
 
 
 def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -217,3 +230,13 @@ def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, loca
             key = f"{prefix}base_layer.{name}"
             if value is not None and key in state:
                 state[key] = value
+
+
+def _refuse_merged(layer: AdaptedLayer, *_: Any) -> None:
+    """A state dict holds weights without adapters, and would put them where the merged ones are."""
+    if layer.merged:
+        raise PeanutError(
+            f"a state dict for a model in which adapter {layer.merged_adapters[0]!r} is merged",
+            "an unmerged model",
+            "call unmerge_adapter() first",
+        )

@@ -190,7 +190,6 @@ class PeftModel(nn.Module):
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
         self.adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
-        self.adapters.freeze(trainable=self._trainable())
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and silent."""
@@ -305,11 +304,14 @@ class PeftModel(nn.Module):
         """
         stored = read_adapter(model_id, config, **hub)
         stored = replace(stored, config=replace(stored.config, inference_mode=not is_trainable))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         adapted = cls(model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         try:
             load_state(adapted.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
         except PeanutError:
             adapted.delete_adapter(adapter_name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         return adapted.eval() if not is_trainable else adapted
 
@@ -322,7 +324,9 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         **hub: Any,
     ) -> None:
-        """Reads another adapter into the model, or other values into one; ``set_adapter`` makes it active.
+        """Reads another adapter into the model, or other values and their config into one that is there.
+
+        ``set_adapter`` makes it active.
 
         Args and errors: see ``from_pretrained``.
         """
@@ -337,9 +341,9 @@ class PeftModel(nn.Module):
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
-
-    def _trainable(self) -> list[str]:
-        return [name for name in self.active_adapters if not self.peft_config[name].inference_mode]
+        if not fresh:
+            kept = self.peft_config[adapter_name].inference_mode
+            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -368,7 +372,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Puts an adapter into a model and returns the model itself, not wrapped; the rest of it is not frozen.
+    """Puts an adapter into a model, freezes the rest of it, and returns the model itself, not wrapped.
 
     Args:
         peft_config: the adapter's config.
@@ -379,6 +383,7 @@ def inject_adapter_in_model(
     """
     adapters = AdapterSet.of(model)
     adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+    model.requires_grad_(False)
     adapters.activate([*adapters.state.active, adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)

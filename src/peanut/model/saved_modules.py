@@ -25,10 +25,9 @@ class SavedModule(nn.Module):
         self.path = path
         self.state = state
 
-    def add(self, name: str, dtype: torch.dtype | None = None) -> None:
+    def add(self, name: str) -> None:
         """Gives adapter ``name`` a copy of the module as it is in the base."""
-        module = copy.deepcopy(self.original_module).requires_grad_(True)
-        self.modules_to_save[name] = module if dtype is None else module.to(dtype)
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True)
 
     def delete(self, name: str) -> None:
         """Removes an adapter's copy."""

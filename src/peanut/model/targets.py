@@ -44,9 +44,11 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     Raises:
         PeanutError: a name, pattern or index names nothing; a named module cannot be adapted; nothing is left.
     """
+    saved = saved_paths(model, config)
+    if not method.kinds:
+        return _no_layer(config, method, saved)
     modules = modules_by_path(model)
     named = _named(model, config, modules)
-    saved = saved_paths(model, config)
     kept = [path for path in named if not any(path == head or path.startswith(f"{head}.") for head in saved)]
     kept = _without_excluded(kept, config, modules)
     kept = _within_layers(kept, config)
@@ -80,7 +82,20 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
                 f"nearest: {nearest(name, _names(paths))}",
             )
         found += [path for path in hits if path not in found]
-    return found
+    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+
+
+def _no_layer(config: PeftConfig, method: WeightMethod[Any], saved: list[str]) -> list[str]:
+    """The layers of a method that changes none: it trains whole modules or nothing."""
+    if config.target_modules is not None:
+        raise PeanutError(
+            f"target_modules={config.target_modules!r} for {method.name}, which changes no layer", do="leave it out"
+        )
+    if not saved:
+        raise PeanutError(
+            f"{method.name} without a head to train", "modules_to_save, or a task_type with a head", "name the head"
+        )
+    return []
 
 
 def _named(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:

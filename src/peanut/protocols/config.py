@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,8 +40,9 @@ class TaskType(str, Enum):
 class PeftType(str, Enum):
     """The methods, by the name that ``adapter_config.json`` gives them."""
 
-    PEANUT = "PEANUT"
+    LINEAR_PROBING = "LINEAR_PROBING"
     LORA = "LORA"
+    PEANUT = "PEANUT"
 
 
 @dataclass(kw_only=True)
@@ -99,16 +100,16 @@ class PeftConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                if not all(isinstance(entry, str) and entry for entry in value):
+                if not isinstance(value, Iterable) or not all(isinstance(entry, str) and entry for entry in value):
                     raise PeanutError(f"{name}={value!r}", "a list of names", "remove what is not a name")
                 setattr(self, name, sorted(set(value)))
             elif isinstance(value, str) and name == "modules_to_save":
                 raise PeanutError(f"modules_to_save={value!r}", "a list of names", f"write [{value!r}]")
             elif isinstance(value, str):
-                _check_pattern(name, value)
+                check_pattern(name, value)
         if self.layers_to_transform is not None:
-            one = isinstance(self.layers_to_transform, int)
-            for index in [self.layers_to_transform] if one else list(self.layers_to_transform):  # type: ignore[arg-type]
+            indices = self.layers_to_transform
+            for index in list(indices) if isinstance(indices, Iterable) else [indices]:
                 check_whole("layers_to_transform", index, least=0)
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
@@ -224,7 +225,8 @@ def _member(kind: type[_Member], value: Any, name: str) -> _Member:
         ) from None
 
 
-def _check_pattern(name: str, pattern: str) -> None:
+def check_pattern(name: str, pattern: str) -> None:
+    """Refuses what is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

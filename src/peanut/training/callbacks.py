@@ -9,8 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from ..errors import PeanutError
-from ..files import write_files
+from ..files import told, write_files
 
 __all__ = ["Progress", "RunLog", "plot"]
 
@@ -58,11 +57,8 @@ class RunLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not state.log_history:
             return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(state.log_history[-1]))
-        except OSError as error:
-            raise PeanutError(f"cannot write '{self.path}': {error}", do="free some space and run again") from error
+        with told(f"cannot write '{self.path}'"), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(state.log_history[-1]))
 
 
 def is_metric(key: str) -> bool:

@@ -7,14 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ..errors import PeanutError
-from ..files import make_folder, write_files
+from ..files import make_folder, told, write_files
 from .config import RunConfig, differing_keys, load_config, to_yaml
 from .trainer import is_whole, whole_checkpoints
 
-__all__ = ["RunFolder", "write_folder"]
+__all__ = ["RunFolder", "check_new", "write_folder"]
 
 
 class RunFolder:
@@ -36,34 +34,32 @@ class RunFolder:
         """Whether the run that the folder holds came to its end."""
         return self.metrics.is_file()
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
-        whole = whole_checkpoints(self.path)
-        return whole[-1] if whole else None
-
-    def open(self, config: RunConfig, overwrite: bool = False) -> None:
-        """Makes the folder ready for a run of ``config``, or for the rest of it.
+    def check(self, config: RunConfig) -> None:
+        """Checks that the folder is new or holds a run of the same config.
 
         Raises:
-            PeanutError: the folder cannot be written, or holds a run with another config.
+            PeanutError: it is neither.
         """
-        make_folder(self.path)
-        if overwrite:
-            self._clear()
         if self.config.is_file():
             self._check_same(config)
-            for folder in self._checkpoints():
-                if not is_whole(folder):
-                    shutil.rmtree(folder)
         elif self._checkpoints():
             raise PeanutError(
                 f"'{self.path}' holds checkpoints and no {self.config.name}",
                 "an empty folder, or that of a run",
                 "choose another output, or pass --overwrite to delete them",
             )
-        else:
+
+    def begin(self, config: RunConfig, overwrite: bool) -> Path | None:
+        """Makes the folder ready for a run of ``config`` or the rest of it, and gives the checkpoint to go on from."""
+        if overwrite:
+            self._clear()
+        for folder in self._checkpoints():
+            if not is_whole(folder):
+                shutil.rmtree(folder)
+        if not self.config.is_file():
             write_files(self.path, {self.config.name: lambda path: path.write_text(to_yaml(config), encoding="utf-8")})
+        whole = whole_checkpoints(self.path)
+        return whole[-1] if whole else None
 
     def _check_same(self, config: RunConfig) -> None:
         keys = [key for key in differing_keys(load_config(self.config), config) if key != "output"]
@@ -85,21 +81,31 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Makes ``target`` anew with what ``write`` puts into the folder it is given; ``target`` is whole or as it was.
+def check_new(target: Path) -> None:
+    """Checks that ``target`` is not there yet, or is an empty folder: nothing of a user's is ever replaced.
 
     Raises:
-        PeanutError: the disk is full or the folder cannot be written.
+        PeanutError: it holds something.
     """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise PeanutError(f"'{target}' is there already", "a new or empty folder", "choose another name or remove it")
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Makes the new folder ``target`` with what ``write`` puts into the folder it is given, whole or not at all.
+
+    Raises:
+        PeanutError: ``target`` holds something, the disk is full, or the folder cannot be written.
+    """
+    check_new(target)
     make_folder(target.parent)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        staged.mkdir()
-        write(staged)
-        if target.is_dir():
-            shutil.rmtree(target)
-        staged.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise PeanutError(f"cannot write '{target}': {error}", do="free some space or choose another folder") from error
+        with told(f"cannot write '{target}'"):
+            staged.mkdir()
+            write(staged)
+            if target.is_dir():
+                target.rmdir()
+            staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

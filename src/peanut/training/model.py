@@ -16,10 +16,11 @@ from .. import PeftConfig, PeftModel, get_peft_model
 from ..errors import PeanutError
 from ..files import read_json, write_json
 from ..protocols.config import CONFIG_NAME
-from .config import AdapterSection, DataSection, RunConfig
+from .sections import AdapterSection, DataSection, RunConfig
 from .tasks import TASKS, CausalLM, Task, TextClassification
+from .trainer import save_processor
 
-__all__ = ["Trained", "build_model", "load_base", "load_trained", "model_config", "save_trained"]
+__all__ = ["Trained", "build_model", "load_base", "load_trained", "model_config", "save_task"]
 
 TASK_NAME = "task.json"
 _WHERE = {"train", "eval", "subset", "eval_fraction", "limit", "eval_limit"}
@@ -120,10 +121,9 @@ def build_model(config: RunConfig, task: Task, processor: Any) -> PeftModel:
     return get_peft_model(base, adapter_config(config.adapter, task, config.model.path, heads))
 
 
-def save_trained(folder: Path, model: PeftModel, task: Task, processor: Any) -> None:
-    """Writes the adapter, the tokenizer or image processor, and what ``load_trained`` needs to know about the task."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def save_task(folder: Path, task: Task, processor: Any) -> None:
+    """Writes what ``load_trained`` needs beside an adapter: the task, and its tokenizer or image processor."""
+    save_processor(processor, folder)
     data = task.data.model_dump(exclude=_WHERE)
     write_json(folder / TASK_NAME, {"task": task.name, "labels": task.labels, "data": data})
 

@@ -1,33 +1,31 @@
-"""A run from its config to a trained adapter, and its evaluation afterwards."""
+"""A run from its config to a trained adapter."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import PeanutError, nearest
-from ..files import read_json, write_json
-from .callbacks import Progress, RunLog, is_metric, plot
-from .config import RunConfig, load_config
-from .data import draw, read_rows
+from ..files import make_folder, read_json, write_json
+from .callbacks import Progress, RunLog, plot
+from .config import load_config
+from .evaluation import evaluate, metrics_of
 from .folder import RunFolder, write_folder
 from .metrics import LOWER_IS_BETTER
-from .model import Trained, build_model, load_trained, save_trained
+from .model import build_model, save_task
 from .plan import Plan, make_plan
-from .tasks import TASKS, Task
+from .prepare import best_metric, encode, make_task, run_rows
+from .sections import RunConfig
+from .tasks import Task
 from .trainer import Trainer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["RunResult", "evaluate", "plan", "train"]
 
@@ -74,17 +72,20 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
     """
     config = _config(config)
     folder = RunFolder(config.output)
-    folder.open(config, overwrite)
-    if folder.finished:
-        return _result(folder, "finished")
-    task = _task(config)
+    make_folder(folder.path)
+    if not overwrite:
+        folder.check(config)
+        if folder.finished:
+            return _result(folder, "finished")
+    task = make_task(config)
     processor = task.load_processor(config.model.path, config.model.revision)
-    train_rows, eval_rows = _rows(config, task, processor)
+    train_rows, eval_rows = run_rows(config, task, processor)
     set_seed(config.training.seed)
     model = build_model(config, task, processor)
-    train_set = _encode(task, train_rows, processor, config.data.train)
-    eval_set = _encode(task, eval_rows, processor, config.data.eval or config.data.train) if eval_rows else None
-    checkpoint = folder.checkpoint
+    train_set = encode(task, train_rows, processor, config.data.train)
+    eval_set = encode(task, eval_rows, processor, config.data.eval or config.data.train) if eval_rows else None
+    # Nothing was written or deleted so far: a mistake in the config or the data costs no earlier run.
+    checkpoint = folder.begin(config, overwrite)
     trainer = Trainer(
         model=model,
         args=_arguments(config, task, evaluates=eval_set is not None),
@@ -104,8 +105,14 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     state = trainer.state
-    plot(state.log_history, _metric(config, task), folder.curve)
-    write_folder(folder.adapter, lambda path: save_trained(path, model, task, processor))
+    plot(state.log_history, best_metric(config, task), folder.curve)
+
+    def write(path: Path) -> None:
+        model.save_pretrained(path)
+        save_task(path, task, processor)
+
+    shutil.rmtree(folder.adapter, ignore_errors=True)  # of a run that was killed before its metrics were written
+    write_folder(folder.adapter, write)
     step = (state.best_global_step or state.global_step) if eval_set is not None else state.global_step
     write_json(
         folder.metrics,
@@ -128,134 +135,20 @@ def plan(config: Source) -> Plan:
         PeanutError: as for ``train``.
     """
     config = _config(config)
-    task = _task(config)
+    task = make_task(config)
     processor = task.load_processor(config.model.path, config.model.revision)
-    train_rows, eval_rows = _rows(config, task, processor)
+    train_rows, eval_rows = run_rows(config, task, processor)
     return make_plan(config, task, processor, len(train_rows), 0 if eval_rows is None else len(eval_rows))
-
-
-def evaluate(
-    adapter: str | os.PathLike[str],
-    data: str | None = None,
-    *,
-    base_model: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 32,
-    columns: Mapping[str, str] | None = None,
-    quiet: bool = False,
-) -> dict[str, float]:
-    """The task's metrics of a trained adapter.
-
-    Args:
-        adapter: the adapter's folder, or the run's.
-        data: the rows, as in the config's ``data.eval``; the run's own evaluation rows if not given.
-        base_model: the base's folder or hub id, if it is not where it was.
-        limit: at most so many rows, drawn at random.
-        batch_size: rows a step.
-        columns: names of columns (``{"label": "stars"}``), where they are others than in training.
-        quiet: no progress bar.
-
-    Raises:
-        PeanutError: the adapter, its base or the data is not as it should be.
-    """
-    trained = load_trained(adapter, base_model)
-    task = trained.task
-    if data is None:
-        config = RunFolder(adapter).config
-        if not config.is_file():
-            raise PeanutError(f"'{adapter}' is no run's folder", "the rows to evaluate on", "give --data")
-        run = load_config(config)
-        data = run.data.eval or run.data.train
-        rows = _rows(run, _task(run), trained.processor)[1]
-        if rows is None:
-            raise PeanutError(f"the run '{adapter}' held no rows back for evaluation", "such rows", "give --data")
-    else:
-        task.data = task.data.model_copy(update=dict(columns or {}))
-        rows = read_rows(data, text_columns=task.text_columns)
-        task.check(rows, data)
-        rows = task.encode(rows, trained.processor, data) if task.packs else rows
-    return evaluate_rows(trained, draw(rows, limit, seed=0), data, batch_size, quiet=quiet)
-
-
-def evaluate_rows(
-    trained: Trained, rows: Dataset, source: str, batch_size: int = 32, *, quiet: bool = False
-) -> dict[str, float]:
-    """The metrics of a loaded adapter on rows that are read (and packed, if its task packs them)."""
-    task, processor = trained.task, trained.processor
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=trained.model,
-            args=TrainingArguments(
-                scratch,
-                per_device_eval_batch_size=batch_size,
-                disable_tqdm=True,
-                report_to="none",
-                remove_unused_columns=False,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                logging_nan_inf_filter=False,
-            ),
-            data_collator=task.collator(processor),
-            compute_metrics=task.metrics,
-            preprocess_logits_for_metrics=task.reduce,
-        )
-        trainer.remove_callback(PrinterCallback)
-        if not quiet:
-            trainer.add_callback(Progress())
-        return _metrics(trainer.evaluate(_encode(task, rows, processor, source)))
 
 
 def _config(config: Source) -> RunConfig:
     return config if isinstance(config, RunConfig) else load_config(config)
 
 
-def _task(config: RunConfig) -> Task:
-    task = TASKS[config.task](config.data)
-    _metric(config, task)
-    return task
-
-
-def _metric(config: RunConfig, task: Task) -> str:
-    """The metric that decides which checkpoint is the best."""
-    metric = config.training.metric_for_best or task.metric_names[0]
-    if metric not in task.metric_names:
-        raise PeanutError(
-            f"training.metric_for_best is {metric!r}",
-            f"one of {', '.join(task.metric_names)}",
-            f"nearest: {nearest(metric, task.metric_names, 1)}",
-        )
-    return metric
-
-
-def _rows(config: RunConfig, task: Task, processor: Any) -> tuple[Dataset, Dataset | None]:
-    """The rows (where the task packs them, the pieces) to train and to evaluate on; the task learns its classes."""
-    data, seed = config.data, config.training.seed
-    rows = read_rows(data.train, text_columns=task.text_columns, subset=data.subset)
-    task.learn(rows, data.train)
-    train_rows, eval_rows = task.encode(rows, processor, data.train) if task.packs else rows, None
-    if data.eval is not None:
-        rows = read_rows(data.eval, text_columns=task.text_columns, subset=data.subset)
-        task.check(rows, data.eval)
-        eval_rows = task.encode(rows, processor, data.eval) if task.packs else rows
-    elif data.eval_fraction > 0:
-        if len(train_rows) < 2:
-            raise PeanutError(
-                f"'{data.train}' has one row, and data.eval_fraction is {data.eval_fraction}",
-                "rows to train and to evaluate on",
-                "give data.eval, or data.eval_fraction: 0",
-            )
-        parts = train_rows.train_test_split(test_size=data.eval_fraction, seed=seed)
-        train_rows, eval_rows = parts["train"], parts["test"]
-    return draw(train_rows, data.limit, seed), None if eval_rows is None else draw(eval_rows, data.eval_limit, seed)
-
-
-def _encode(task: Task, rows: Dataset, processor: Any, source: str) -> Dataset:
-    return rows if task.packs else task.encode(rows, processor, source)
-
-
 def _arguments(config: RunConfig, task: Task, *, evaluates: bool) -> TrainingArguments:
     """The run's settings in transformers' words."""
     training = config.training
-    metric = _metric(config, task)
+    metric = best_metric(config, task)
     when = "epoch" if training.eval_every == "epoch" else "steps"
     every = 0 if training.eval_every == "epoch" else training.eval_every
     return TrainingArguments(
@@ -293,13 +186,9 @@ def _arguments(config: RunConfig, task: Task, *, evaluates: bool) -> TrainingArg
     )
 
 
-def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
-    return {key.removeprefix("eval_"): float(value) for key, value in entry.items() if is_metric(key)}
-
-
 def _metrics_at(history: list[dict[str, Any]], step: int) -> dict[str, float]:
     found = [entry for entry in history if entry.get("step") == step and "eval_loss" in entry]
-    return _metrics(found[-1]) if found else {}
+    return metrics_of(found[-1]) if found else {}
 
 
 def _result(folder: RunFolder, status: Literal["trained", "resumed", "finished"]) -> RunResult:

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 from .. import PeftModel
 from ..errors import PeanutError
 
-__all__ = ["AdapterTrainerMixin", "Trainer", "whole_checkpoints"]
+__all__ = ["AdapterTrainerMixin", "Trainer", "is_whole", "save_processor", "whole_checkpoints"]
 
 if TYPE_CHECKING:
     _Base: TypeAlias = transformers.Trainer
@@ -110,7 +110,7 @@ class AdapterTrainerMixin(_Base):
         adapted.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None and self.args.should_save:
-            processor.save_pretrained(folder)
+            save_processor(processor, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is whole, or none: a full disk leaves no half of one behind."""
@@ -148,6 +148,20 @@ class Trainer(AdapterTrainerMixin, transformers.Trainer):
 
     Checkpoints hold the adapter and the trained head and resume exactly; ``load_best_model_at_end`` works.
     """
+
+
+def save_processor(processor: Any, folder: str | os.PathLike[str]) -> None:
+    """Saves a tokenizer or image processor.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # so the tokenizers library tells that the disk is full
+            raise OSError(str(error)) from error
+        raise
 
 
 def whole_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

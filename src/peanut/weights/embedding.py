@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .kind import LayerKind, LinearMap
@@ -28,6 +29,9 @@ class EmbeddingKind(LayerKind):
 
     def respond(self, module: nn.Embedding, x: Tensor, delta: LinearMap) -> Tensor:
         rows = delta.rows(x)
+        if module.padding_idx is not None:
+            # nn.Embedding lets no gradient into its padding row, so neither does its change.
+            rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
         scale = getattr(module, "embed_scale", None)
         return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 

@@ -79,7 +79,9 @@ class FrozenLayer:
         Raises:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
         """
-        if not torch.isfinite(matrix).all() or (bias is not None and not torch.isfinite(bias).all()):
+        weight = self.module.weight
+        merged = self.kind.layout(self.module, matrix).to(weight.dtype)
+        if not torch.isfinite(merged).all() or (bias is not None and not torch.isfinite(bias).all()):
             raise PeanutError(
                 "the merged weight holds values that are not finite", "finite values", "check the adapter's training"
             )
@@ -87,8 +89,6 @@ class FrozenLayer:
             raise PeanutError(
                 "the adapter changes the bias of a layer that has none", "a layer with a bias", "use it unmerged"
             )
-        weight = self.module.weight
-        merged = self.kind.layout(self.module, matrix).to(weight.dtype)
         if self._weight is None:
             self._weight = weight.detach().to("cpu", copy=True)
             own_bias = self.bias()

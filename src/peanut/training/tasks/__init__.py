@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .image import ImageClassification
 from .instruction import Instruction
-from .language import CausalLM
+from .language import CausalLM, LanguageTask
 from .sentences import TextClassification, TextRegression
 from .task import Task
 
-__all__ = ["TASKS", "CausalLM", "Task", "TextClassification"]
+__all__ = ["TASKS", "CausalLM", "Instruction", "LanguageTask", "Task", "TextClassification"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (TextClassification, TextRegression, CausalLM, Instruction, ImageClassification)

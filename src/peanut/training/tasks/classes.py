@@ -66,8 +66,7 @@ def class_names(rows: Dataset, column: str, source: str) -> list[str]:
         PeanutError: the column is missing, has gaps, or holds something that is no class.
     """
     check_column(rows, column, "data.label", source)
-    feature, kind = rows.features[column], rows.data.column(column).type
-    values = rows[column][:]
+    feature, kind, values = rows.features[column], rows.data.column(column).type, rows[column][:]
     names = getattr(feature, "names", None)
     if names:
         for row, value in enumerate(values, start=1):

@@ -60,8 +60,7 @@ class ImageClassification(ClassTask):
 
     def encode(self, rows: Dataset, processor: Any, source: str) -> Dataset:
         targets = self.targets(rows, source)
-        images = rows.select_columns([self.data.image]).rename_column(self.data.image, "image")
-        return images.add_column("labels", targets)
+        return rows.select_columns([self.data.image]).add_column("labels", targets)
 
     def example(self, config: PreTrainedConfig, batch_size: int) -> dict[str, Tensor]:
         from PIL import Image
@@ -75,7 +74,7 @@ class ImageClassification(ClassTask):
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-            images = [row["image"].convert(self.mode) for row in rows]
+            images = [row[self.data.image].convert(self.mode) for row in rows]
             pixels = processor(images=images, return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 

@@ -90,6 +90,15 @@ class Instruction(LanguageTask):
             raise PeanutError("data.template is 'chat'", "a tokenizer with a chat template", "set data.template: plain")
         return own
 
+    def question(self, text: str, processor: Any) -> tuple[str, bool]:
+        """A question in the template, up to its answer, and whether special tokens are still to be added."""
+        template = self.template(processor)
+        messages = [{"role": "user", "content": text}]
+        prompt = processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return prompt, template is PLAIN
+
     def encode(self, rows: Dataset, processor: Any, source: str) -> Dataset:
         import datasets
 
@@ -134,19 +143,20 @@ class Instruction(LanguageTask):
                     "set data.template: plain",
                 )
             answers.append((len(before), len(after)))
-        # The tokenizer's chat template writes the special tokens itself.
-        encoded = processor(
-            text,
-            add_special_tokens=template is PLAIN,
-            truncation=True,
-            max_length=self.data.max_length,
-            return_offsets_mapping=True,
-        )
-        tokens: list[int] = encoded["input_ids"]
-        labels = [
-            token if any(start <= first < last <= end for start, end in answers) else -100
-            for token, (first, last) in zip(tokens, encoded["offset_mapping"], strict=True)
-        ]
+        # Each part on its own: a prompt then has the same tokens here as when an answer is asked for, whatever the
+        # tokenizer would merge across the border. A chat template writes the special tokens itself.
+        tokens: list[int] = []
+        labels: list[int] = []
+        end = 0
+        for start, stop in answers:
+            prompt = processor(text[end:start], add_special_tokens=template is PLAIN and end == 0, verbose=False)[
+                "input_ids"
+            ]
+            answer = processor(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += prompt + answer
+            labels += [-100] * len(prompt) + answer
+            end = stop
+        tokens, labels = tokens[: self.data.max_length], labels[: self.data.max_length]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -83,18 +83,19 @@ class TextRegression(SentenceTask):
 
     def targets(self, rows: Dataset, source: str) -> list[Any]:
         check_column(rows, self.data.label, "data.label", source)
-        column = rows.data.column(self.data.label)
-        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        kind = rows.data.column(self.data.label).type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
             raise PeanutError(
-                f"column {self.data.label!r} of '{source}' holds {column.type}",
+                f"column {self.data.label!r} of '{source}' holds {kind}",
                 "numbers",
                 "set data.label, or task: text-classification",
             )
-        finite = pc.is_finite(column)
-        if not pc.all(finite).as_py():
-            row = pc.index(finite, False).as_py() + 1
-            raise PeanutError(f"row {row} of '{source}' has a label that is not finite", "a number", "correct the row")
-        numbers: list[float] = column.cast(pa.float32()).to_pylist()
+        numbers = [float(value) for value in rows[self.data.label]]
+        for row, number in enumerate(numbers, start=1):
+            if not math.isfinite(number):
+                raise PeanutError(
+                    f"row {row} of '{source}' has the label {number}", "a finite number", "correct the row"
+                )
         return numbers
 
     def fit(self, config: PreTrainedConfig, processor: Any) -> None:

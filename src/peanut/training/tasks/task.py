@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import PeanutError
 from ...protocols import TaskType
-from ..config import DataSection
+from ..sections import DataSection
 
 if TYPE_CHECKING:
     from datasets import Dataset

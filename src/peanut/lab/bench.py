@@ -1,0 +1,171 @@
+"""``peanut bench``: what a method costs in a stack of layers, against the frozen stack and Hugging Face PEFT.
+
+All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
+quartiles, and a ratio is taken within each round before the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import methods as _methods  # noqa: F401 - registers them
+from ..errors import PeanutError
+from ..files import make_folder
+from ..protocols import METHODS, method_of
+from ..protocols.config import check_whole
+from .bench_report import Row, print_tables, write_report
+from .measure import interleaved
+from .variants import configs_of, frozen_stack, variants_of
+
+__all__ = ["Settings", "main", "measure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        methods: methods that change linear layers, by name in any case; LORA is always among them, as the yardstick.
+        tokens: how many a training step reads.
+        rank: r of the methods that have one.
+        depth: the depths at which a method that has one is measured.
+        dims: the stack's two widths; a block is two linear layers, there and back.
+        blocks: how many blocks.
+        dtype: of weights and activations; trained parameters are in float32 at least.
+        device: as torch names it.
+        repeats: how many rounds.
+        threads: of the CPU.
+
+    Raises:
+        PeanutError: a value is out of range, or the device is not there.
+    """
+
+    methods: Sequence[str] = tuple(name for name, method in METHODS.items() if "linear" in method.kinds)
+    tokens: int = 2048
+    rank: int = 16
+    depth: Sequence[int] = (0, 2)
+    dims: Sequence[int] = (768, 3072)
+    blocks: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+    repeats: int = 20
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def __post_init__(self) -> None:
+        methods = {method.name: method for method in (method_of(name, "--methods") for name in self.methods)}
+        for name, method in methods.items():
+            if "linear" not in method.kinds:
+                raise PeanutError(f"{name} changes no linear layer", "a method that does", "leave it out of --methods")
+        ordered = {"methods": sorted({*methods, "LORA"}), "depth": self.depth, "dims": self.dims}
+        for name, values in ordered.items():
+            object.__setattr__(self, name, tuple(values))
+        for name in ("tokens", "rank", "blocks", "repeats", "threads"):
+            check_whole(f"--{name}", getattr(self, name), least=1)
+        for width in self.dims:
+            check_whole("--dims", width, least=1)
+        for depth in self.depth:
+            check_whole("--depth", depth, least=0)
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # an assertion is how torch says that it was built without CUDA
+            reason = str(error).splitlines()[0]
+            raise PeanutError(f"--device {self.device}: {reason}", "a device of this machine", "try cpu") from None
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """What differs from the default, by name; the number of threads apart."""
+        default = Settings(threads=self.threads)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Builds and measures every variant; the frozen stack's row comes first.
+
+    Raises:
+        PeanutError: a method's output differs from the peer's, so that a comparison would mean nothing.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+    narrow, wide = settings.dims
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(1, settings.tokens, narrow, generator=generator).to(device, dtype) for _ in range(2))
+    token = x[:, :1].clone()
+    x.requires_grad_()
+    configs = configs_of(settings.methods, settings.rank, settings.depth)
+    variants = variants_of(configs, lambda: frozen_stack(narrow, wide, settings.blocks, device, dtype), x)
+
+    watched = functools.partial(track, console=Console(stderr=True))
+    rows = []
+    for variant in watched(variants, "memory"):
+        variant.step(x, grad)  # warm-up: the optimiser's state and the libraries' scratch memory are made here
+        saved, peak = variant.saved_bytes(x), variant.peak_bytes(x, grad)
+        rows.append(Row(variant.method, variant.by, variant.trained_parameters, saved, peak, variant.difference))
+    rounds = range(settings.repeats)
+    steps = interleaved([functools.partial(variant.step, x, grad) for variant in variants], watched(rounds, "steps"))
+    tokens = interleaved([variant.token_probe(token) for variant in variants], watched(rounds, "tokens"))
+    for row, step, one in zip(rows, steps, tokens, strict=True):
+        row.seconds = step | one
+    return rows
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """``peanut bench``: measures, prints tables, writes JSON and a plot; the exit status."""
+    options: dict[str, Any] = vars(_parser().parse_args(args))
+    output = options.pop("output")
+    before = torch.get_num_threads()
+    try:
+        settings = Settings(**options)
+        make_folder(output)
+        importlib.import_module("matplotlib")  # if it is missing, that is told now and not after minutes of measuring
+        torch.set_num_threads(settings.threads)
+        rows = measure(settings)
+        print_tables(rows)
+        for path in write_report(output, rows, settings):
+            print(path)
+    except PeanutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="peanut bench",
+        description="Measures what methods cost in a stack of layers: time, memory, one token of generation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def option(name: str, text: str, kind: type = int, **more: object) -> None:
+        parser.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text, **more)  # type: ignore[arg-type]
+
+    option("methods", "which, beside LoRA, the yardstick", str, nargs="+", metavar="METHOD")
+    option("tokens", "tokens that a training step reads")
+    option("rank", "r of the methods that have one")
+    option("depth", "depths of the methods that have one", nargs="+")
+    option("dims", "the stack's two widths", nargs=2, metavar=("NARROW", "WIDE"))
+    option("blocks", "blocks of two linear layers")
+    option("dtype", "of weights and activations", str, choices=("float32", "bfloat16", "float16", "float64"))
+    option("device", "as torch names it", str)
+    option("repeats", "rounds")
+    option("threads", "of the CPU")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for JSON and plot")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Linear probing: the backbone as it is, and a trained head; the baseline of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
+from ..weights import FrozenLayer
+
+__all__ = ["LinearProbing", "LinearProbingConfig"]
+
+
+@dataclass(kw_only=True)
+class LinearProbingConfig(PeftConfig):
+    """Config of linear probing: ``modules_to_save``, or the head that ``task_type`` stands for, is what is trained."""
+
+    method = PeftType.LINEAR_PROBING
+
+
+@register
+class LinearProbing(WeightMethod[LinearProbingConfig]):
+    """W' = W: no layer changes, so there is no kind of layer to name."""
+
+    config_class = LinearProbingConfig
+    kinds = ()
+
+    def start(self, config: LinearProbingConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def change(self, config: LinearProbingConfig, parameters: Mapping[str, Tensor], layer: FrozenLayer) -> Change:
+        return Change()

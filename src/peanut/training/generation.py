@@ -1,0 +1,66 @@
+"""Answers of a trained language model, token by token."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from ..errors import PeanutError
+from .model import load_trained
+from .tasks import Instruction, LanguageTask
+
+__all__ = ["Generator"]
+
+
+class Generator:
+    """A trained adapter on its base, ready to answer.
+
+    Args:
+        adapter: the adapter's folder, or the run's.
+        base_model: the base's folder or hub id, if it is not where it was.
+        merge: merge the adapter into the weights first.
+        seed: of the random choices.
+
+    Raises:
+        PeanutError: the adapter or its base is not as it should be, or is no language model.
+    """
+
+    def __init__(
+        self, adapter: str | os.PathLike[str], *, base_model: str | None = None, merge: bool = True, seed: int = 0
+    ) -> None:
+        trained = load_trained(adapter, base_model)
+        if not isinstance(trained.task, LanguageTask):
+            raise PeanutError(
+                f"'{adapter}' was trained for {trained.task.name}", "a language model's adapter", "use peanut eval"
+            )
+        self.task, self.tokenizer = trained.task, trained.processor
+        self.model = trained.model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+        if merge:
+            self.model.merge_adapter()
+        set_seed(seed)
+
+    @torch.no_grad()
+    def stream(self, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0) -> str:
+        """Prints the answer to standard output as it comes, and returns it.
+
+        Args:
+            prompt: a question, put into the template of the training; for plain language models the text to continue.
+            max_new_tokens: longest answer.
+            temperature: 0 takes the likeliest token.
+        """
+        text, special = prompt, True
+        if isinstance(self.task, Instruction):
+            text, special = self.task.question(prompt, self.tokenizer)
+        inputs = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").to(self.model.device)
+        chosen = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        tokens = self.model.generate(
+            **inputs,
+            **chosen,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        answer: str = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer

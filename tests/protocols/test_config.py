@@ -1,0 +1,188 @@
+"""Configs: checked when made, the same in the file and back, and the peer's in names and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftConfig, PeftType, TaskType, get_peft_config
+from peanut.protocols.config import FORMAT_VERSION, matching_pattern
+
+BOTH = pytest.mark.parametrize("config_class", [PeanutConfig, LoraConfig])
+
+WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
+    *[
+        (config_class, {"r": r}, rf"^r={r!r}; expected a whole number of at least 1; change r$")
+        for config_class in (PeanutConfig, LoraConfig)
+        for r in (0, -3, 1.5, "8", True, None)
+    ],
+    (PeanutConfig, {"depth": -1}, r"^depth=-1; expected a whole number of at least 0; change depth$"),
+    (PeanutConfig, {"depth": 0.5}, r"^depth=0\.5; expected a whole number"),
+    (PeanutConfig, {"scaling": float("nan")}, r"^scaling=nan; expected a finite number; change scaling$"),
+    (PeanutConfig, {"scaling": float("inf")}, r"^scaling=inf; expected a finite number"),
+    (PeanutConfig, {"scaling": "1"}, r"^scaling='1'; expected a finite number"),
+    (PeanutConfig, {"act_fn": "rleu"}, r"^act_fn='rleu'; expected a key of transformers' ACT2FN or 'sine'; nearest: 'relu'"),
+    (PeanutConfig, {"side": "left"}, r"^side='left'; expected 'out', 'in' or 'auto'; change side$"),
+    (PeanutConfig, {"dropout": 1.0}, r"^dropout=1\.0; expected a probability of at least 0 and below 1; change dropout$"),
+    (PeanutConfig, {"rank_pattern": {"q": 0}}, r"^rank_pattern\['q'\]=0; expected a whole number of at least 1"),
+    (PeanutConfig, {"rank_pattern": {"q(": 2}}, r"^rank_pattern='q\(' is no regular expression \(.*\); correct it$"),
+    (LoraConfig, {"lora_alpha": float("nan")}, r"^lora_alpha=nan; expected a finite number; change lora_alpha$"),
+    (LoraConfig, {"lora_dropout": -0.1}, r"^lora_dropout=-0\.1; expected a probability"),
+    (LoraConfig, {"alpha_pattern": {"q": "x"}}, r"^alpha_pattern\['q'\]='x'; expected a finite number"),
+    (LoraConfig, {"alpha_pattern": {"[": 1}}, r"^alpha_pattern='\[' is no regular expression"),
+    (LoraConfig, {"bias": "all"}, r"^bias='all'; expected 'none' or 'lora_only'; change bias$"),
+    (LoraConfig, {"init_lora_weights": "pissa"}, r"^init_lora_weights='pissa'; expected True, False or 'gaussian'"),
+    (LoraConfig, {"peft_type": "PEANUT"}, r"^peft_type='PEANUT' in a LoraConfig; expected 'LORA'; use that method's own"),
+    (LoraConfig, {"task_type": "SEQ_CL"}, r"^task_type='SEQ_CL'; expected one of SEQ_CLS, .*; nearest: 'SEQ_CLS'$"),
+    (LoraConfig, {"target_modules": [1, "q"]}, r"^target_modules=\[1, 'q'\]; expected a list of names"),
+    (LoraConfig, {"target_modules": [""]}, r"^target_modules=\[''\]; expected a list of names; remove what is not a name$"),
+    (LoraConfig, {"target_modules": 5}, r"^target_modules=5; expected a list of names"),
+    (LoraConfig, {"target_modules": "q("}, r"^target_modules='q\(' is no regular expression \(.*\); correct it$"),
+    (LoraConfig, {"exclude_modules": "*"}, r"^exclude_modules='\*' is no regular expression"),
+    (LoraConfig, {"modules_to_save": "head"}, r"^modules_to_save='head'; expected a list of names; write \['head'\]$"),
+    (LoraConfig, {"layers_to_transform": [0, -1]}, r"^layers_to_transform=-1; expected a whole number of at least 0"),
+    (LoraConfig, {"layers_to_transform": True}, r"^layers_to_transform=True; expected a whole number"),
+    (LoraConfig, {"layers_pattern": "h"}, r"^layers_pattern='h' without layers_to_transform; expected both or neither"),
+]
+
+
+@pytest.mark.parametrize(("config_class", "values", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_values_fail_when_the_config_is_made(
+    config_class: type[PeftConfig], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PeanutError, match=message) as error:
+        config_class(**values)
+    assert "\n" not in str(error.value)
+
+
+@BOTH
+def test_fields_and_defaults_are_those_of_the_peer(config_class: type[PeftConfig]) -> None:
+    import peft
+
+    ours, theirs = config_class(), getattr(peft, config_class.__name__)()
+    own = {field.name for field in dataclasses.fields(config_class)} - config_class.only_here
+    names = {field.name for field in dataclasses.fields(theirs)}
+    assert own <= names
+    if config_class is PeanutConfig:
+        assert own == names
+    for name in own - {"peft_version"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert peft.__version__ == FORMAT_VERSION
+
+
+@BOTH
+def test_the_file_is_sorted_stable_and_read_back(config_class: type[PeftConfig], tmp_path: Path) -> None:
+    config = config_class(
+        task_type="CAUSAL_LM", target_modules=["v_proj", "q_proj", "v_proj"], layers_to_transform=[1, 0], r=3
+    )
+    assert config.target_modules == ["q_proj", "v_proj"]
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    text = path.read_text()
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert text == f"{config}\n"
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert type(again) is config_class
+    assert config_class.from_pretrained(tmp_path) == config
+    assert get_peft_config(json.loads(text)) == config
+    again.save_pretrained(tmp_path)
+    assert path.read_text() == text
+
+
+def test_fields_that_the_peer_lacks_are_written_only_where_they_are_used() -> None:
+    assert not PeanutConfig.only_here & PeanutConfig().to_dict().keys()
+    values = PeanutConfig(side="in", dropout=0.1, rank_pattern={"q": 2}).to_dict()
+    assert {name: values[name] for name in PeanutConfig.only_here} == {
+        "side": "in",
+        "dropout": 0.1,
+        "rank_pattern": {"q": 2},
+    }
+
+
+@BOTH
+def test_the_peer_reads_our_file_and_we_read_its(config_class: type[PeftConfig], tmp_path: Path) -> None:
+    import peft
+
+    config_class(target_modules=["q_proj"], r=5).save_pretrained(tmp_path)
+    theirs = peft.PeftConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == config_class.__name__
+    assert (theirs.r, theirs.target_modules) == (5, {"q_proj"})
+    theirs.save_pretrained(tmp_path)
+    ours = PeftConfig.from_pretrained(tmp_path)
+    assert (type(ours), ours.target_modules, ours.to_dict()["r"]) == (config_class, ["q_proj"], 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "PEANUTS"}, r"names the method 'PEANUTS'; expected one of .*PEANUT.*; nearest: 'PEANUT'$"),
+        ({}, r"names the method None; expected one of"),
+        ({"peft_type": "LORA", "use_dora": True}, r"sets use_dora=True; expected the fields of LoraConfig; remove it"),
+        ({"peft_type": "PEANUT", "dept": 1}, r"sets dept=1; expected the fields of PeanutConfig; .*nearest: 'depth'"),
+        ({"peft_type": "LORA", "r": "8"}, r"^r='8'; expected a whole number"),
+    ],
+)
+def test_files_that_ask_for_what_is_not_there_are_refused(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(PeanutError, match=message) as error:
+        PeftConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"peft_type": "LO', r"cannot read '.*adapter_config\.json': .*; expected a whole JSON file"), ("[]", "holds list; ")],
+)
+def test_broken_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(PeanutError, match=message):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(PeanutError, match=r"^no 'adapter_config\.json' in '.*' \(it holds adapter_model\.bin\); expected"):
+        PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(PeanutError, match=r"^no folder '/no/where/at/all'; expected an adapter's folder or a hub id"):
+        PeftConfig.from_pretrained("/no/where/at/all")
+    with pytest.raises(PeanutError, match=r"^no folder 'no/where', and the hub gives no 'adapter_config\.json'.*check the"):
+        PeftConfig.from_pretrained("no/where")
+
+
+def test_enums_are_known_by_value_and_name() -> None:
+    config = LoraConfig(task_type="SEQ_CLS", peft_type="LORA")
+    assert config.task_type is TaskType.SEQ_CLS
+    assert config.peft_type is PeftType.LORA
+    assert config == LoraConfig(task_type=TaskType.SEQ_CLS)
+    assert not config.is_prompt_learning
+
+
+NAMES = st.sampled_from(["q", "q_proj", "layers", "0", "1", "mlp", "v"])
+KEYS = st.sampled_from(["q", "q_proj", r".*proj", r"layers\.0\..*", r"(q|v)", "mlp.q", "1", r"^q$", r"layers.\d.q"])
+
+
+@settings(deadline=None, max_examples=25)
+@given(path=st.lists(NAMES, min_size=1, max_size=5).map(".".join), keys=st.lists(KEYS, unique=True, max_size=4))
+def test_patterns_match_as_in_the_peer(path: str, keys: list[str]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    found = matching_pattern(dict.fromkeys(keys, 2), path)
+    assert (path if found is None else found) == get_pattern_key(keys, path)
+
+
+def test_patterns_give_a_layer_its_rank_and_scale() -> None:
+    lora = LoraConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 2, ".*mlp.*": 4}, alpha_pattern={"mlp.up": 3})
+    at = {path: lora.for_layer(path) for path in ("layers.0.q_proj", "layers.0.mlp.up", "layers.0.k_proj")}
+    assert [(config.r, config.lora_alpha, config.scaling) for config in at.values()] == [(2, 16, 8), (4, 3, 0.75), (8, 16, 2)]
+    assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scaling == 4
+    peanut = PeanutConfig(r=8, rank_pattern={"q_proj": 2})
+    assert (peanut.for_layer("a.q_proj").r, peanut.for_layer("a.q_proj2").r) == (2, 8)
