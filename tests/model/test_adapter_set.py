@@ -64,12 +64,13 @@ def each(model: PeftModel) -> dict[str, Tensor]:
 def test_exactly_the_named_adapters_act_and_train(two: PeftModel, tiny_llama: Build) -> None:
     found = each(two)
     assert same_bits(found[""], logits(tiny_llama()))
-    assert min(distance(found[x], found[y]) for x, y in [("", "a"), ("", "b"), ("a", "b"), ("ab", "a"), ("ab", "b")]) > 0.01
+    pairs = [("", "a"), ("", "b"), ("a", "b"), ("ab", "a"), ("ab", "b")]
+    assert min(distance(found[one], found[other]) for one, other in pairs) > 0.005
     for names in ("a", ["b"], ["b", "a"], ["a", "a"]):
         two.set_adapter(names)
         wanted = list(dict.fromkeys(names))
         assert two.active_adapters == wanted
-        assert same_bits(logits(two), found["".join(sorted(wanted))]) or distance(logits(two), found["ab"]) < 1e-5
+        assert distance(logits(two), found["".join(sorted(wanted))]) < 1e-5
         for name in "ab":
             assert {p.requires_grad for _, p in two.adapters.parameters(name)} == {name in wanted}
     two.set_adapter([])
@@ -92,7 +93,10 @@ def test_unknown_names_are_refused_everywhere(two: PeftModel) -> None:
     assert two.active_adapters == ["a"]
 
 
-@pytest.mark.parametrize("name", ["0", "layers", "keys", "default2", "base_layer", "training", "weight", "a b", "größe"])
+NAMES = ["0", "layers", "keys", "default2", "base_layer", "training", "weight", "a b", "größe"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_any_name_without_a_dot_or_slash_will_do(name: str, tiny_llama: Build, tmp_path: Any) -> None:
     model = randomised(get_peft_model(tiny_llama(), config(), name)).eval()
     model.add_adapter("default", config(modules_to_save=["lm_head"]))
@@ -105,9 +109,7 @@ def test_any_name_without_a_dot_or_slash_will_do(name: str, tiny_llama: Build, t
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
     assert same_bits(logits(again), expected)
-    assert same_bits(model(IDS, adapter_names=[name, name]).logits[0], expected[0]) or distance(
-        model(IDS, adapter_names=[name, name]).logits, expected
-    ) < 1e-5
+    assert distance(model(IDS, adapter_names=[name, name]).logits, expected) < 1e-5
     model.delete_adapter(name)
     assert name not in model.peft_config
 
@@ -161,14 +163,17 @@ def test_unloading_gives_the_base_back_bit_for_bit(merged: bool, two: PeftModel,
     base = two.unload()
     assert_looks(base, look_of(tiny_llama().requires_grad_(False)))
     assert "_adapter_set" not in base.__dict__
-    again = randomised(get_peft_model(base, config(), "a")).eval()
-    assert same_bits(logits(again), logits(randomised(get_peft_model(tiny_llama(), config(), "a")).eval()))
+    outputs = []
+    for model in (base, tiny_llama()):  # and it can be adapted like one that never was
+        torch.manual_seed(0)
+        outputs.append(logits(get_peft_model(model, config(init_weights=False))))
+    assert same_bits(*outputs)
 
 
 def test_one_model_holds_all_adapters(tiny_llama: Build) -> None:
     base = tiny_llama()
     inner = get_peft_model(base.model, config(), "inner")
-    with refused(base, r"^a part of this LlamaForCausalLM, or a model around it, has adapters of its own; .*unload\(\) that"):
+    with refused(base, r"^a part of this LlamaForCausalLM, or a model around it, has adapters of its own; .*unload\(\)"):
         get_peft_model(base, config(target_modules=["lm_head"]), "outer")
     inner.unload()
     outer = get_peft_model(base, config(), "outer")

@@ -126,18 +126,17 @@ def test_heads_of_a_task_are_trained_as_in_the_peer(task: str) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"target_modules": ["q_prj"]},
-        r"^target_modules names 'q_prj', which no module of LlamaForCausalLM is called; expected names of layers; "
-        r"nearest: 'q_proj', ",
+        r"^target_modules names 'q_prj', which no module of LlamaForCausalLM is called; expected .*; nearest: 'q_proj', ",
     ),
-    ({"target_modules": ["q_proj", "vproj"]}, r"^target_modules names 'vproj', .*; nearest: 'v_proj', "),
+    ({"target_modules": ["q_proj", "vproj"]}, r"^target_modules names 'vproj', .*; nearest: 'v_proj'"),
     ({"target_modules": ["proj"]}, r"^target_modules names 'proj', "),
-    ({"target_modules": r"q_proj"}, r"^target_modules='q_proj' matches no module path .*; expected a regular expression"),
-    ({"target_modules": ["self_attn"]}, r"^target_modules matches 'model\.layers\.0\.self_attn', a LlamaAttention; expected"),
-    ({"target_modules": ["norm"]}, r"a LlamaRMSNorm; expected layers of kind linear, .*; name the layers inside it or ex"),
-    ({"target_modules": []}, r"^target_modules=\[\] leaves no layer .*; expected at least one layer; change one of them$"),
-    ({"target_modules": ["q_proj"], "exclude_modules": ["q_porj"]}, r"^exclude_modules names 'q_porj', .*nearest: 'q_proj'"),
+    ({"target_modules": r"q_proj"}, r"^target_modules='q_proj' matches no module path .*; expected a regular "),
+    ({"target_modules": ["self_attn"]}, r"^target_modules matches 'model\.layers\.0\.self_attn', a LlamaAttention; "),
+    ({"target_modules": ["norm"]}, r"a LlamaRMSNorm; expected layers of kind linear, .*; name the layers"),
+    ({"target_modules": []}, r"^target_modules=\[\] leaves no layer .*; expected at least one layer; change one"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_prj"]}, r"^exclude_modules names 'q_prj', .*nearest: 'q_proj'"),
     ({"target_modules": ["q_proj"], "exclude_modules": ".*zz"}, r"^exclude_modules names '\.\*zz', which no module is "),
-    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves no layer once modules_to_save, exclude_modules"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves no layer once modules_to_save, "),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": [1, 2, 7]},
         r"^layers_to_transform names \[2, 7\], and the targets lie in blocks 0 to 1; expected indices of blocks that hold",
@@ -169,7 +168,7 @@ def test_what_names_nothing_is_refused(
 def test_a_model_without_default_is_told_what_it_has() -> None:
     model = nn.ModuleDict({"first": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "second": nn.Linear(2, 2)})
     with refused(
-        model, r"^no default target_modules for ModuleDict \(model_type None\); .*name some of first, second, or use 'all-l"
+        model, r"^no default target_modules for ModuleDict \(model_type None\); .*some of first, second, or use 'all"
     ):
         get_peft_model(model, LoraConfig())
 
@@ -223,7 +222,7 @@ def test_a_layer_inside_a_module_trained_whole_by_another_adapter_is_the_origina
     model.set_adapter("a")
     assert torch.equal(model(x).logits, before)
     model.delete_adapter("a")
-    with refused(base, r"^'classifier' is to be trained whole, and another adapter changes a layer in it; .*leave it out"):
+    with refused(base, r"^'classifier' is to be trained whole, and another adapter changes a layer in it; .*leave it"):
         model.add_adapter("c", LoraConfig(task_type="SEQ_CLS"))
     model.delete_adapter("b")
     assert type(base.classifier.dense) is nn.Linear

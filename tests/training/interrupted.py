@@ -10,7 +10,7 @@ import transformers as hf
 
 from peanut.training import run
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 config, step = json.loads(sys.argv[1]), int(sys.argv[2])
 log = run.RunLog.on_log
 

@@ -62,12 +62,14 @@ def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None
         new_name: what the LoRA is called; ``<name>_lora`` by default.
 
     Raises:
-        PeanutError: there is no such adapter, or one of its changes is no low-rank product.
+        PeanutError: there is no such adapter, it changes nothing, or one of its changes is no low-rank product.
     """
     adapters = AdapterSet.of(model)
     adapters.known(name)
     layers = dict(adapters.layers(name))
     changes = {path: layer.change(name) for path, layer in layers.items()}
+    if not layers:
+        raise PeanutError(f"adapter {name!r} changes no layer", "an adapter that does", "use it as it is")
     factors: dict[str, LowRank] = {}
     for path, change in changes.items():
         if not isinstance(change.delta, LowRank):

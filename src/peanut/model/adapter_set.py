@@ -168,8 +168,12 @@ class AdapterSet:
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
         wanted = self.known(self.state.active if names is None else names)
-        self.state.active = list(dict.fromkeys([*self.state.merged, *wanted]))
-        self.merge(wanted)
+        before, self.state.active = self.state.active, list(dict.fromkeys([*self.state.merged, *wanted]))
+        try:
+            self.merge(wanted)
+        except PeanutError:
+            self.state.active = before
+            raise
         for path, layer in list(self.layers()):
             if layer.frozen.untied and getattr(self.model, "config", None) is not None:
                 # Else the saved model would come back with the head tied to the embedding, and the merge lost.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 __all__ = ["NamedModules", "Parameters"]
 
@@ -32,6 +33,12 @@ class NamedModules(nn.Module, Generic[M]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def train(self, mode: bool = True) -> Self:
+        self.__dict__["training"] = mode  # past a module of that name
+        for module in self._modules.values():
+            module.train(mode)  # type: ignore[union-attr]
+        return self
 
 
 class Parameters(nn.Module):

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import PeanutError, nearest
 from ..files import read_json, write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CONFIG_NAME", "FORMAT_VERSION", "PeftConfig", "PeftType", "TaskType", "check_probability", "check_whole"]
 

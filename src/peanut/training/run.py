@@ -164,6 +164,7 @@ def _arguments(config: RunConfig, task: Task, *, evaluates: bool) -> TrainingArg
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
+        use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 there
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
         activation_checkpointing=training.gradient_checkpointing,

@@ -1,0 +1,228 @@
+"""The layer wrapper: what it keeps and lets go, beside hooks, in training and in compiled models."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
+from peanut.methods.peanut import Peanut
+
+from ..support import Net, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
+
+Build = Callable[..., hf.PreTrainedModel]
+IDS = torch.arange(3, 31).reshape(4, 7)
+
+
+def adapted(base: nn.Module, **options: Any) -> PeftModel:
+    options = {"r": 4, "depth": 1, "target_modules": ["q_proj", "up_proj"]} | options
+    return randomised(get_peft_model(base, PeanutConfig(**options))).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often PEANuT's factors were computed since the last call."""
+    count = Counter()
+    change = Peanut.change
+
+    def counted(*args: Any) -> Any:
+        count["change"] += 1
+        return change(*args)
+
+    monkeypatch.setattr(Peanut, "change", counted)
+    return lambda: count.pop("change", 0)
+
+
+# What is kept
+
+
+def test_factors_are_kept_in_evaluation_alone(tiny_llama: Build, computed: Callable[[], int]) -> None:
+    model = adapted(tiny_llama())
+    logits(model)
+    assert computed() == 4
+    logits(model)
+    model.generate(IDS, max_new_tokens=5, pad_token_id=0)
+    assert computed() == 0
+    model(IDS)
+    assert computed() == 4  # gradients may be wanted
+    with torch.no_grad():
+        model.train()(IDS)
+        assert computed() == 4
+        model.eval()(IDS)
+        assert computed() == 4  # training may have changed anything
+    with torch.inference_mode():
+        model(IDS)
+        first = computed()
+        assert same_bits(model(IDS).logits.clone(), logits(model))
+    assert first == 0
+
+
+@contextmanager
+def changed_by_hand(model: PeftModel, folder: Path) -> Iterator[None]:
+    yield
+    with torch.no_grad():
+        for _, parameter in model.adapters.parameters("default"):
+            parameter.mul_(1.5)
+
+
+@contextmanager
+def changed_by_an_optimizer(model: PeftModel, folder: Path) -> Iterator[None]:
+    yield
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+
+
+@contextmanager
+def changed_by_loading_an_adapter(model: PeftModel, folder: Path) -> Iterator[None]:
+    model.save_pretrained(folder)
+    randomised(model)
+    yield
+    model.load_adapter(folder, "default")
+
+
+@contextmanager
+def changed_by_a_state_dict(model: PeftModel, folder: Path) -> Iterator[None]:
+    state = frozen_state(model)
+    randomised(model)
+    yield
+    model.load_state_dict(state)
+
+
+@contextmanager
+def changed_in_the_base(model: PeftModel, folder: Path) -> Iterator[None]:
+    yield
+    with torch.no_grad():
+        for _, layer in model.adapters.layers():
+            layer.base_layer.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        changed_by_hand,
+        changed_by_an_optimizer,
+        changed_by_loading_an_adapter,
+        changed_by_a_state_dict,
+        changed_in_the_base,
+    ],
+)
+def test_what_is_kept_is_let_go_when_anything_changes(changed: Any, tiny_llama: Build, tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    with changed(model, tmp_path):
+        before = logits(model)
+    after = logits(model)
+    assert distance(after, before) > 1e-3
+    assert same_bits(logits(model.eval()), after)  # eval() forgets all that is kept
+
+
+def test_casting_a_model_lets_go_of_the_old_dtype(tiny_llama: Build) -> None:
+    model = adapted(tiny_llama())
+    expected = logits(model)
+    assert logits(model.double()).dtype == torch.float64
+    assert distance(logits(model), expected) < 1e-5
+    assert logits(model.float()).dtype == torch.float32
+    assert logits(model.bfloat16()).dtype == torch.bfloat16
+
+
+# Beside hooks
+
+
+def test_hooks_on_the_base_layer_run_and_change_the_output() -> None:
+    net = Net(nn.Linear(12, 20))
+    model = randomised(get_peft_model(net, PeanutConfig(r=4, target_modules=["layer"]))).eval()
+    x, base = torch.randn(3, 12), net.layer.base_layer
+    fused, change = model(x), model(x) - base(x)
+    seen: list[Tensor] = []
+    handle = base.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    assert distance(model(x), base(x) + change) < 1e-6
+    assert seen
+    handle.remove()
+    assert same_bits(model(x), fused)
+    net.layer.register_forward_hook(lambda module, args, out: -out)
+    assert same_bits(model(x), -fused)
+
+
+# In training
+
+
+@pytest.mark.parametrize("config", [PeanutConfig(r=4, depth=1), LoraConfig(r=4)], ids=["PEANUT", "LORA"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(config: Any, tiny_llama: Build) -> None:
+    model = randomised(get_peft_model(tiny_llama().double(), config)).train()
+    model(IDS).logits.square().sum().backward()
+    whole = {key: p.grad.clone() for key, p in model.adapters.parameters("default")}
+    model.zero_grad()
+    for half in IDS.split(2):
+        model(half).logits.square().sum().backward()
+    assert all(distance(p.grad, whole[key]) < 1e-10 for key, p in model.adapters.parameters("default"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("config", [PeanutConfig(r=4, depth=1), LoraConfig(r=4)], ids=["PEANUT", "LORA"])
+def test_checkpointed_blocks_give_the_same_gradients(config: Any, reentrant: bool, tiny_llama: Build) -> None:
+    model = randomised(get_peft_model(tiny_llama().double(), config)).train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        found.append({key: p.grad.clone() for key, p in model.adapters.parameters("default")})
+    assert all(grad.abs().max() > 0 for grad in found[0].values())
+    assert all(distance(found[1][key], grad) < 1e-12 for key, grad in found[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_adapter_learns_on_a_half_precision_base(dtype: torch.dtype, tiny_llama: Build) -> None:
+    model = get_peft_model(tiny_llama().to(dtype), PeanutConfig(r=8, target_modules="all-linear")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = model(IDS, labels=IDS).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.3
+    assert {p.dtype for _, p in model.adapters.parameters("default")} == {torch.float32}
+
+
+# Compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch needs g++")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo, of its own doing
+def test_a_compiled_layer_trains_the_same_and_sees_switches() -> None:
+    torch._dynamo.reset()
+    net = Net(nn.Linear(12, 20))
+    model = get_peft_model(net, PeanutConfig(r=4, depth=1, act_fn="gelu", target_modules=["layer"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["layer"]))
+    randomised(model).eval()
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(3, 12)
+    for names in ("a", ["a", "b"]):
+        model.set_adapter(names)
+        model.zero_grad()
+        expected = model(x)
+        expected.square().sum().backward()
+        wanted = {key: p.grad.clone() for name in names for key, p in model.adapters.parameters(name)}
+        model.zero_grad()
+        y = compiled(x)
+        assert distance(y, expected) < 1e-5
+        y.square().sum().backward()
+        found = {key: p.grad for name in names for key, p in model.adapters.parameters(name)}
+        assert all(distance(found[key], grad) < 1e-5 for key, grad in wanted.items())
+    with model.disable_adapter():
+        assert distance(compiled(x), net.layer.base_layer(x)) < 1e-6
