@@ -174,7 +174,6 @@ PEER_WARNINGS = [
         ".*LoRA tensor.*have invalid shape",  # of its own lora_bias
         "Setting `save_embedding_layers` to `True`",  # of embeddings
         "`is_gradient_checkpointing` is deprecated",  # of what it asks transformers
-        ".*`tie_word_embeddings=True`",  # of a tied head, where it then does as we do
     )
 ]
 """What the peer warns of itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from .errors import PeanutError
 
-__all__ = ["make_folder", "read_json", "told", "write_files", "write_json"]
+__all__ = ["check_new", "make_folder", "read_json", "told", "write_files", "write_folder", "write_json"]
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -57,6 +58,36 @@ def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[
     return path
 
 
+def check_new(target: Path) -> None:
+    """Checks that ``target`` is not there yet, or is an empty folder: nothing of a user's is ever replaced.
+
+    Raises:
+        PeanutError: it holds something.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise PeanutError(f"'{target}' is there already", "a new or empty folder", "choose another name or remove it")
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Makes the new folder ``target`` with what ``write`` puts into the folder it is given, whole or not at all.
+
+    Raises:
+        PeanutError: ``target`` holds something, the disk is full, or the folder cannot be written.
+    """
+    check_new(target)
+    make_folder(target.parent)
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with told(f"cannot write '{target}'"):
+            staged.mkdir()
+            write(staged)
+            if target.is_dir():
+                target.rmdir()
+            staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes ``value`` as sorted, indented JSON; the file is whole or not there."""
     target = Path(path)
@@ -95,13 +126,13 @@ def _flush(path: Path) -> None:
 def told(what: str) -> Iterator[None]:
     """Turns the system's refusal into one line that says what to do.
 
-    safetensors reports a failed write with an exception of its own that is no ``OSError``.
+    safetensors reports a failed write with an exception of its own, tokenizers with a bare ``Exception``.
     """
     try:
         yield
     except PeanutError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if isinstance(error, OSError) or type(error) is Exception or type(error).__name__ == "SafetensorError":
             raise PeanutError(f"{what}: {error}", do="free some space or choose another folder") from error
         raise

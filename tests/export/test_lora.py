@@ -120,7 +120,10 @@ def test_the_part_outside_the_singular_space_is_reported() -> None:
     ("config", "message"),
     [
         (PeanutConfig(target_modules=["layer"]), "adapter 'default' is a PeanutConfig; expected a LoRA without biases"),
-        (LoraConfig(target_modules=["layer"], lora_bias=True), "expected a LoRA without biases; start PEANuT from scratch"),
+        (
+            LoraConfig(target_modules=["layer"], lora_bias=True),
+            "expected a LoRA without biases; start PEANuT from scratch",
+        ),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(config: Any, message: str) -> None:

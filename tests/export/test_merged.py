@@ -31,7 +31,7 @@ def test_merged_model_loads_alone(config: Any, tied: bool, tiny_llama: Any, tmp_
 def test_what_is_there_stays(tiny_llama: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(PeanutError, match="holds something already; expected a new or empty folder; choose another"):
+    with pytest.raises(PeanutError, match="is there already; expected a new or empty folder; choose another"):
         save_merged(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert model.active_adapters == ["default"]

@@ -74,7 +74,9 @@ def test_exactly_the_named_adapters_act_and_train(two: PeftModel, tiny_llama: Bu
         for name in "ab":
             assert {p.requires_grad for _, p in two.adapters.parameters(name)} == {name in wanted}
     two.set_adapter([])
-    with pytest.raises(PeanutError, match=r"^no adapter is active; expected an active adapter; call set_adapter\(name\)$"):
+    with pytest.raises(
+        PeanutError, match=r"^no adapter is active; expected an active adapter; call set_adapter\(name\)$"
+    ):
         _ = two.active_adapter
 
 
@@ -173,7 +175,9 @@ def test_unloading_gives_the_base_back_bit_for_bit(merged: bool, two: PeftModel,
 def test_one_model_holds_all_adapters(tiny_llama: Build) -> None:
     base = tiny_llama()
     inner = get_peft_model(base.model, config(), "inner")
-    with refused(base, r"^a part of this LlamaForCausalLM, or a model around it, has adapters of its own; .*unload\(\)"):
+    with refused(
+        base, r"^a part of this LlamaForCausalLM, or a model around it, has adapters of its own; .*unload\(\)"
+    ):
         get_peft_model(base, config(target_modules=["lm_head"]), "outer")
     inner.unload()
     outer = get_peft_model(base, config(), "outer")

@@ -44,7 +44,7 @@ def test_the_base_is_found_and_adapted(task: str, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     plain = answer(base)
     base = type(base).from_pretrained(tmp_path / "base")
-    model = randomised(get_peft_model(base, PeanutConfig(r=4, task_type=task))).eval()
+    model = randomised(get_peft_model(base, PeanutConfig(r=4, task_type=task, revision="main"))).eval()
     expected = answer(model)
     assert distance(expected, plain) > 1e-3
     model.save_pretrained(tmp_path / "adapter")
@@ -60,13 +60,18 @@ def test_the_base_is_found_and_adapted(task: str, tmp_path: Path) -> None:
     assert trained.dtype == torch.bfloat16
 
 
-def test_an_adapter_that_names_no_base_or_task_is_refused(tiny_llama: Callable[..., hf.PreTrainedModel], tmp_path: Path) -> None:
+def test_an_adapter_that_names_no_base_or_task_is_refused(
+    tiny_llama: Callable[..., hf.PreTrainedModel], tmp_path: Path
+) -> None:
     get_peft_model(tiny_llama(), PeanutConfig()).save_pretrained(tmp_path)
     with pytest.raises(
-        PeanutError, match=r"names no base model; expected base_model_name_or_path in it; load the base yourself and use "
+        PeanutError,
+        match=r"names no base model; expected base_model_name_or_path in it; load the base yourself and use ",
     ):
         peanut.AutoPeftModel.from_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "some/base"}))
-    with pytest.raises(PeanutError, match=r"names no task; expected one of SEQ_CLS, .*; use AutoPeftModelForCausalLM or an"):
+    with pytest.raises(
+        PeanutError, match=r"names no task; expected one of SEQ_CLS, .*; use AutoPeftModelForCausalLM or an"
+    ):
         peanut.AutoPeftModel.from_pretrained(tmp_path)

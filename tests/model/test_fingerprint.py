@@ -54,9 +54,7 @@ def test_the_base_in_other_precisions_is_the_base(tiny_llama: Build, tmp_path: P
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "meta"])
-def test_another_base_is_refused_and_both_are_named(
-    low_cpu_mem_usage: bool, tiny_llama: Build, tmp_path: Path
-) -> None:
+def test_another_base_is_refused_and_both_are_named(low_cpu_mem_usage: bool, tiny_llama: Build, tmp_path: Path) -> None:
     trained_on = tiny_llama()
     trained_on.config._name_or_path = "the/first"
     model = adapted(trained_on)
@@ -79,7 +77,9 @@ def test_another_base_is_refused_and_both_are_named(
     assert not same_bits(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_other_weights_that_the_adapter_does_not_lie_on_are_none_of_its_business(tiny_llama: Build, tmp_path: Path) -> None:
+def test_other_weights_that_the_adapter_does_not_lie_on_are_none_of_its_business(
+    tiny_llama: Build, tmp_path: Path
+) -> None:
     adapted(tiny_llama()).save_pretrained(tmp_path)
     base = tiny_llama()
     with torch.no_grad():

@@ -33,7 +33,9 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS).logits
 
 
-def adapted(base: nn.Module, *targets: str, name: str = "default", method: Any = PeanutConfig, **options: Any) -> PeftModel:
+def adapted(
+    base: nn.Module, *targets: str, name: str = "default", method: Any = PeanutConfig, **options: Any
+) -> PeftModel:
     options = {"r": 4, "target_modules": list(targets) or ["q_proj", "up_proj"]} | options
     model = get_peft_model(base, method(**options), name)
     return randomised(model).eval()
@@ -97,7 +99,10 @@ def test_a_tie_that_no_adapter_touches_stays(tiny_llama: Build, tmp_path: Path) 
 
 def test_merging_some_of_three_keeps_the_sum(tiny_llama: Build) -> None:
     model = adapted(tiny_llama(), name="a")
-    for name, config in (("b", LoraConfig(r=2, target_modules=["q_proj"])), ("c", PeanutConfig(target_modules=["o_proj"]))):
+    for name, config in (
+        ("b", LoraConfig(r=2, target_modules=["q_proj"])),
+        ("c", PeanutConfig(target_modules=["o_proj"])),
+    ):
         model.add_adapter(name, config)
     randomised(model, "bc").set_adapter(["a", "b", "c"])
     expected, before = logits(model), frozen_state(model)
@@ -165,10 +170,14 @@ def test_a_merge_that_would_not_be_finite_leaves_nothing_merged(already: bool, t
         for _, parameter in model.adapters.parameters("bad"):
             parameter.fill_(300.0)  # the product is finite in float32 and not in float16
     weights = [layer.base_layer.weight.clone() for _, layer in model.adapters.layers()]
-    with refused(model, r"^the merged weight holds values that are not finite; expected finite values; check the adapter's"):
+    with refused(
+        model, r"^the merged weight holds values that are not finite; expected finite values; check the adapter's"
+    ):
         model.merge_adapter(["good", "bad"])
     assert model.merged_adapters == (["good"] if already else [])
-    assert all(same_bits(layer.base_layer.weight, w) for (_, layer), w in zip(model.adapters.layers(), weights, strict=True))
+    assert all(
+        same_bits(layer.base_layer.weight, w) for (_, layer), w in zip(model.adapters.layers(), weights, strict=True)
+    )
     with pytest.raises(PeanutError, match="not finite"):
         model.merge_and_unload(adapter_names=["bad"])
     assert model.active_adapters == ["good", "bad"]
@@ -184,7 +193,9 @@ def test_merged_for_good_with_the_head_of_the_adapter_that_was_chosen(tiny_bert:
     model.set_adapter("b")
     expected = logits(model)
     model.set_adapter("a")
-    with refused(model, r"^adapters 'a' and 'b' each have a trained copy of 'classifier'; expected one such adapter at a time"):
+    with refused(
+        model, r"^adapters 'a' and 'b' each have a trained copy of 'classifier'; expected one such adapter at a time"
+    ):
         model.merge_adapter(["b"])
     merged = model.merge_and_unload(adapter_names=["b"])
     assert distance(logits(merged), expected) < 1e-5

@@ -48,7 +48,9 @@ def test_every_public_name_is_there_and_documented() -> None:
     for method in set(dir(peft.PeftModel)) & vars(PeftModel).keys():  # ours take what theirs do, in their order
         ours, theirs = getattr(PeftModel, method), getattr(peft.PeftModel, method)
         if inspect.isfunction(ours) and not method.startswith("_"):
-            named = [name for name in inspect.signature(theirs).parameters if name in inspect.signature(ours).parameters]
+            named = [
+                name for name in inspect.signature(theirs).parameters if name in inspect.signature(ours).parameters
+            ]
             assert named == [name for name in inspect.signature(ours).parameters if name in named], method
     with pytest.raises(AttributeError, match="'peanut' has no attribute 'PeftMoodel'"):
         peanut.PeftMoodel  # noqa: B018

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 
-from ..support import change_in_output, distance, one_thread, randomised, refused, same_bits  # noqa: F401
+from ..support import distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 31).reshape(4, 7)
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NAMES = ["b", "__base__", "a", "b"]
 
 
@@ -53,8 +54,8 @@ def gradients(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["", "checkpointed", "checkpointed reentrant"])
-def test_each_adapter_learns_from_its_own_samples(checkpointing: bool | None, tiny_llama: Build) -> None:
-    model = adapted(tiny_llama().double()).train()
+def test_each_adapter_learns_from_its_own_samples(checkpointing: bool | None, tiny_gpt2: Build) -> None:
+    model = adapted(tiny_gpt2(**NO_DROPOUT).double()).train()
     model.adapters.freeze(trainable="ab")
     expected = {}
     for name, rows in (("a", [2]), ("b", [0, 3])):
@@ -74,9 +75,9 @@ def test_each_adapter_learns_from_its_own_samples(checkpointing: bool | None, ti
     assert functions == [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
 
 
-def test_two_mixed_batches_before_one_backward(tiny_llama: Build) -> None:
+def test_two_mixed_batches_before_one_backward(tiny_gpt2: Build) -> None:
     """Each block is run again under the names of its own first run, not of the last one."""
-    model = adapted(tiny_llama().double()).train()
+    model = adapted(tiny_gpt2(**NO_DROPOUT).double()).train()
     model.adapters.freeze(trainable="ab")
     found = []
     for checkpointed in (False, True):
@@ -110,7 +111,9 @@ def test_generation_routes_every_beam_of_a_sample(
 
 def test_wrong_names_are_refused_and_leave_nothing_switched(tiny_llama: Build) -> None:
     model = adapted(tiny_llama())
-    with refused(model, r"^adapter_names has 3 names and a layer sees a batch of 4; expected one name for each sample; give"):
+    with refused(
+        model, r"^adapter_names has 3 names and a layer sees a batch of 4; expected one name for each sample; give"
+    ):
         model(IDS, adapter_names=["a", "b", "a"])
     with refused(model, r"^adapter_names has 0 names and a layer sees a batch of 4"):
         model(IDS, adapter_names=[])

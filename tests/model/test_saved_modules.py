@@ -75,7 +75,7 @@ def test_only_the_active_copy_is_trained(model: PeftModel) -> None:
 def test_two_trained_copies_cannot_answer_at_once(model: PeftModel) -> None:
     with refused(
         model,
-        r"^adapters 'a' and 'b' each have a trained copy of 'classifier'; expected one such adapter at a time; activate one",
+        r"^adapters 'a' and 'b' each have a trained copy of 'classifier'; expected one such adapter at a time; ",
     ):
         model.set_adapter(["a", "b"])
     assert model.active_adapters == ["a"]
@@ -98,7 +98,7 @@ def test_heads_of_other_sizes_in_one_batch_are_refused(model: PeftModel) -> None
     head.modules_to_save["b"] = nn.Linear(32, 3)
     with refused(
         model,
-        r"^the copies of 'classifier' give shapes \(2,\) and \(3,\); expected the same shape for every sample of a batch; run",
+        r"^the copies of 'classifier' give shapes \(2,\) and \(3,\); expected the same shape for every sample of a ",
     ):
         model(IDS, adapter_names=["a", "b"])
     assert model(IDS, adapter_names=["b", "b"]).logits.shape == (2, 3)
@@ -159,3 +159,52 @@ def test_an_embedding_trained_whole(tiny_llama: Build, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert same_bits(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
     assert distance(logits(model.merge_and_unload()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_what_is_trained_on_a_half_precision_base_is_kept_in_float32(
+    name: str, dtype: torch.dtype, tiny_llama: Build, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, modules_to_save=[name], target_modules=["q_proj"])
+    model = randomised(get_peft_model(tiny_llama().to(dtype), config)).eval()
+    exact = randomised(get_peft_model(tiny_llama().to(dtype).float(), config)).eval()
+    output = model(IDS).logits
+    assert output.dtype == dtype
+    assert distance(output, exact(IDS).logits) < 20 * torch.finfo(dtype).eps
+    output.float().square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 == parameter.grad.dtype for parameter in trained)
+    model.save_pretrained(tmp_path)
+    assert same_bits(logits(PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path)), logits(model))
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert distance(logits(merged), output) < 20 * torch.finfo(dtype).eps
+
+
+def test_a_head_in_the_base_s_own_dtype_if_asked(tiny_bert: Build) -> None:
+    config = LoraConfig(r=4, task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_head_is_trained_in_float32_on_a_half_precision_base(
+    dtype: torch.dtype, tiny_bert: Build, tmp_path: Path
+) -> None:
+    model = randomised(get_peft_model(tiny_bert().to(dtype), PeanutConfig(r=4, task_type="SEQ_CLS"))).eval()
+    out = model(IDS, labels=torch.tensor([0, 1]))
+    out.loss.backward()
+    head = model.get_base_model().classifier
+    assert out.logits.dtype == head.original_module.weight.dtype == dtype
+    for parameter in head.modules_to_save["default"].parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    assert same_bits(model(IDS, adapter_names=["default", "default"]).logits, out.logits)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_bert().to(dtype), tmp_path)
+    assert same_bits(logits(again), out.logits)
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert distance(logits(merged), out.logits) < 0.1
+    narrow = get_peft_model(tiny_bert().to(dtype), PeanutConfig(task_type="SEQ_CLS"), autocast_adapter_dtype=False)
+    assert narrow.get_base_model().classifier.modules_to_save["default"].weight.dtype == dtype

@@ -27,9 +27,17 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
     (PeanutConfig, {"scaling": float("nan")}, r"^scaling=nan; expected a finite number; change scaling$"),
     (PeanutConfig, {"scaling": float("inf")}, r"^scaling=inf; expected a finite number"),
     (PeanutConfig, {"scaling": "1"}, r"^scaling='1'; expected a finite number"),
-    (PeanutConfig, {"act_fn": "rleu"}, r"^act_fn='rleu'; expected a key of transformers' ACT2FN or 'sine'; nearest: 'relu'"),
+    (
+        PeanutConfig,
+        {"act_fn": "rleu"},
+        r"^act_fn='rleu'; expected a key of transformers' ACT2FN or 'sine'; nearest: 'relu'",
+    ),
     (PeanutConfig, {"side": "left"}, r"^side='left'; expected 'out', 'in' or 'auto'; change side$"),
-    (PeanutConfig, {"dropout": 1.0}, r"^dropout=1\.0; expected a probability of at least 0 and below 1; change dropout$"),
+    (
+        PeanutConfig,
+        {"dropout": 1.0},
+        r"^dropout=1\.0; expected a probability of at least 0 and below 1; change dropout$",
+    ),
     (PeanutConfig, {"rank_pattern": {"q": 0}}, r"^rank_pattern\['q'\]=0; expected a whole number of at least 1"),
     (PeanutConfig, {"rank_pattern": {"q(": 2}}, r"^rank_pattern='q\(' is no regular expression \(.*\); correct it$"),
     (LoraConfig, {"lora_alpha": float("nan")}, r"^lora_alpha=nan; expected a finite number; change lora_alpha$"),
@@ -38,10 +46,18 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
     (LoraConfig, {"alpha_pattern": {"[": 1}}, r"^alpha_pattern='\[' is no regular expression"),
     (LoraConfig, {"bias": "all"}, r"^bias='all'; expected 'none' or 'lora_only'; change bias$"),
     (LoraConfig, {"init_lora_weights": "pissa"}, r"^init_lora_weights='pissa'; expected True, False or 'gaussian'"),
-    (LoraConfig, {"peft_type": "PEANUT"}, r"^peft_type='PEANUT' in a LoraConfig; expected 'LORA'; use that method's own"),
+    (
+        LoraConfig,
+        {"peft_type": "PEANUT"},
+        r"^peft_type='PEANUT' in a LoraConfig; expected 'LORA'; use that method's own",
+    ),
     (LoraConfig, {"task_type": "SEQ_CL"}, r"^task_type='SEQ_CL'; expected one of SEQ_CLS, .*; nearest: 'SEQ_CLS'$"),
     (LoraConfig, {"target_modules": [1, "q"]}, r"^target_modules=\[1, 'q'\]; expected a list of names"),
-    (LoraConfig, {"target_modules": [""]}, r"^target_modules=\[''\]; expected a list of names; remove what is not a name$"),
+    (
+        LoraConfig,
+        {"target_modules": [""]},
+        r"^target_modules=\[''\]; expected a list of names; remove what is not a name$",
+    ),
     (LoraConfig, {"target_modules": 5}, r"^target_modules=5; expected a list of names"),
     (LoraConfig, {"target_modules": "q("}, r"^target_modules='q\(' is no regular expression \(.*\); correct it$"),
     (LoraConfig, {"exclude_modules": "*"}, r"^exclude_modules='\*' is no regular expression"),
@@ -129,9 +145,7 @@ def test_the_peer_reads_our_file_and_we_read_its(config_class: type[PeftConfig],
         ({"peft_type": "LORA", "r": "8"}, r"^r='8'; expected a whole number"),
     ],
 )
-def test_files_that_ask_for_what_is_not_there_are_refused(
-    values: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_files_that_ask_for_what_is_not_there_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(PeanutError, match=message) as error:
         PeftConfig.from_pretrained(tmp_path)
@@ -140,7 +154,10 @@ def test_files_that_ask_for_what_is_not_there_are_refused(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"peft_type": "LO', r"cannot read '.*adapter_config\.json': .*; expected a whole JSON file"), ("[]", "holds list; ")],
+    [
+        ('{"peft_type": "LO', r"cannot read '.*adapter_config\.json': .*; expected a whole JSON file"),
+        ("[]", "holds list; "),
+    ],
 )
 def test_broken_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
@@ -150,11 +167,15 @@ def test_broken_files_are_refused(content: str, message: str, tmp_path: Path) ->
 
 def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").touch()
-    with pytest.raises(PeanutError, match=r"^no 'adapter_config\.json' in '.*' \(it holds adapter_model\.bin\); expected"):
+    with pytest.raises(
+        PeanutError, match=r"^no 'adapter_config\.json' in '.*' \(it holds adapter_model\.bin\); expected"
+    ):
         PeftConfig.from_pretrained(tmp_path)
     with pytest.raises(PeanutError, match=r"^no folder '/no/where/at/all'; expected an adapter's folder or a hub id"):
         PeftConfig.from_pretrained("/no/where/at/all")
-    with pytest.raises(PeanutError, match=r"^no folder 'no/where', and the hub gives no 'adapter_config\.json'.*check the"):
+    with pytest.raises(
+        PeanutError, match=r"^no folder 'no/where', and the hub gives no 'adapter_config\.json'.*check the"
+    ):
         PeftConfig.from_pretrained("no/where")
 
 
@@ -182,7 +203,11 @@ def test_patterns_match_as_in_the_peer(path: str, keys: list[str]) -> None:
 def test_patterns_give_a_layer_its_rank_and_scale() -> None:
     lora = LoraConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 2, ".*mlp.*": 4}, alpha_pattern={"mlp.up": 3})
     at = {path: lora.for_layer(path) for path in ("layers.0.q_proj", "layers.0.mlp.up", "layers.0.k_proj")}
-    assert [(config.r, config.lora_alpha, config.scaling) for config in at.values()] == [(2, 16, 8), (4, 3, 0.75), (8, 16, 2)]
+    assert [(config.r, config.lora_alpha, config.scaling) for config in at.values()] == [
+        (2, 16, 8),
+        (4, 3, 0.75),
+        (8, 16, 2),
+    ]
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scaling == 4
     peanut = PeanutConfig(r=8, rank_pattern={"q_proj": 2})
     assert (peanut.for_layer("a.q_proj").r, peanut.for_layer("a.q_proj2").r) == (2, 8)

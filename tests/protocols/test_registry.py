@@ -28,7 +28,7 @@ def test_every_method_names_itself_and_kinds_that_exist(method: WeightMethod[Pef
 
 def test_unknown_methods_are_told_with_the_nearest() -> None:
     assert method_of("lora") is method_of(PeftType.LORA)
-    with pytest.raises(PeanutError, match="names the method 'LORRA'; expected one of .*; nearest: 'LORA'"):
+    with pytest.raises(PeanutError, match=r"names the method 'LORRA'; expected one of .*; nearest: 'LORA'"):
         method_of("LORRA")
 
 
@@ -60,7 +60,7 @@ def test_a_new_method_works_by_being_registered(monkeypatch: pytest.MonkeyPatch)
                 raise PeanutError(f"layer '{path}' has {layer.out_features} outputs", "an even number", "leave it out")
 
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(2, 3)
-    with pytest.raises(PeanutError, match="^layer '2' has 3 outputs; expected an even number; leave it out$"):
+    with pytest.raises(PeanutError, match=r"^layer '2' has 3 outputs; expected an even number; leave it out$"):
         get_peft_model(net, EvenConfig(target_modules=["0", "2"]))
     assert type(net[0]) is nn.Linear  # refused before anything was changed
     with pytest.raises(PeanutError, match=r"matches '1', a ReLU; expected layers of kind linear; name the layers"):

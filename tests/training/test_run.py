@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from peanut import PeanutError, PeftModel
+from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.training.config import load_config
 from peanut.training.evaluation import evaluate
 from peanut.training.generation import Generator
 from peanut.training.model import load_trained
 from peanut.training.run import plan, train
+from peanut.training.tasks import CausalLM
 
 Config = dict[str, Any]
 
@@ -293,6 +294,29 @@ def test_an_adapter_of_the_peer_is_evaluated(minilm: Path, reviews: Path, tmp_pa
     assert set(evaluate(tmp_path, str(rows), quiet=True)) == {"loss", "accuracy", "f1", "matthews"}
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("CAUSAL_LM", None),
+        ("SEQ_CLS", "holds no classifier"),
+        ("TOKEN_CLS", "has no task.json and its config the task TOKEN_CLS"),
+    ],
+)
+def test_an_adapter_from_elsewhere_is_known_by_its_config(
+    tiny_llm: Path, tmp_path: Path, task: str, message: str | None
+) -> None:
+    base = hf.AutoModelForCausalLM.from_pretrained(tiny_llm)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
+    if message is None:
+        assert isinstance(load_trained(tmp_path).task, CausalLM)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+        message = "names no base model"
+    with pytest.raises(PeanutError, match=message):
+        load_trained(tmp_path)
+
+
 # Plans
 
 
@@ -343,6 +367,25 @@ def test_a_plan_needs_no_weights(run: Config, minilm: Path, tmp_path: Path) -> N
         train(changed(run, model={"path": str(tmp_path)}), quiet=True)
 
 
+def test_plans_of_text_and_images(tiny_llm: Path, digits: Path, vit: Path, tmp_path: Path) -> None:
+    for name, count in (("train.txt", 500), ("eval.txt", 60)):
+        (tmp_path / name).write_text("word " * count)
+    data = {"train": str(tmp_path / "train.txt"), "eval": str(tmp_path / "eval.txt"), "max_length": 50, "limit": 8}
+    training = {"batch_size": 4, "epochs": 1.5}
+    text = plan(
+        {"model": {"path": str(tiny_llm)}, "task": "causal-lm", "data": data, "training": training, "output": "o"}
+    )
+    assert (text.train_rows, text.eval_rows, text.steps) == (8, 2, 3)  # pieces, not files
+    assert text.head_parameters == 0
+    # The logits, in float32, are a large part of it.
+    assert text.memory.activations > 4 * 4 * 50 * 49152
+    data = {"train": str(digits)}
+    image = plan({"model": {"path": str(vit)}, "task": "image-classification", "data": data, "output": "o"})
+    assert image.classes == [f"digit-{digit}" for digit in range(4)]
+    assert image.heads == ["classifier"]
+    assert image.memory.activations > 16 * 5 * 32 * 4  # at least one hidden state: 5 patches of width 32
+
+
 # Wrong inputs: one line, and nothing written
 
 
@@ -375,6 +418,17 @@ def test_refuses(run: Config, sections: dict[str, Any], message: str) -> None:
             attempt(changed(run, **sections))
         assert message.format(model=run["model"]["path"]) in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert not tree(Path(run["output"]))
+
+
+def test_refuses_a_checkpoint_that_lacks_more_than_a_head(run: Config, minilm: Path, tmp_path: Path) -> None:
+    for file in minilm.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    left = {name: value for name, value in weights.items() if "layer.3." not in name}
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PeanutError, match=r"lacks bert\.encoder\.layer\.3\..*expected the weights of BertForSequence"):
+        train(changed(run, model={"path": str(tmp_path)}), quiet=True)
     assert not tree(Path(run["output"]))
 
 

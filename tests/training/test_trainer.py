@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +171,15 @@ def test_what_transformers_reads_off_a_model_it_reads_off_the_base(
     count = torch.tensor(28)
     losses = [t.compute_loss(t.model, dict(batch), num_items_in_batch=count) for t in (plain, ours)]
     torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_a_quantised_base_is_trained_through_its_adapter(tiny_llama: Builder, tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.is_quantized = True
+    base.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="purely quantized"):
+        hf.Trainer(base, arguments(tmp_path))
+    Trainer(get_peft_model(base, PeanutConfig(task_type="CAUSAL_LM", r=4)), arguments(tmp_path))
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_llama: Builder, tmp_path: Path) -> None:

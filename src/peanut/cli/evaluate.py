@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .flags import parse_flags, quiet
+from ..training.terminal import quiet
+from .flags import parse_flags
 
 __all__ = ["evaluate"]
 

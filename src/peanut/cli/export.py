@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .flags import quiet
+from ..training.terminal import quiet
 
 __all__ = ["export"]
 
@@ -26,12 +26,11 @@ def export(
     base_model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model, if it moved.")] = None,
 ) -> None:
     """Write the adapter as plain LoRA of the same rank, which every server of LoRA reads."""
-    from ..training.folder import check_new
+    from ..files import check_new, write_folder
 
     check_new(output)
     quiet()
     from ..export import to_lora
-    from ..training.folder import write_folder
     from ..training.model import load_trained, save_task
 
     trained = load_trained(adapter, base_model)

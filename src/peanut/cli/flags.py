@@ -10,7 +10,7 @@ from ..errors import PeanutError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-__all__ = ["config_keys", "parse_flags", "quiet"]
+__all__ = ["config_keys", "parse_flags"]
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -62,11 +62,3 @@ def _default(field: FieldInfo) -> str:
     default = "required" if field.is_required() else "" if field.default is None else str(field.default)
     others = [choice for choice in choices if choice != default]
     return f"{default} ({', '.join(others)})" if others else default
-
-
-def quiet() -> None:
-    """Leaves the terminal to this program: what transformers reports about a new head is no news here."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .flags import quiet
+from ..training.terminal import quiet
 
 __all__ = ["inspect"]
 

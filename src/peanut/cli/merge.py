@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .flags import quiet
+from ..training.terminal import quiet
 
 __all__ = ["merge"]
 
@@ -18,7 +18,7 @@ def merge(
     base_model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model, if it moved.")] = None,
 ) -> None:
     """Write the base model with the adapter merged into its weights, as a folder that loads without this library."""
-    from ..training.folder import check_new
+    from ..files import check_new
 
     check_new(output)
     quiet()

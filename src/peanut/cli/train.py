@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .flags import config_keys, parse_flags, quiet
+from ..training.terminal import quiet
+from .flags import config_keys, parse_flags
 
 if TYPE_CHECKING:
     from ..training.plan import Plan

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import PeanutError
-from ..files import make_folder, told
+from ..files import check_new, write_folder
 from ..model.peft_model import PeftModel
 
 __all__ = ["save_merged"]
@@ -27,20 +24,12 @@ def save_merged(model: PeftModel, folder: str | os.PathLike[str], processor: Any
         PeanutError: the folder holds something already or cannot be written.
     """
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise PeanutError(f"'{path}' holds something already", "a new or empty folder", "choose another")
-    make_folder(path.parent)
-    merged = model.merge_and_unload()
-    with told(f"cannot write the model to '{path}'"):
-        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            merged.save_pretrained(staged)  # type: ignore[operator]
-            if processor is not None:
-                processor.save_pretrained(staged)
-            staged.chmod(0o755)
-            if path.exists():
-                path.rmdir()
-            os.replace(staged, path)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+    check_new(path)
+
+    def write(staged: Path) -> None:
+        model.merge_and_unload().save_pretrained(staged)  # type: ignore[operator]
+        if processor is not None:
+            processor.save_pretrained(staged)
+
+    write_folder(path, write)
     return path

@@ -104,14 +104,18 @@ def train_alone(method: str, base: Path, output: Path) -> Outcome:
         outcome: Outcome = receive.recv()
     except EOFError:
         process.join()
-        raise PeanutError(f"training {method} ended with exit code {process.exitcode}", do="read the lines above") from None
+        raise PeanutError(
+            f"training {method} ended with exit code {process.exitcode}", do="read the lines above"
+        ) from None
     process.join()
     return outcome
 
 
 def _train(method: str, base: str, output: str, send: Any) -> None:
     from ..training.run import train
+    from ..training.terminal import quiet
 
+    quiet()
     folder, data = _folder(output, method), Path(output, "data")
     rows = sum(1 for _ in (data / "train.csv").open(encoding="utf-8")) - 1
     result = train(
@@ -188,11 +192,13 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
 
 @torch.no_grad()
 def verify(base: Path, output: Path) -> bool:
-    """Loads the trained PEANuT on fresh bases, as it is, merged and as LoRA; prints how far the logits move, at most."""
+    """Loads the trained PEANuT on fresh bases, as it is, merged and as LoRA; prints how far the logits move."""
     from ..export import to_lora
     from ..model.peft_model import PeftModel
     from ..training.model import load_trained
+    from ..training.terminal import quiet
 
+    quiet()
     adapter = _folder(output, "PEANuT") / "adapter"
     loaded = load_trained(adapter)
     with (output / "data" / "test.csv").open(encoding="utf-8", newline="") as file:

@@ -130,7 +130,7 @@ class AdapterSet:
             parameters = _started(method, own, frozen, f"{seed}/{path}", meta=meta, wide=wide)
             self._wrapped(path).add(name, method, own, parameters)
         for path in heads:
-            self._saved(path).add(name)
+            self._saved(path).add(name, wide=wide)
         self.configs[name] = config
         self.freeze(self.trained)
 
@@ -181,7 +181,7 @@ class AdapterSet:
             layer.frozen.forget()
             self._put(path, layer.base_layer)
         for path, saved in list(self.saved_modules()):
-            self._put(path, saved.acting())
+            self._put(path, saved.adopted())
         self.model.__dict__.pop("_adapter_set", None)
         self.configs, self.state, self.trained = {}, AdapterState(), []
         return self.model

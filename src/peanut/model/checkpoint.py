@@ -160,26 +160,21 @@ def load_state(
         for key, parameter in own.items():
             value = state[key]
             if assign and parameter.device.type == "meta":
-                device = _device_at(adapters, key)
-                _assign(adapters, key, name, value.to(device=device, dtype=parameter.dtype))
+                _assign(adapters, key, name, value.to(parameter.dtype))
             else:
                 parameter.copy_(value.to(parameter.device))
 
 
 def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
-    """Replaces a parameter without storage by one that holds ``value``."""
+    """Replaces a parameter without storage by one that holds ``value``, on the layer's device."""
     for path, layer in adapters.layers(name):
         if key.startswith(f"{path}.") and key[len(path) + 1 :] in layer.adapters[name].suffixes:
             branch, _, leaf = key[len(path) + 1 :].rpartition(".")
             module = layer.adapters[name].get_submodule(branch)
             trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
-            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=trained)
+            module._parameters[leaf] = torch.nn.Parameter(value.to(layer.weight.device), requires_grad=trained)
             return
     raise PeanutError(f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded")
-
-
-def _device_at(adapters: AdapterSet, key: str) -> torch.device:
-    return next(layer.weight.device for path, layer in adapters.layers() if key.startswith(f"{path}."))
 
 
 def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:

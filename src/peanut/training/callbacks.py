@@ -85,14 +85,12 @@ def plot(history: list[dict[str, Any]], metric: str, path: Path) -> None:
         right = axes.twinx()
         right.set_ylabel(metric)
         series.append((f"eval_{metric}", metric, right))
-    lines = []
     for index, (key, label, where) in enumerate(series):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             steps, values = zip(*points, strict=True)
-            lines += where.plot(steps, values, color=f"C{index}", marker="o" if len(points) < 40 else None, label=label)
-    if lines:
-        axes.legend(handles=lines, loc="best")
+            where.plot(steps, values, color=f"C{index}", marker="o" if len(points) < 40 else None, label=label)
+    figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
     write_files(path.parent, {path.name: lambda where: figure.savefig(where, format="png", dpi=120)})
 
 

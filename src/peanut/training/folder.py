@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import PeanutError
-from ..files import make_folder, told, write_files
+from ..files import write_files
 from .config import RunConfig, differing_keys, load_config, to_yaml
 from .trainer import is_whole, whole_checkpoints
 
-__all__ = ["RunFolder", "check_new", "write_folder"]
+__all__ = ["RunFolder"]
 
 
 class RunFolder:
@@ -79,33 +78,3 @@ class RunFolder:
             file.unlink(missing_ok=True)
         for folder in (self.adapter, *self._checkpoints()):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_new(target: Path) -> None:
-    """Checks that ``target`` is not there yet, or is an empty folder: nothing of a user's is ever replaced.
-
-    Raises:
-        PeanutError: it holds something.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise PeanutError(f"'{target}' is there already", "a new or empty folder", "choose another name or remove it")
-
-
-def write_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Makes the new folder ``target`` with what ``write`` puts into the folder it is given, whole or not at all.
-
-    Raises:
-        PeanutError: ``target`` holds something, the disk is full, or the folder cannot be written.
-    """
-    check_new(target)
-    make_folder(target.parent)
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with told(f"cannot write '{target}'"):
-            staged.mkdir()
-            write(staged)
-            if target.is_dir():
-                target.rmdir()
-            staged.rename(target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

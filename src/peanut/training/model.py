@@ -18,7 +18,6 @@ from ..files import read_json, write_json
 from ..protocols.config import CONFIG_NAME
 from .sections import AdapterSection, DataSection, RunConfig
 from .tasks import TASKS, CausalLM, Task, TextClassification
-from .trainer import save_processor
 
 __all__ = ["Trained", "build_model", "load_base", "load_trained", "model_config", "save_task"]
 
@@ -52,10 +51,7 @@ def model_config(path: str, task: Task, processor: Any, revision: str | None = N
     Raises:
         PeanutError: there is no model, or it does not fit the task.
     """
-    try:
-        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from None
+    config = _read_config(path, revision)
     task.fit(config, processor)
     return config
 
@@ -123,7 +119,7 @@ def build_model(config: RunConfig, task: Task, processor: Any) -> PeftModel:
 
 def save_task(folder: Path, task: Task, processor: Any) -> None:
     """Writes what ``load_trained`` needs beside an adapter: the task, and its tokenizer or image processor."""
-    save_processor(processor, folder)
+    processor.save_pretrained(folder)
     data = task.data.model_dump(exclude=_WHERE)
     write_json(folder / TASK_NAME, {"task": task.name, "labels": task.labels, "data": data})
 
@@ -146,7 +142,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     path = base_model or config.base_model_name_or_path
     if not path:
         raise PeanutError(f"the adapter '{folder}' names no base model", "its folder or hub id", "give --base-model")
-    task = _task_of(folder, config)
+    task = _task_of(folder, config, path)
     has_processor = any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     processor = task.load_processor(folder if has_processor else path)
     revision = None if base_model else config.revision
@@ -154,7 +150,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     return Trained(PeftModel.from_pretrained(base, folder), task, processor, folder, path)
 
 
-def _task_of(folder: Path, config: PeftConfig) -> Task:
+def _task_of(folder: Path, config: PeftConfig, base: str) -> Task:
     """The task that a folder records or, for an adapter from elsewhere, that its config and its head imply."""
     if (folder / TASK_NAME).is_file():
         stored = read_json(folder / TASK_NAME)
@@ -163,14 +159,21 @@ def _task_of(folder: Path, config: PeftConfig) -> Task:
         return TASKS[stored["task"]](DataSection(train="", **stored["data"]), stored["labels"])
     kind = str(getattr(config.task_type, "value", config.task_type))
     if kind == "CAUSAL_LM":
-        return CausalLM(DataSection(train=""))
+        return CausalLM(_default_data(base))
     if kind == "SEQ_CLS":
-        return TextClassification(DataSection(train=""), [f"LABEL_{index}" for index in range(_classes(folder))])
+        return TextClassification(_default_data(base), [f"LABEL_{index}" for index in range(_classes(folder))])
     raise PeanutError(
         f"'{folder}' has no {TASK_NAME} and its config the task {kind}",
         "an adapter that peanut train wrote",
         "train it",
     )
+
+
+def _default_data(base: str) -> DataSection:
+    """The data section's defaults, as far as the base model reaches."""
+    data = DataSection(train="")
+    longest = getattr(_read_config(base), "max_position_embeddings", data.max_length)
+    return data.model_copy(update={"max_length": min(longest, data.max_length)})
 
 
 def _classes(folder: Path) -> int:
@@ -180,6 +183,14 @@ def _classes(folder: Path) -> int:
     if not rows:
         raise PeanutError(f"the adapter '{folder}' holds no classifier", "a trained head", "train one")
     return int(min(rows))
+
+
+def _read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from None
+    return config
 
 
 def _inside(key: str, paths: Iterable[str]) -> bool:

@@ -14,11 +14,11 @@ import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..files import make_folder, read_json, write_json
+from ..files import make_folder, read_json, write_folder, write_json
 from .callbacks import Progress, RunLog, plot
 from .config import load_config
 from .evaluation import evaluate, metrics_of
-from .folder import RunFolder, write_folder
+from .folder import RunFolder
 from .metrics import LOWER_IS_BETTER
 from .model import build_model, save_task
 from .plan import Plan, make_plan

@@ -20,8 +20,9 @@ from transformers.utils.generic import can_return_loss, find_labels
 
 from .. import PeftModel
 from ..errors import PeanutError
+from ..files import told
 
-__all__ = ["AdapterTrainerMixin", "Trainer", "is_whole", "save_processor", "whole_checkpoints"]
+__all__ = ["AdapterTrainerMixin", "Trainer", "is_whole", "whole_checkpoints"]
 
 if TYPE_CHECKING:
     _Base: TypeAlias = transformers.Trainer
@@ -62,7 +63,7 @@ class AdapterTrainerMixin(_Base):
             any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) if accepts is None else accepts
         )
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        self._loss_shifts_labels = shifts and not getattr(base.config, "is_encoder_decoder", False)
+        self._loss_shifts_labels = shifts and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
 
@@ -110,7 +111,8 @@ class AdapterTrainerMixin(_Base):
         adapted.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None and self.args.should_save:
-            save_processor(processor, folder)
+            with told(f"cannot write the checkpoint '{folder}'"):
+                processor.save_pretrained(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is whole, or none: a full disk leaves no half of one behind."""
@@ -148,20 +150,6 @@ class Trainer(AdapterTrainerMixin, transformers.Trainer):
 
     Checkpoints hold the adapter and the trained head and resume exactly; ``load_best_model_at_end`` works.
     """
-
-
-def save_processor(processor: Any, folder: str | os.PathLike[str]) -> None:
-    """Saves a tokenizer or image processor.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    try:
-        processor.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is Exception:  # so the tokenizers library tells that the disk is full
-            raise OSError(str(error)) from error
-        raise
 
 
 def whole_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
