@@ -186,25 +186,3 @@ def test_a_head_in_the_base_s_own_dtype_if_asked(tiny_bert: Build) -> None:
     config = LoraConfig(r=4, task_type="SEQ_CLS")
     model = get_peft_model(tiny_bert().to(torch.bfloat16), config, autocast_adapter_dtype=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_head_is_trained_in_float32_on_a_half_precision_base(
-    dtype: torch.dtype, tiny_bert: Build, tmp_path: Path
-) -> None:
-    model = randomised(get_peft_model(tiny_bert().to(dtype), PeanutConfig(r=4, task_type="SEQ_CLS"))).eval()
-    out = model(IDS, labels=torch.tensor([0, 1]))
-    out.loss.backward()
-    head = model.get_base_model().classifier
-    assert out.logits.dtype == head.original_module.weight.dtype == dtype
-    for parameter in head.modules_to_save["default"].parameters():
-        assert parameter.dtype == parameter.grad.dtype == torch.float32
-    assert same_bits(model(IDS, adapter_names=["default", "default"]).logits, out.logits)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_bert().to(dtype), tmp_path)
-    assert same_bits(logits(again), out.logits)
-    merged = model.merge_and_unload()
-    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
-    assert distance(logits(merged), out.logits) < 0.1
-    narrow = get_peft_model(tiny_bert().to(dtype), PeanutConfig(task_type="SEQ_CLS"), autocast_adapter_dtype=False)
-    assert narrow.get_base_model().classifier.modules_to_save["default"].weight.dtype == dtype
