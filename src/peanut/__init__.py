@@ -24,15 +24,14 @@ _WHERE = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "model.peft_model": (
+    "model.injection": (
         "LoraModel",
         "PeanutModel",
-        "PeftModel",
-        "get_peft_model",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
         "set_peft_model_state_dict",
     ),
+    "model.peft_model": ("PeftModel", "get_peft_model"),
     "protocols": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "training.trainer": ("Trainer",),
 }
@@ -54,13 +53,13 @@ if TYPE_CHECKING:
     from .model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from .model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from .model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-    from .model.peft_model import LoraModel as LoraModel
-    from .model.peft_model import PeanutModel as PeanutModel
+    from .model.injection import LoraModel as LoraModel
+    from .model.injection import PeanutModel as PeanutModel
+    from .model.injection import get_peft_model_state_dict as get_peft_model_state_dict
+    from .model.injection import inject_adapter_in_model as inject_adapter_in_model
+    from .model.injection import set_peft_model_state_dict as set_peft_model_state_dict
     from .model.peft_model import PeftModel as PeftModel
     from .model.peft_model import get_peft_model as get_peft_model
-    from .model.peft_model import get_peft_model_state_dict as get_peft_model_state_dict
-    from .model.peft_model import inject_adapter_in_model as inject_adapter_in_model
-    from .model.peft_model import set_peft_model_state_dict as set_peft_model_state_dict
     from .protocols import PeftConfig as PeftConfig
     from .protocols import PeftType as PeftType
     from .protocols import TaskType as TaskType

@@ -217,7 +217,7 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
     threads = torch.get_num_threads()
     found = run(tmp_path, "--methods", "peanut", "lora", "--depth", "0", "1")
     assert torch.get_num_threads() == threads
-    assert set(found) == {"hardware", "settings", "variants", "versions"}
+    assert set(found) == {"hardware", "settings", "variants", "versions", "wait_policy"}
     assert found["versions"] == {"peanut": peanut.__version__, "torch": torch.__version__, "peft": "0.21.2"}
     assert found["settings"] == {
         "methods": ["LORA", "PEANUT"], "tokens": 8, "rank": 2, "depth": [0, 1], "dims": [16, 24], "blocks": 1,

@@ -2,6 +2,9 @@
 
 All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
 quartiles, and a ratio is taken within each round before the median.
+
+On a machine that does other work too, set ``OMP_WAIT_POLICY=passive``: otherwise a thread that waits for another one
+keeps its processor busy, and what is measured is mostly that waiting.
 """
 
 from __future__ import annotations
@@ -147,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peanut bench",
         description="Measures what methods cost in a stack of layers: time, memory, one token of generation.",
+        epilog="On a machine that does other work too, set OMP_WAIT_POLICY=passive in the environment.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,6 +80,7 @@ def report(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
     return {
         "versions": {"peanut": __version__, "torch": str(torch.__version__), "peft": peer_version()},
         "hardware": processor(torch.device(settings.device)),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "settings": asdict(settings),
         "variants": variants,
     }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
-from ..model.peft_model import get_peft_model, get_peft_model_state_dict
+from ..model.injection import get_peft_model_state_dict
+from ..model.peft_model import get_peft_model
 from ..protocols import PeftConfig, method_of
 from .measure import now, peak_bytes, repeated, saved_bytes
 

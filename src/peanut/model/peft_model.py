@@ -7,91 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
 from .adapter_set import AdapterSet
-from .checkpoint import PREFIX, StoredAdapter, adapter_state, load_state, read_adapter, save_adapter
+from .checkpoint import load_state, read_adapter, save_adapter
+from .injection import MODELS, AdaptedModel
 from .routing import per_sample
 
-__all__ = [
-    "AdaptedModel",
-    "LoraModel",
-    "PeanutModel",
-    "PeftModel",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "set_peft_model_state_dict",
-]
-
-
-class AdaptedModel(nn.Module):
-    """A base model with adapters in it, kept at ``.model``.
-
-    Args:
-        model: the base model, changed in place.
-        config: the adapter's config, or several by name.
-        adapter_name: name of the adapter, if ``config`` is one.
-        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by ``state_dict`` or by loading.
-        state_dict: the adapter's tensors, by the keys that its file has.
-    """
-
-    method: ClassVar[PeftType | None] = None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: PeftConfig | Mapping[str, PeftConfig],
-        adapter_name: str = "default",
-        low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        configs = {adapter_name: config} if isinstance(config, PeftConfig) else dict(config)
-        for name, own in configs.items():
-            if self.method is not None and own.peft_type != self.method:
-                raise PeanutError(
-                    f"{type(own).__name__} given to {type(self).__name__}",
-                    f"a config of {self.method.value}",
-                    "use get_peft_model, which takes any",
-                )
-            inject_adapter_in_model(own, model, name, low_cpu_mem_usage, state_dict)
-
-    @property
-    def adapters(self) -> AdapterSet:
-        """The adapters in the model."""
-        return AdapterSet.of(self.model)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-
-class PeanutModel(AdaptedModel):
-    """A model adapted by PEANuT: ``PeanutModel(model, config, adapter_name)``."""
-
-    method = PeftType.PEANUT
-
-
-class LoraModel(AdaptedModel):
-    """A model adapted by LoRA: ``LoraModel(model, config, adapter_name)``."""
-
-    method = PeftType.LORA
-
-
-_MODELS = {model.method: model for model in (PeanutModel, LoraModel)}
+__all__ = ["PeftModel", "get_peft_model"]
 
 
 class PeftModel(nn.Module):
@@ -119,7 +46,7 @@ class PeftModel(nn.Module):
         super().__init__()
         adapters = AdapterSet.of(model)
         adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
-        base = _MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
+        base = MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
         self.base_model = base(model, {})
         model.requires_grad_(False)
         adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
@@ -363,58 +290,3 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``."""
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Puts an adapter into a model, freezes the rest of it, and returns the model itself, not wrapped.
-
-    Args:
-        peft_config: the adapter's config.
-        model: the model, changed in place.
-        adapter_name: its name.
-        low_cpu_mem_usage: leave the parameters without storage.
-        state_dict: the adapter's tensors, by the keys that its file has.
-    """
-    adapters = AdapterSet.of(model)
-    adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
-    model.requires_grad_(False)
-    adapters.activate([*adapters.state.active, adapter_name], trainable=not peft_config.inference_mode)
-    if state_dict is not None:
-        set_peft_model_state_dict(model, state_dict, adapter_name)
-    return model
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """An adapter's tensors by the keys that files give them.
-
-    Args:
-        model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
-        state_dict: full state dict of the model to take the values from.
-        adapter_name: which adapter.
-    """
-    prefix = PREFIX if isinstance(model, PeftModel) else ""
-    state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
-    return {f"{prefix}{key}": value for key, value in state.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Copies tensors, by the keys that files give them, into an adapter.
-
-    Raises:
-        PeanutError: a key is missing or unexpected, or a shape differs. Nothing is then copied.
-    """
-    adapters = AdapterSet.of(model)
-    adapters.known(adapter_name)
-    state = {key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
-    stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
-    load_state(adapters, adapter_name, stored, check=False, assign=True)

@@ -151,9 +151,7 @@ class PeftConfig:
         Raises:
             PeanutError: the method is unknown, or a field asks for something that does not exist here.
         """
-        from .registry import method_of
-
-        config_class = method_of(values.get("peft_type") or getattr(cls, "method", None), source).config_class
+        config_class = config_class_of(values.get("peft_type") or getattr(cls, "method", None), source)
         known = {field.name for field in dataclasses.fields(config_class)}
         for name, value in values.items():
             if name not in known and not _asks_for_nothing(name, value):
@@ -177,6 +175,26 @@ class PeftConfig:
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}
+"""The config class of every method, by the method's name; ``register`` fills it."""
+
+
+def config_class_of(peft_type: Any, source: str = "the config") -> type[PeftConfig]:
+    """The config class of the method called ``peft_type``.
+
+    Raises:
+        PeanutError: there is none of that name.
+    """
+    name = str(getattr(peft_type, "value", peft_type)).upper()
+    if name not in CONFIG_CLASSES:
+        raise PeanutError(
+            f"{source} names the method {peft_type!r}",
+            f"one of {', '.join(sorted(CONFIG_CLASSES))}",
+            f"nearest: {nearest(name, CONFIG_CLASSES, 1)}",
+        )
+    return CONFIG_CLASSES[name]
 
 
 def check_whole(name: str, value: Any, least: int) -> int:

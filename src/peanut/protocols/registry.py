@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..errors import PeanutError, nearest
-from .config import PeftConfig
+from .config import CONFIG_CLASSES, PeftConfig, config_class_of
 from .method import WeightMethod
 
 __all__ = ["METHODS", "get_peft_config", "method_of", "register"]
@@ -21,6 +20,7 @@ def register(method: M) -> M:
     """Class decorator: makes a method known everywhere."""
     instance = method()
     METHODS[instance.name] = instance
+    CONFIG_CLASSES[instance.name] = instance.config_class
     return method
 
 
@@ -30,14 +30,7 @@ def method_of(peft_type: Any, source: str = "the config") -> WeightMethod[Any]:
     Raises:
         PeanutError: there is none of that name.
     """
-    name = str(getattr(peft_type, "value", peft_type)).upper()
-    if name not in METHODS:
-        raise PeanutError(
-            f"{source} names the method {peft_type!r}",
-            f"one of {', '.join(sorted(METHODS))}",
-            f"nearest: {nearest(name, METHODS, 1)}",
-        )
-    return METHODS[name]
+    return METHODS[config_class_of(peft_type, source).method.value]
 
 
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:

@@ -12,9 +12,10 @@ import transformers
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import PeftConfig, PeftModel, get_peft_model
 from ..errors import PeanutError
 from ..files import read_json, write_json
+from ..model.peft_model import PeftModel, get_peft_model
+from ..protocols import PeftConfig
 from ..protocols.config import CONFIG_NAME
 from .sections import AdapterSection, DataSection, RunConfig
 from .tasks import TASKS, CausalLM, Task, TextClassification

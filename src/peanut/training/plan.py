@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import PeftModel, get_peft_model
+from ..model.peft_model import PeftModel, get_peft_model
 from .config import RunConfig
 from .model import adapter_config, head_names, model_config
 from .tasks import Task

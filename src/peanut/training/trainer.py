@@ -18,9 +18,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
-from .. import PeftModel
 from ..errors import PeanutError
 from ..files import told
+from ..model.peft_model import PeftModel
 
 __all__ = ["AdapterTrainerMixin", "Trainer", "is_whole", "whole_checkpoints"]
 
