@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutError, PeftConfig, PeftType, get_peft_model
 from peanut.operators import LowRank
 from peanut.protocols import METHODS, Change, WeightMethod, method_of, register
+from peanut.protocols.config import CONFIG_CLASSES
 from peanut.weights import KINDS, FrozenLayer
 
 from ..support import CASES, one_thread  # noqa: F401
@@ -38,8 +40,10 @@ class EvenConfig(PeftConfig):
 
 
 def test_a_new_method_works_by_being_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, method in list(METHODS.items()):
-        monkeypatch.setitem(METHODS, name, method)
+    registries: tuple[dict[str, Any], ...] = (METHODS, CONFIG_CLASSES)
+    for registry in registries:
+        for name, value in list(registry.items()):
+            monkeypatch.setitem(registry, name, value)
 
     @register
     class Even(WeightMethod[EvenConfig]):
@@ -72,4 +76,4 @@ def test_a_new_method_works_by_being_registered(monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(net[0](x), before + 2 * x.sum(-1, keepdim=True))
     assert model.get_nb_trainable_parameters()[0] == 1
     monkeypatch.undo()
-    assert METHODS["LORA"].config_class is LoraConfig
+    assert METHODS["LORA"].config_class is LoraConfig is CONFIG_CLASSES["LORA"]
