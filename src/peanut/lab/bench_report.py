@@ -16,12 +16,10 @@ from .. import __version__
 from ..files import write_files
 from ..protocols import FORMAT_VERSION
 from .measure import Spread, processor, ratio
-from .variants import By, peer_version
+from .variants import By, Settings, peer_version
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from .bench import Settings
 
 __all__ = ["Row", "print_tables", "report", "write_report"]
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 import torch
@@ -16,12 +16,72 @@ from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import get_peft_model
-from ..protocols import PeftConfig, method_of
+from ..protocols import METHODS, PeftConfig, method_of
+from ..protocols.config import check_whole
 from .measure import now, peak_bytes, repeated, saved_bytes
 
-__all__ = ["By", "Variant", "configs_of", "frozen_stack", "peer_version", "variants_of"]
+__all__ = ["By", "Settings", "Variant", "configs_of", "frozen_stack", "peer_version", "variants_of"]
 
 By = Literal["frozen", "peanut", "peft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Args:
+        methods: methods that change linear layers, by name in any case; LORA is always among them, as the yardstick.
+        tokens: how many a training step reads.
+        rank: r of the methods that have one.
+        depth: the depths at which a method that has one is measured.
+        dims: the stack's two widths; a block is two linear layers, there and back.
+        blocks: how many blocks.
+        dtype: of weights and activations; trained parameters are in float32 at least.
+        device: as torch names it.
+        repeats: how many rounds.
+        threads: of the CPU.
+
+    Raises:
+        PeanutError: a value is out of range, or the device is not there.
+    """
+
+    methods: Sequence[str] = tuple(name for name, method in METHODS.items() if "linear" in method.kinds)
+    tokens: int = 2048
+    rank: int = 16
+    depth: Sequence[int] = (0, 2)
+    dims: Sequence[int] = (768, 3072)
+    blocks: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+    repeats: int = 20
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def __post_init__(self) -> None:
+        methods = {method.name: method for method in (method_of(name, "--methods") for name in self.methods)}
+        for name, method in methods.items():
+            if "linear" not in method.kinds:
+                raise PeanutError(f"{name} changes no linear layer", "a method that does", "leave it out of --methods")
+        ordered = {"methods": sorted({*methods, "LORA"}), "depth": self.depth, "dims": self.dims}
+        for name, values in ordered.items():
+            object.__setattr__(self, name, tuple(values))
+        for name in ("tokens", "rank", "blocks", "repeats", "threads"):
+            check_whole(f"--{name}", getattr(self, name), least=1)
+        for width in self.dims:
+            check_whole("--dims", width, least=1)
+        for depth in self.depth:
+            check_whole("--depth", depth, least=0)
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # an assertion is how torch says that it was built without CUDA
+            reason = str(error).splitlines()[0]
+            raise PeanutError(f"--device {self.device}: {reason}", "a device of this machine", "try cpu") from None
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """What differs from the default, by name; the number of threads apart."""
+        default = Settings(threads=self.threads)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def frozen_stack(narrow: int, wide: int, blocks: int, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
