@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 bench: .venv/installed
-	$(BIN)/peanut bench $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/peanut bench $(ARGS)
 
 docs: .venv/installed
 	$(BIN)/python -m pdoc --docformat google --output-directory site \
