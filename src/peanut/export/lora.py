@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..model.checkpoint import save_adapter
 from ..model.layer import AdaptedLayer
 from ..model.targets import target_paths
 from ..operators import LowRank, singular_values
-from ..protocols import method_of
+from ..protocols import PeftConfig, method_of
 
 __all__ = ["LoraExport", "from_lora", "to_lora"]
 
@@ -83,11 +83,7 @@ def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None
     ranks = {path: operator.rank for path, operator in factors.items()}
     r = max(ranks.values())
     config = LoraConfig(
-        task_type=source.task_type,
-        base_model_name_or_path=source.base_model_name_or_path,
-        revision=source.revision,
-        inference_mode=source.inference_mode,
-        modules_to_save=source.modules_to_save,
+        **_carried(source),
         r=r,
         lora_alpha=r,
         rank_pattern={path: rank for path, rank in ranks.items() if rank != r},
@@ -157,11 +153,7 @@ def from_lora(
     ranks = {path: len(value["peanut_A.weight"]) for path, value in values.items()}
     r = max(ranks.values())
     config = PeanutConfig(
-        task_type=source.task_type,
-        base_model_name_or_path=source.base_model_name_or_path,
-        revision=source.revision,
-        inference_mode=source.inference_mode,
-        modules_to_save=source.modules_to_save,
+        **_carried(source),
         r=r,
         act_fn="relu",
         side=side,
@@ -170,6 +162,12 @@ def from_lora(
     )
     made = _add_beside(adapters, name, new_name or f"{name}_peanut", config, values)
     return LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
+
+
+def _carried(source: PeftConfig) -> dict[str, Any]:
+    """What an adapter in another form keeps of its source's config."""
+    names = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save")
+    return {name: getattr(source, name) for name in names}
 
 
 def _add_beside(
