@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +15,7 @@ from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.model.adapter_set import AdapterSet
 from peanut.model.checkpoint import read_adapter
 from peanut.model.layer import AdaptedLayer
-from peanut.operators import LowRank
+from peanut.operators import LowRank, Operator
 from peanut.protocols import METHODS
 
 from .support import (
@@ -40,6 +40,7 @@ pytestmark = [
     *PEER_WARNINGS,
     # Dynamo makes an instance of the autograd function itself, and warns of it.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Net returned no loss"),  # of methods with a penalty
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 one_case_a_kind = pytest.mark.parametrize("case", FIRST_CASES, ids=str)
@@ -59,20 +60,28 @@ def can_merge(model: PeftModel) -> bool:
 
 
 def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
-    """The layer's output from (W + Σ Δ) and (b + Σ shift) built densely and put into an untouched copy of it."""
+    """The layer's output from the definition of its adapters together, built densely and put into a copy of it.
+
+    W' = diag(Π out_scale) (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = Π bias_scale ⊙ b + Σ shift.
+    """
     changes = [layer.change(name) for name in names]
     kind, module = layer.frozen.kind, case.net().layer
-    matrix, bias = layer.frozen.matrix(), layer.frozen.bias()
+    matrix, bias, shift = layer.frozen.matrix(), layer.frozen.bias(), None
+    for change in changes:
+        matrix = matrix if change.rotation is None else matrix @ change.rotation.dense()
     for change in changes:
         matrix = matrix if change.delta is None else matrix + change.delta.dense()
-        if change.shift is not None and bias is not None:
-            bias = bias + change.shift
+    for change in changes:
+        matrix = matrix if change.out_scale is None else torch.diag(change.out_scale) @ matrix
+        matrix = matrix if change.in_scale is None else matrix @ torch.diag(change.in_scale)
+        bias = bias if bias is None or change.bias_scale is None else bias * change.bias_scale
+        if change.shift is not None:
+            shift = change.shift if shift is None else shift + change.shift
+    if bias is not None and shift is not None:
+        bias, shift = bias + shift, None
     own = {"weight": kind.layout(module, matrix)} | ({} if bias is None else {"bias": bias})
     y = torch.func.functional_call(module, own, (x,))
-    for change in changes:
-        if change.shift is not None and bias is None:
-            y = y + kind.along_output(change.shift)
-    return y
+    return y if shift is None else y + kind.along_output(shift)
 
 
 # 1. A new adapter changes nothing, where the method promises it, and a disabled one never does
@@ -90,10 +99,10 @@ def test_new_adapter_changes_nothing(case: Case) -> None:
 @every_case
 def test_disabled_adapter_is_the_base_bit_for_bit(case: Case) -> None:
     base, x, model = case.net(), case.input(), case.adapted()
-    assert change_in_output(model, base, x) > 0.05
+    assert change_in_output(model, base, x) > 0.02
     with model.disable_adapter():
         assert same_bits(model(x), base(x))
-    assert change_in_output(model, base, x) > 0.05
+    assert change_in_output(model, base, x) > 0.02
 
 
 # 2. Merged equals unmerged; unmerging restores every bit; merging some leaves the others active
@@ -123,10 +132,10 @@ def test_merging_one_of_two_leaves_the_other_active(case: Case) -> None:
         return
     model.set_adapter(["a", "b"])
     expected = model(x)
-    model.merge_adapter(["b"])
-    assert layer_of(model).merged_adapters == ["b"]
-    assert distance(model(x), expected) < TIGHT
     model.merge_adapter(["a"])
+    assert layer_of(model).merged_adapters == ["a"]
+    assert distance(model(x), expected) < TIGHT
+    model.merge_adapter(["b"])
     assert distance(model(x), expected) < TIGHT
     model.unmerge_adapter()
     assert same_bits(model(x), expected)
@@ -138,6 +147,8 @@ def test_merging_one_of_two_leaves_the_other_active(case: Case) -> None:
 def test_unmerging_restores_every_bit_in_every_dtype(case: Case, dtype: torch.dtype) -> None:
     model, x = case.adapted(dtype=dtype), case.input(dtype)
     before, expected = frozen_state(model), model(x)
+    if not can_merge(model):
+        return
     model.merge_adapter()
     assert distance(model(x), expected) < 20 * torch.finfo(dtype).eps
     model.unmerge_adapter()
@@ -169,7 +180,8 @@ def test_reloaded_adapter_gives_the_same_bits(case: Case, tmp_path: Path) -> Non
 def test_gradients_reach_what_is_trained_and_nothing_else(case: Case) -> None:
     model, x = case.adapted().train(), case.input()
     model(x).square().sum().backward()
-    own = {id(parameter) for _, parameter in model.adapters.parameters("default")}
+    own = {id(value) for _, value in model.adapters.parameters("default") if isinstance(value, nn.Parameter)}
+    assert own
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in own), name
         if parameter.requires_grad:
@@ -208,31 +220,52 @@ def test_layer_equals_its_dense_form_forward_and_backward(case: Case) -> None:
     fast, slow = layer(x), written_out(case, layer, ["a", "b"], x)
     assert distance(fast, slow) < TIGHT
     direction = torch.randn_like(slow)
-    for found, expected in zip(
-        torch.autograd.grad(fast, wanted, direction), torch.autograd.grad(slow, wanted, direction), strict=True
-    ):
-        assert distance(found, expected) < TIGHT
+    # What only training reads (a posterior's width) has no gradient here, on either side.
+    found = torch.autograd.grad(fast, wanted, direction, allow_unused=True)
+    expected = torch.autograd.grad(slow, wanted, direction, allow_unused=True)
+    assert any(grad is not None for grad in expected[-len(trained) :])
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or distance(one, other) < TIGHT
 
 
 @one_case_a_kind
-def test_operator_passes_gradcheck(case: Case) -> None:
+def test_operators_pass_gradcheck(case: Case) -> None:
     layer = layer_of(case.adapted())
     method, config = layer.method_of("default")
-    parameters = layer.adapters["default"].values_by_suffix()
-    _, inputs = layer.frozen.out_features, layer.frozen.in_features
+    values = layer.values("default")
+    trained = {suffix: value for suffix, value in values.items() if value.requires_grad}
+    inputs = layer.frozen.in_features
+    weight = layer.frozen.matrix()
+    at = torch.tensor([[0, inputs - 1], [inputs // 2, 0]])
+
+    def operators(own: tuple[Tensor, ...]) -> list[Operator]:
+        change = method.change(config, values | dict(zip(trained, own, strict=True)), layer.frozen)
+        return [operator for operator in (change.delta, change.rotation) if operator is not None]
+
+    def fast(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            y
+            for operator in operators(own)
+            for y in (operator.apply(x), operator.rows(at), operator.joined(x, joinable(operator), None))
+        )
+
+    def slow(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            y
+            for operator in operators(own)
+            for matrix in [operator.dense()]
+            for y in (x @ matrix.T, matrix.T[at], x @ (joinable(operator) + matrix).T)
+        )
+
+    def joinable(operator: Operator) -> Tensor:
+        return weight if operator.shape == weight.shape else torch.eye(inputs, dtype=torch.float64)
+
     x = torch.randn(3, inputs, dtype=torch.float64, requires_grad=True)
-    at = torch.tensor([[0, inputs - 1], [1, 1]])
-
-    def fast(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        delta = method.change(config, dict(zip(parameters, values, strict=True)), layer.frozen).delta
-        return (delta.apply(x), delta.rows(at)) if delta is not None else (x.sum() + sum(v.sum() for v in values),)
-
-    def slow(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        matrix = method.change(config, dict(zip(parameters, values, strict=True)), layer.frozen).delta.dense()
-        return x @ matrix.T, matrix.T[at]
-
-    assert torch.autograd.gradcheck(fast, (x, *parameters.values()), fast_mode=True)
-    for found, expected in zip(fast(x, *parameters.values()), slow(x, *parameters.values()), strict=True):
+    if not operators(tuple(trained.values())):
+        return  # gains and shifts alone
+    assert torch.autograd.gradcheck(fast, (x, *trained.values()), fast_mode=True)
+    for found, expected in zip(fast(x, *trained.values()), slow(x, *trained.values()), strict=True):
         assert distance(found, expected) < TIGHT
 
 
@@ -268,25 +301,55 @@ def test_low_rank_change_is_never_built(case: Case) -> None:
     assert forbidden & set(watch.made)  # the watch sees it where it is built
 
 
+@every_case
+def test_no_dense_change_and_no_second_set_of_activations_is_kept(case: Case) -> None:
+    model = case.adapted()
+    layer = layer_of(model)
+    if not layer.frozen.kind.multiplies():
+        return  # a norm's change is as small as the norm
+    x = torch.cat([case.input()] * 8)
+    kept: dict[int, Tensor] = {}
+    known = {value.untyped_storage().data_ptr() for value in [*model.parameters(), *model.buffers(), x]}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(x)
+    out, inputs = layer.frozen.out_features, layer.frozen.in_features
+    dense = {(out, inputs), (inputs, out), tuple(layer.weight.shape)}
+    assert not [tuple(tensor.shape) for tensor in kept.values() if tuple(tensor.shape) in dense]
+    if not layer.frozen.kind.takes_features():
+        return
+    # What grows with the tokens: at most one tensor of the output's size, which a gain needs for its gradient.
+    growing = [tensor.numel() for tensor in kept.values() if tensor.shape[:1] == x.shape[:1]]
+    assert sum(growing) <= (y.numel() if layer.change("default").out_scale is not None else 0)
+
+
 # 6. Two adapters: each alone, both together, one for each sample
 
 
 @pytest.mark.parametrize("other", sorted(METHODS))
-@every_case
-def test_two_adapters_add_and_mix_by_sample(case: Case, other: str) -> None:
+@one_case_a_kind
+def test_two_adapters_together_and_mixed_by_sample(case: Case, other: str) -> None:
     if case.kind not in METHODS[other].kinds:
         return
     model, x, base = case.adapted("a"), case.input(), case.net()
-    model.add_adapter("b", METHODS[other].config_class(target_modules=["layer"]))
-    randomised(model, ["b"])
-    plain, alone = base(x), {}
+    second = next(found for found in FIRST_CASES if (found.method, found.kind) == (other, case.kind))
+    model.add_adapter("b", second.config())
+    randomised(model, ["b"]).eval()
+    layer, plain, alone = layer_of(model), base(x), {}
     for name in ("a", "b"):
         model.set_adapter(name)
-        assert change_in_output(model, base, x) > 0.05
+        assert change_in_output(model, base, x) > 0.02
         alone[name] = model(x)
-    assert distance(alone["a"], alone["b"]) > 0.05
+    assert distance(alone["a"], alone["b"]) > 0.02
     model.set_adapter(["a", "b"])
-    assert distance(model(x), alone["a"] + alone["b"] - plain) < TIGHT
+    assert distance(model(x), written_out(case, layer, ["a", "b"], x)) < TIGHT
+    if all(layer.change(name).adds for name in alone):
+        assert distance(model(x), alone["a"] + alone["b"] - plain) < TIGHT
     names = ["b", "__base__", "a", "b"]
     mixed = model(x, adapter_names=names)
     expected = torch.stack([{**alone, "__base__": plain}[name][row] for row, name in enumerate(names)])
@@ -304,15 +367,18 @@ def test_two_adapters_add_and_mix_by_sample(case: Case, other: str) -> None:
 def test_dtypes(case: Case, dtype: torch.dtype) -> None:
     model, x = case.adapted(dtype=dtype), case.input(dtype)
     exact = case.adapted()
-    reference = exact.load_state_dict(model.state_dict()) and exact(x.double() if x.is_floating_point() else x)
+    exact.load_state_dict(model.state_dict())
+    for own, found in zip(exact.buffers(), model.buffers(), strict=True):
+        own.copy_(found)  # those that a state dict leaves out too
+    reference = exact(x.double() if x.is_floating_point() else x)
     y = model(x)
     assert y.dtype == dtype
     assert distance(y, reference) < 20 * torch.finfo(dtype).eps
     y.sum().backward()
-    for _, parameter in model.adapters.parameters("default"):
-        assert parameter.dtype == torch.float32
-        assert parameter.grad is not None
-        assert parameter.grad.dtype == torch.float32
+    for _, value in model.adapters.parameters("default"):
+        assert not value.is_floating_point() or value.dtype == torch.float32
+        assert value.grad is None or value.grad.dtype == torch.float32
+    assert gradients(model)
 
 
 @one_case_a_kind
@@ -326,7 +392,7 @@ def test_autocast(case: Case) -> None:
         y = model(x)
         with torch.no_grad():
             evaluated = model(x)
-    assert y.dtype == (torch.float32 if case.kind == "embedding" else torch.bfloat16)
+    assert y.dtype == (torch.float32 if case.kind in ("embedding", "norm") else torch.bfloat16)
     assert distance(y, expected) < 0.05
     assert distance(evaluated, expected) < 0.05
     y.square().mean().backward()
@@ -374,7 +440,7 @@ def test_compiles_in_one_graph(case: Case) -> None:
 @peer_cases
 def test_peer_loads_our_file(case: Case, tmp_path: Path) -> None:
     model, x = case.adapted(dtype=torch.float32), case.input(torch.float32)
-    assert change_in_output(model, case.net(torch.float32), x) > 0.05
+    assert change_in_output(model, case.net(torch.float32), x) > 0.02
     model.save_pretrained(tmp_path)
     theirs = peer_loaded(case.net(torch.float32), tmp_path)
     assert distance(model(x), theirs(x)) < 1e-5
@@ -385,7 +451,7 @@ def test_we_load_the_file_of_the_peer(case: Case, tmp_path: Path) -> None:
     x = case.input(torch.float32)
     theirs = peer_model(case.net(torch.float32), case.config())
     scattered([p for p in theirs.parameters() if p.requires_grad])
-    assert change_in_output(theirs, case.net(torch.float32), x) > 0.05
+    assert change_in_output(theirs, case.net(torch.float32), x) > 0.02
     theirs.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(case.net(torch.float32), tmp_path)
     assert distance(model(x), theirs(x)) < 1e-5

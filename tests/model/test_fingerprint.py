@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.model.fingerprint import fingerprint
+from peanut.protocols import METHODS
 
 from ..support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401
 
@@ -37,7 +38,7 @@ def test_it_holds_values_of_at_most_sixteen_layers(tiny_llama: Build) -> None:
         assert values[-1] == pytest.approx(weight[-1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", METHODS["LORA"].kinds)
 def test_every_kind_of_layer_has_one_and_a_merge_does_not_change_it(kind: str) -> None:
     model = randomised(get_peft_model(Net(next(iter(LAYERS[kind].values()))()), LoraConfig(target_modules=["layer"])))
     before = fingerprint(model.adapters, "default")

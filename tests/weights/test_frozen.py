@@ -61,13 +61,13 @@ def test_a_shared_weight_gets_its_own_place_and_is_shared_again() -> None:
     head.weight = embedding.weight
     layer, before = frozen(head), embedding.weight.detach().clone()
     layer.write(layer.matrix() + 1, None, shared=True)
-    assert layer.untied
+    assert layer.untied_from is not None
     assert same_bits(embedding.weight.detach(), before)
     assert same_bits(head.weight.detach(), before + 1)
     assert head.weight.requires_grad == embedding.weight.requires_grad
     layer.restore()
     assert head.weight is embedding.weight
-    assert not layer.untied
+    assert layer.untied_from is None
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,16 @@ def test_matrix_of_a_convolution_acts_on_patches() -> None:
 
 
 def test_other_layers_are_of_no_kind() -> None:
-    assert {kind.name for kind in KINDS} == {"linear", "conv1d", "conv2d", "embedding"}
-    for module in (nn.LayerNorm(4), nn.Conv1d(4, 4, 1), nn.EmbeddingBag(4, 4), nn.Sequential(), None, "linear"):
+    assert {kind.name for kind in KINDS} == set(LAYERS)
+    for module in (
+        nn.BatchNorm1d(4),
+        nn.LayerNorm(4, elementwise_affine=False),
+        nn.Conv1d(4, 4, 1),
+        nn.EmbeddingBag(4, 4),
+        nn.Sequential(),
+        None,
+        "linear",
+    ):
         assert kind_of(module) is None
 
 

@@ -13,6 +13,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
+from .methods import methods
 from .train import TrainCommand, train
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app.command()(generate)
 app.command()(merge)
 app.command()(export)
 app.command()(inspect)
+app.command()(methods)
 app.command(context_settings=FLAGS, add_help_option=False)(bench)
 
 

@@ -19,7 +19,7 @@ from ..model.checkpoint import save_adapter
 from ..model.layer import AdaptedLayer
 from ..model.targets import target_paths
 from ..operators import LowRank, singular_values
-from ..protocols import PeftConfig, method_of
+from ..protocols import METHODS, PeftConfig, method_of
 
 __all__ = ["LoraExport", "from_lora", "to_lora"]
 
@@ -43,6 +43,10 @@ class LoraExport:
         return max(self.errors.values(), default=0.0)
 
     @property
+    def mean_error(self) -> float:
+        return sum(self.errors.values()) / max(1, len(self.errors))
+
+    @property
     def rank(self) -> int:
         """The rank of the new adapter, of the largest layer."""
         return int(self.adapters.configs[self.name].r)  # type: ignore[attr-defined]
@@ -53,32 +57,37 @@ class LoraExport:
 
 
 @torch.no_grad()
-def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None) -> LoraExport:
-    """The adapter ``name`` as a LoRA of the same rank: B = s·up, A = down, α = r.
+def to_lora(
+    model: nn.Module, name: str = "default", new_name: str | None = None, rank: int | None = None
+) -> LoraExport:
+    """The adapter ``name`` as a LoRA: B = up, A = down, α = r.
+
+    Exact, of the adapter's own rank, where ΔW is given as a product of thin factors; otherwise the best approximation
+    of rank ``rank`` in Frobenius norm (truncated singular value decomposition), whose error is returned and printed.
 
     Args:
         model: a model with adapters; the LoRA is added to it, not active.
         name: the adapter.
         new_name: what the LoRA is called; ``<name>_lora`` by default.
+        rank: the largest rank allowed; by default that of the factors, or 16 where there are none.
 
     Raises:
-        PeanutError: there is no such adapter, it changes nothing, or one of its changes is no low-rank product.
+        PeanutError: there is no such adapter, it changes nothing, or it changes a layer that LoRA cannot change.
     """
     adapters = AdapterSet.of(model)
     adapters.known(name)
     layers = dict(adapters.layers(name))
-    changes = {path: layer.change(name) for path, layer in layers.items()}
     if not layers:
         raise PeanutError(f"adapter {name!r} changes no layer", "an adapter that does", "use it as it is")
-    factors: dict[str, LowRank] = {}
-    for path, change in changes.items():
-        if not isinstance(change.delta, LowRank):
+    for path, layer in layers.items():
+        if layer.frozen.kind.name not in METHODS[LoraConfig.method.value].kinds:
             raise PeanutError(
-                f"the change of '{path}' by {adapters.configs[name].peft_type} is no low-rank product",
-                "a method whose updates are",
+                f"adapter {name!r} changes '{path}', a {type(layer.base_layer).__name__}",
+                "layers that LoRA can change",
                 "merge it instead",
             )
-        factors[path] = change.delta
+    factors = {path: _product(layer, name, rank) for path, layer in layers.items()}
+    shifts = {path: _moved_bias(layer, name) for path, layer in layers.items()}
     source = adapters.configs[name]
     ranks = {path: operator.rank for path, operator in factors.items()}
     r = max(ranks.values())
@@ -86,15 +95,15 @@ def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None
         **_carried(source),
         r=r,
         lora_alpha=r,
-        rank_pattern={path: rank for path, rank in ranks.items() if rank != r},
-        alpha_pattern={path: rank for path, rank in ranks.items() if rank != r},
-        lora_bias=any(change.shift is not None for change in changes.values()),
+        rank_pattern={path: own for path, own in ranks.items() if own != r},
+        alpha_pattern={path: own for path, own in ranks.items() if own != r},
+        lora_bias=any(shift is not None for shift in shifts.values()),
         fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
     )
     values: dict[str, dict[str, Tensor]] = {}
     for path, layer in layers.items():
         a, b = suffixes(layer.frozen)
-        own, shift = factors[path], changes[path].shift
+        own, shift = factors[path], shifts[path]
         values[path] = {
             a: own.down.reshape(layer.frozen.down_shape(own.rank)),
             b: own.scaled_up().reshape(layer.frozen.up_shape(own.rank)),
@@ -102,7 +111,33 @@ def to_lora(model: nn.Module, name: str = "default", new_name: str | None = None
         if config.lora_bias:
             values[path]["lora_B.bias"] = own.up.new_zeros(layer.frozen.out_features) if shift is None else shift
     made = _add_beside(adapters, name, new_name or f"{name}_lora", config, values)
-    return LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
+    export = LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
+    if any(layer.factors(name) is None for layer in layers.values()):
+        print(
+            f"{source.method.value} as LoRA of rank {r}: relative error of ΔW {export.mean_error:.3g} on average, "
+            f"{export.largest_error:.3g} at most"
+        )
+    return export
+
+
+def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
+    """The change of a layer as a product of thin factors: its own, or the best of rank ``rank``."""
+    change, factors = layer.change(name), layer.factors(name)
+    if factors is not None and (rank is None or factors[0].shape[1] <= rank):
+        return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
+    U, S, Vh = torch.linalg.svd(layer.delta(name).double(), full_matrices=False)
+    kept = min(16 if rank is None else rank, len(S))
+    root = S[:kept].sqrt()
+    return LowRank((U[:, :kept] * root).float(), (root[:, None] * Vh[:kept]).float())
+
+
+def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
+    """b' − b, or ``None`` where an adapter leaves the bias alone."""
+    change, bias = layer.change(name), layer.frozen.bias()
+    if change.shift is None and (change.bias_scale is None or bias is None):
+        return None
+    offset = change.offset(bias)
+    return offset if bias is None or offset is None else offset - bias
 
 
 @torch.no_grad()
@@ -131,12 +166,12 @@ def from_lora(
     adapters = AdapterSet.of(model)
     adapters.known(name)
     source = adapters.configs[name]
-    if not isinstance(source, LoraConfig) or source.lora_bias or source.bias != "none":
+    if not isinstance(source, LoraConfig) or source.lora_bias or source.bias != "none" or source.use_dora:
         raise PeanutError(
             f"adapter {name!r} is {source.peft_type} that changes more than a weight"
             if isinstance(source, LoraConfig)
             else f"adapter {name!r} is a {type(source).__name__}",
-            "a LoRA without biases",
+            "a plain LoRA without biases",
             "start PEANuT from scratch",
         )
     layers = dict(adapters.layers(name))
@@ -203,13 +238,17 @@ def _shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, p
 
 
 def _relative(layer: AdaptedLayer, name: str, made: str) -> float:
-    """‖ΔW_made − ΔW_name‖ / ‖ΔW_name‖ from the factors, nothing written out."""
-    source, result = layer.change(name).delta, layer.change(made).delta
-    assert isinstance(source, LowRank)
-    assert isinstance(result, LowRank)
-    minus = LowRank(source.up.double(), source.down.double(), -source.scaling)
-    apart = singular_values(
-        LowRank.sum([LowRank(result.up.double(), result.down.double(), result.scaling), minus])
-    ).norm()
-    size = singular_values(minus).norm()
+    """‖ΔW_made − ΔW_name‖ / ‖ΔW_name‖; where both are thin products, from the factors alone."""
+    source, result = layer.change(name), layer.change(made).delta
+    if isinstance(source.delta, LowRank) and source.adds and isinstance(result, LowRank):
+        minus = _double(source.delta, -1)
+        apart = singular_values(LowRank.sum([_double(result, 1), minus])).norm()
+        size = singular_values(minus).norm()
+    else:
+        own = layer.delta(name).double()
+        apart, size = (layer.delta(made).double() - own).norm(), own.norm()
     return float(apart / size) if size > 0 else float(apart)
+
+
+def _double(operator: LowRank, sign: int) -> LowRank:
+    return LowRank(operator.up.double(), operator.down.double(), sign * operator.scaling)

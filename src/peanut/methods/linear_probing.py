@@ -27,6 +27,7 @@ class LinearProbing(WeightMethod[LinearProbingConfig]):
 
     config_class = LinearProbingConfig
     kinds = ()
+    size = "0"
 
     def start(self, config: LinearProbingConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         return {}

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
-from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_finite, check_pattern, check_whole, matching_pattern
 from ..weights import FrozenLayer
+from .dora import decomposed, norms_of_rows, norms_with
+from .lora_fields import LoraFields
+from .olora import orthonormal_factors
+from .pissa import minor_triplets, principal_triplets
 
-__all__ = ["Lora", "LoraConfig"]
+__all__ = ["Lora", "LoraConfig", "suffixes"]
 
 
 @dataclass(kw_only=True)
-class LoraConfig(PeftConfig):
+class LoraConfig(LoraFields):
     """Config of LoRA.
 
     Args:
         r: rank.
         lora_alpha: α; the update is scaled by α/r.
-        lora_dropout: dropout of the change's input.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
-        bias: ``"none"``, or ``"lora_only"``: the adapted layers' biases are trained too.
-        use_rslora: scale by α/√r instead.
+        use_rslora: scale by α/√r instead (Kalajdzievski 2023, arXiv 2312.03732).
         init_lora_weights: ``True``: A Kaiming-uniform, B = 0; ``"gaussian"``: A normal with σ = 1/r, B = 0; ``False``:
-            both random.
+            both random; ``"pissa"``, ``"pissa_niter_16"`` (by 16 subspace iterations), ``"milora"``, ``"olora"``: both
+            a part of the weight, which the change is less by (see ``methods/pissa.py`` and ``methods/olora.py``).
+        use_dora: train the rows' lengths apart from their directions (see ``methods/dora.py``).
         lora_bias: B has a bias of its own.
         rank_pattern, alpha_pattern: r and α for particular layers, by name or regular expression.
     """
@@ -39,12 +43,9 @@ class LoraConfig(PeftConfig):
     method = PeftType.LORA
 
     r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "lora_only"] = "none"
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
+    use_dora: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -52,18 +53,22 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.r = check_whole("r", self.r, least=1)
-        check_finite("lora_alpha", self.lora_alpha)
-        self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
         for name, r in self.rank_pattern.items():
             check_pattern("rank_pattern", name)
             check_whole(f"rank_pattern[{name!r}]", r, least=1)
         for name, alpha in self.alpha_pattern.items():
             check_pattern("alpha_pattern", name)
             check_finite(f"alpha_pattern[{name!r}]", alpha)
-        if self.bias not in ("none", "lora_only"):
-            raise PeanutError(f"bias={self.bias!r}", "'none' or 'lora_only'", "change bias")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise PeanutError(f"init_lora_weights={self.init_lora_weights!r}", "True, False or 'gaussian'", "change it")
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight:
+            raise PeanutError(
+                f"init_lora_weights={init!r}",
+                "True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'milora' or 'olora'",
+                "change it",
+            )
+        if self.lora_bias and (self.use_dora or isinstance(init, str)):
+            other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            raise PeanutError(f"lora_bias=True with {other}", "one of the two", "set lora_bias=False")
 
     def for_layer(self, path: str) -> LoraConfig:
         rank, alpha = matching_pattern(self.rank_pattern, path), matching_pattern(self.alpha_pattern, path)
@@ -78,18 +83,46 @@ class LoraConfig(PeftConfig):
         """s = α/r, or α/√r."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def starts_in_weight(self) -> bool:
+        """Whether A and B start as a part of the weight, which the change is then less by."""
+        return re.fullmatch(r"pissa|pissa_niter_\d+|milora|olora", str(self.init_lora_weights)) is not None
+
+    def doubled(self) -> LoraConfig:
+        """A plain LoRA of twice the rank and the same scaling."""
+        more = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=self.lora_alpha * more,
+            rank_pattern={name: 2 * r for name, r in self.rank_pattern.items()},
+            alpha_pattern={name: alpha * more for name, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
+
 
 @register
 class Lora(WeightMethod[LoraConfig]):
-    """ΔW = s · B · A with A (r, in), B (out, r), s = α/r or α/√r."""
+    """ΔW = s · B · A with A (r, in), B (out, r), s = α/r or α/√r.
+
+    Where A and B start as a part A₀, B₀ of the weight, ΔW = s(BA − B₀A₀) = s[B − B₀, B₀][A; A − A₀], of rank 2r. In
+    that form it is exactly zero at the start, and nowhere a small difference of two large products. Files hold its
+    factors, a plain LoRA of rank 2r for the untouched base.
+    """
 
     config_class = LoraConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "r * (d_in + d_out)"
 
     def start(self, config: LoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         a, b = suffixes(layer)
         A, B = torch.empty(layer.down_shape(config.r)), torch.zeros(layer.up_shape(config.r))
-        if config.init_lora_weights == "gaussian":
+        values = {a: A, b: B}
+        if config.starts_in_weight:
+            factors = part_of_weight(config, layer)
+            values = {a: factors[0].reshape(A.shape), b: factors[1].reshape(B.shape)}
+            values |= {"start_A": values[a].clone(), "start_B": values[b].clone()}
+        elif config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / config.r, generator=generator)
         elif layer.kind.name == "embedding":
             # An embedding reads one column of A a token, so A is the factor that starts at zero.
@@ -99,30 +132,101 @@ class Lora(WeightMethod[LoraConfig]):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         if config.init_lora_weights is False:
             nn.init.normal_(A if layer.kind.name == "embedding" else B, generator=generator)
-        values = {a: A, b: B}
         if config.lora_bias:
             values["lora_B.bias"] = torch.zeros(layer.out_features)
-        bias = layer.bias()
-        if config.bias == "lora_only" and bias is not None:
-            values["base_layer.bias"] = bias.detach().clone()
+        if config.use_dora:
+            W, norms = layer.matrix(), norms_of_rows(layer.matrix())
+            low = low_rank(config, {suffix: value.to(W.device, norms.dtype) for suffix, value in values.items()})
+            shape = (1, -1, 1, 1) if layer.kind.name == "conv2d" else (-1,)
+            values |= {"lora_magnitude_vector": norms_with(W, norms, low).reshape(shape), "weight_norm": norms}
         return values
 
-    def change(self, config: LoraConfig, parameters: Mapping[str, Tensor], layer: FrozenLayer) -> Change:
-        a, b = suffixes(layer)
-        # A convolution's factors are kept as kernels; flattened they are the matrices.
-        A, B = parameters[a].flatten(1), parameters[b].flatten(1)
-        shift = None
-        if config.lora_bias:
-            shift = config.scaling * parameters["lora_B.bias"]
-        bias = layer.bias()
-        if bias is not None and "base_layer.bias" in parameters:
-            moved = parameters["base_layer.bias"] - bias
-            shift = moved if shift is None else shift + moved
-        return Change(delta=LowRank(B, A, config.scaling), shift=shift, dropout=config.lora_dropout)
+    def change(self, config: LoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        low = low_rank(config, parameters)
+        shift = config.scaling * parameters["lora_B.bias"] if config.lora_bias else None
+        if not config.use_dora:
+            return Change(delta=low, shift=shift, dropout=config.lora_dropout)
+        magnitude, norms = parameters["lora_magnitude_vector"].flatten(), parameters["weight_norm"]
+        return Change(delta=decomposed(magnitude, norms, low, layer), dropout=config.lora_dropout)
+
+    def companions(self, config: LoraConfig) -> list[tuple[WeightMethod[Any], PeftConfig]]:
+        return config.token_adapters()
+
+    def rebuilt(self, config: LoraConfig) -> frozenset[str]:
+        start = {"start_A", "start_B"} if config.starts_in_weight else set()
+        return frozenset(start | ({"weight_norm"} if config.use_dora else set()))
+
+    def stored(
+        self, config: LoraConfig, layers: Mapping[str, Values]
+    ) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
+        config, kept = super().stored(config, layers)
+        if not config.starts_in_weight:
+            return config, kept
+        for path, values in layers.items():
+            if "start_A" in values:
+                a, b = names_in(values)
+                A0, B0 = values["start_A"], values["start_B"]
+                kept[path][a] = torch.cat([values[a], values[a] - A0])
+                kept[path][b] = torch.cat([values[b] - B0, B0], dim=1)
+        return config.doubled(), kept
+
+    def restored(self, config: LoraConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
+        """From a file of rank 2r as ``stored`` gives it, or of rank r: the peer's own A and B over a reduced base."""
+        kept = super().restored(config, layers)
+        for path, values in kept.items() if config.starts_in_weight else ():
+            a, b = names_in(values)
+            if a in values and b in values and len(values[a]) == 2 * config.for_layer(path).r:
+                values[a] = values[a].chunk(2)[0]
+                values[b] = torch.add(*values[b].chunk(2, dim=1))
+        return kept
+
+    def check(self, config: LoraConfig, layer: FrozenLayer, path: str) -> None:
+        least = min(layer.out_features, layer.in_features)
+        if config.starts_in_weight and config.r > least:
+            raise PeanutError(
+                f"r={config.r} with init_lora_weights={config.init_lora_weights!r} for '{path}', whose weight is "
+                f"{layer.out_features} × {layer.in_features}",
+                f"at most {least}",
+                "lower r, or set it for that layer in rank_pattern",
+            )
+        if config.starts_in_weight and config.scaling <= 0:
+            raise PeanutError(
+                f"lora_alpha={config.lora_alpha} with init_lora_weights={config.init_lora_weights!r} for '{path}'",
+                "a positive number",
+                "change lora_alpha",
+            )
+
+
+def low_rank(config: LoraConfig, parameters: Values) -> LowRank:
+    """ΔW before any DoRA."""
+    # A convolution's factors are kept as kernels; flattened they are the matrices.
+    A, B = (parameters[name].flatten(1) for name in names_in(parameters))
+    if config.starts_in_weight:
+        A0, B0 = parameters["start_A"].flatten(1), parameters["start_B"].flatten(1)
+        A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    return LowRank(B, A, config.scaling)
+
+
+def part_of_weight(config: LoraConfig, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    """A₀ (r, in) and B₀ (out, r)."""
+    W, init = layer.matrix(), str(config.init_lora_weights)
+    if init == "olora":
+        return orthonormal_factors(W, config.r)
+    if init == "milora":
+        return minor_triplets(W, config.r, config.scaling)
+    iterations = int(init.removeprefix("pissa_niter_")) if init != "pissa" else None
+    return principal_triplets(W, config.r, config.scaling, iterations)
 
 
 def suffixes(layer: FrozenLayer) -> tuple[str, str]:
     """The names under which files keep A and B."""
-    if layer.kind.name == "embedding":
-        return "lora_embedding_A", "lora_embedding_B"
-    return "lora_A.weight", "lora_B.weight"
+    return _OF_EMBEDDING if layer.kind.name == "embedding" else _OF_OTHERS
+
+
+def names_in(values: Values) -> tuple[str, str]:
+    """The names of A and B among a layer's tensors."""
+    return _OF_EMBEDDING if _OF_EMBEDDING[0] in values else _OF_OTHERS
+
+
+_OF_EMBEDDING = "lora_embedding_A", "lora_embedding_B"
+_OF_OTHERS = "lora_A.weight", "lora_B.weight"

@@ -83,6 +83,7 @@ class Peanut(WeightMethod[PeanutConfig]):
 
     config_class = PeanutConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "2 * r * d_out + 2 * depth * r**2"
 
     def start(self, config: PeanutConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         activation(config.act_fn, layer.weight.device)  # made now, as torch.compile cannot make one with parameters

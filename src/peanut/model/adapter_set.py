@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
-from ..protocols import PeftConfig, WeightMethod, method_of
+from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ..weights import FrozenLayer, kind_of
-from .layer import AdaptedLayer
-from .parameters import Parameters
+from .layer import BIAS, AdaptedLayer
+from .parameters import NamedModules, Parameters
 from .saved_modules import SavedModule
 from .state import AdapterState
-from .targets import saved_paths, target_paths
+from .targets import BANKS, bare, biased_paths, modules_by_path, saved_paths, target_paths
+from .training_hooks import follow
 
-__all__ = ["AdapterSet"]
+__all__ = ["SHARED", "AdapterSet"]
+
+SHARED = "/"
+"""What begins the keys of tensors that an adapter's layers share: they lie beside the model's modules in files."""
 
 
 class AdapterSet:
@@ -57,14 +62,54 @@ class AdapterSet:
             if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
                 yield module.path, module
 
-    def parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters and buffers of adapter ``name`` by the key that files give them."""
+    def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of adapter ``name`` in its layers and trained modules, by the key that files give them."""
         for path, layer in self.layers(name):
             for suffix, value in layer.adapters[name].values_by_suffix().items():
-                yield f"{path}.{suffix}", value  # type: ignore[misc]
+                yield f"{path}.{suffix}", value
+        if name in self.banks():
+            for suffix, value in self.banks()[name].values_by_suffix().items():
+                yield f"{SHARED}{suffix}", value
         for path, saved in self.saved_modules(name):
             for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
                 yield f"{path}.{suffix}", value
+
+    def banks(self) -> NamedModules[Parameters] | dict[str, Parameters]:
+        """By adapter, the tensors that its layers share."""
+        found = self.model._modules.get(BANKS)
+        return found if isinstance(found, NamedModules) else {}
+
+    def penalty(self) -> Tensor | None:
+        """What the active adapters' methods add to the loss in training, or ``None``."""
+        total: Tensor | None = None
+        for name in self.state.active:
+            method = method_of(self.configs[name].peft_type)
+            if not overrides(method, "penalty"):
+                continue
+            values = [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] is method]
+            own = method.penalty(self.configs[name], values) if values else None
+            if own is not None:
+                total = own if total is None else total + own.to(total.device)
+        return total
+
+    def plan(self, steps: int, rows: int) -> None:
+        """Tells the active adapters' methods how long training will be."""
+        for name in self.state.active:
+            config = self.configs[name]
+            planned = method_of(config.peft_type).planned(config, steps, rows)
+            if planned is not config:
+                self.configure(name, planned)
+
+    @torch.no_grad()
+    def after_step(self, updated: Collection[int]) -> None:
+        """Lets methods with a schedule take their turn after an optimizer has updated the parameters of these ids."""
+        for name in self.trained:
+            method = method_of(self.configs[name].peft_type)
+            if not overrides(method, "after_step"):
+                continue
+            values = [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] is method]
+            if any(id(value) in updated for own in values for value in own.values()):
+                method.after_step(self.configs[name], values)
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """``names`` as a list.
@@ -113,7 +158,7 @@ class AdapterSet:
                 "add the adapter there, or unload() that one first",
             )
         method = method_of(config.peft_type)
-        paths = target_paths(self.model, config, method)
+        config = method.completed(config, str(getattr(getattr(self.model, "config", None), "model_type", "")))
         heads = saved_paths(self.model, config)
         for path in heads:
             if any(isinstance(module, AdaptedLayer) for module in self._own(self._at(path)).modules()):
@@ -122,22 +167,74 @@ class AdapterSet:
                     "a module that no adapter changes",
                     "leave it out of modules_to_save, or delete that adapter first",
                 )
-        planned = [(path, self._frozen(path), config.for_layer(path)) for path in paths]
-        for path, frozen, own in planned:
-            method.check(own, frozen, path)
+        planned = self._planned(config, method)
         seed = int(torch.randint(2**62, (), device="cpu").item())
-        for path, frozen, own in planned:
-            parameters = _started(method, own, frozen, f"{seed}/{path}", meta=meta, wide=wide)
-            self._wrapped(path).add(name, method, own, parameters)
+        own = [place.frozen for place in planned if place.method is method]
+        bank = _shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
+        if bank is not None:
+            self._banks()[name] = bank
+        made: dict[int, Parameters] = {}
+        for place in planned:
+            # Tied layers have one weight and one set of tensors; others, tied or not, each their own.
+            key = id(place.frozen.weight if place.method.follows_ties else place)
+            if key not in made:
+                made[key] = _started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
+            shared = bank if place.method is method else None
+            self._wrapped(place.path).add(name, place.method, place.config, made[key], shared)
+        memo: dict[int, Any] = {}
         for path in heads:
-            self._saved(path).add(name, wide=wide)
+            self._saved(path).add(name, wide=wide, memo=memo)
         self.configs[name] = config
         self.freeze(self.trained)
+        if overrides(method, "penalty") or overrides(method, "after_step"):
+            follow(self)
+
+    def _planned(self, config: PeftConfig, method: WeightMethod[Any]) -> list[_Place]:
+        """Every layer that an adapter with ``config`` changes, with the method that does.
+
+        Raises:
+            PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
+        """
+        planned: dict[str, _Place] = {}
+        for part, own in [(method, config), *method.companions(config)]:
+            for path in target_paths(self.model, own, part):
+                for place in [path, *(self._tied_to(path) if part.follows_ties else ())]:
+                    if place in planned and planned[place].method is not part:
+                        raise PeanutError(
+                            f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",
+                            "one method for a layer",
+                            "take it out of one of them, or use two adapters",
+                        )
+                    resolved = own.for_layer(place)
+                    part.check(resolved, self._frozen(place), place)
+                    planned[place] = _Place(place, self._frozen(place), part, resolved)
+        if getattr(config, "bias", "none") == "all":
+            biases = method_of(PeftType.BITFIT)
+            for path in biased_paths(self.model, biases, saved_paths(self.model, config)):
+                if path not in planned:
+                    planned[path] = _Place(path, self._frozen(path), biases, biases.config_class(target_modules=[path]))
+        return list(planned.values())
+
+    def _tied_to(self, path: str) -> list[str]:
+        """The paths of the other layers that share the weight of the layer at ``path``."""
+        weight = self._frozen(path).weight
+        return [
+            other
+            for other, module in modules_by_path(self.model).items()
+            if other != path and getattr(module, "weight", None) is weight and kind_of(bare(module)) is not None
+        ]
+
+    def _banks(self) -> NamedModules[Parameters]:
+        if BANKS not in self.model._modules:
+            self.model.add_module(BANKS, NamedModules())
+        return self.model._modules[BANKS]  # type: ignore[return-value]
 
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
+        method = method_of(config.peft_type)
         for path, layer in self.layers(name):
-            layer.add(name, layer.method_of(name)[0], config.for_layer(path), layer.adapters[name])
+            if layer.method_of(name)[0] is method:
+                layer.configure(name, config.for_layer(path))
         self.configs[name] = config
 
     def delete(self, name: str) -> None:
@@ -153,6 +250,10 @@ class AdapterSet:
             saved.delete(name)
             if not len(saved.modules_to_save):
                 self._put(path, saved.original_module)
+        if name in self.banks():
+            del self._banks()[name]
+            if not len(self._banks()):
+                del self.model._modules[BANKS]
         del self.configs[name]
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
@@ -174,10 +275,8 @@ class AdapterSet:
         except PeanutError:
             self.state.active = before
             raise
+        self._tie_again()
         for path, layer in list(self.layers()):
-            if layer.frozen.untied and getattr(self.model, "config", None) is not None:
-                # Else the saved model would come back with the head tied to the embedding, and the merge lost.
-                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
             layer.frozen.forget()
             self._put(path, layer.base_layer)
         for path, saved in list(self.saved_modules()):
@@ -212,6 +311,8 @@ class AdapterSet:
         for _, layer in self.layers():
             for name in layer.adapters:
                 layer.adapters[name].requires_grad_(name in trainable)
+        for name in self.banks():
+            self.banks()[name].requires_grad_(name in trainable)
         for _, saved in self.saved_modules():
             saved.original_module.requires_grad_(False)
             for name in saved.modules_to_save:
@@ -302,6 +403,24 @@ class AdapterSet:
     def _own(module: nn.Module) -> nn.Module:
         return module.original_module if isinstance(module, SavedModule) else module
 
+    def _tie_again(self) -> None:
+        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
+
+        If they do not, the model's config says so: else a saved model would come back with the head tied to the
+        embedding, and the merge lost.
+        """
+        apart: dict[int, list[AdaptedLayer]] = {}
+        for _, layer in self.layers():
+            if layer.frozen.untied_from is not None:
+                apart.setdefault(id(layer.frozen.untied_from), []).append(layer)
+        for first, *others in apart.values():
+            left = any(p is first.frozen.untied_from for p in self.model.parameters())
+            if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
+                for layer in others:
+                    layer.base_layer.weight = first.base_layer.weight
+            elif getattr(self.model, "config", None) is not None:
+                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
     def _refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
             both = [name for name in names if name in saved.modules_to_save]
@@ -313,24 +432,78 @@ class AdapterSet:
                 )
 
 
-def _started(
-    method: WeightMethod[Any], config: PeftConfig, frozen: FrozenLayer, seed: str, *, meta: bool, wide: bool
-) -> Parameters:
-    """A layer's parameters at their start, where and as precise as they are kept.
+def overrides(method: WeightMethod[Any], name: str) -> bool:
+    """Whether a method has its own version of an optional part of the protocol."""
+    return getattr(type(method), name) is not getattr(WeightMethod, name)
 
-    The generator is seeded from one number drawn from torch's generator and the layer's path, so that the same seed
-    gives the same adapter on every device and in every order of layers.
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer that an adapter is to change, the method that does, and its config there."""
+
+    path: str
+    frozen: FrozenLayer
+    method: WeightMethod[Any]
+    config: PeftConfig
+
+
+def _started(place: _Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
+    """A layer's tensors at their start, where and as precise as they are kept."""
+    method, config, frozen = place.method, place.config, place.frozen
+    meta = meta and not method.rebuilt(config)  # what is not in the file has to be made now
+    with _starting(seed, meta or frozen.weight.is_meta) as generator:
+        values = method.start(config, frozen, generator)
+        bias = frozen.bias()
+        if getattr(config, "bias", "none") != "none" and bias is not None:
+            values[BIAS] = bias.detach().clone()
+    return _kept(method, config, values, [frozen], meta=meta, wide=wide)
+
+
+def _shared_start(
+    method: WeightMethod[Any], config: PeftConfig, layers: list[FrozenLayer], seed: str, *, meta: bool, wide: bool
+) -> Parameters | None:
+    """The tensors that an adapter's layers share, or ``None`` if there are none."""
+    meta = meta and not method.rebuilt(config)
+    with _starting(seed, meta) as generator:
+        values = method.shared(config, layers, generator)
+    return _kept(method, config, values, layers, meta=meta, wide=wide) if values else None
+
+
+@contextmanager
+def _starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
+    """A generator for a method's start, seeded from one number drawn from torch's generator and the layer's path.
+
+    So the same seed gives the same adapter on every device and in every order of layers.
     """
-    weight = frozen.weight
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
+    with torch.no_grad(), torch.device("meta" if meta else "cpu"):
+        yield generator
+
+
+def _kept(
+    method: WeightMethod[Any],
+    config: PeftConfig,
+    values: dict[str, Tensor],
+    layers: list[FrozenLayer],
+    *,
+    meta: bool,
+    wide: bool,
+) -> Parameters:
+    """Started tensors as an adapter keeps them: on the layers' device, floating-point ones as precise as asked."""
+    weight = layers[0].weight
     device = torch.device("meta") if meta else weight.device
     dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
-    values: dict[str, Tensor] = {}
-    with torch.no_grad(), torch.device("meta" if device.type == "meta" else "cpu"):
-        started = method.start(config, frozen, generator)
-    for suffix, value in started.items():
-        values[suffix] = value.to(device=device, dtype=dtype)
-    return Parameters(values)
+    if not dtype.is_floating_point:  # codes of a quantised weight
+        dtype = torch.float32
+    rebuilt = method.rebuilt(config)
+    return Parameters(
+        {
+            suffix: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+            for suffix, value in values.items()
+        },
+        untrained=method.fixed(config) | method.passing(config) | rebuilt,
+        rebuilt=rebuilt,
+    )
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

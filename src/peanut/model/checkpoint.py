@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,30 @@ from torch import Tensor
 from ..errors import PeanutError, nearest
 from ..files import write_files
 from ..hub import locate
-from ..protocols import PeftConfig
+from ..protocols import PeftConfig, WeightMethod, method_of
 from ..protocols.config import CONFIG_NAME
-from .adapter_set import AdapterSet
+from .adapter_set import SHARED, AdapterSet
 from .defaults import HEADS
 from .fingerprint import check_base, fingerprint
 from .targets import ALL_LINEAR
 
-__all__ = ["PREFIX", "WEIGHTS_NAME", "StoredAdapter", "adapter_state", "load_state", "read_adapter", "save_adapter"]
+__all__ = [
+    "PREFIX",
+    "TRAINING_NAME",
+    "WEIGHTS_NAME",
+    "StoredAdapter",
+    "adapter_state",
+    "file_key",
+    "load_state",
+    "plain_key",
+    "read_adapter",
+    "same_form",
+    "save_adapter",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "adapter_training.safetensors"
+"""What only training needs, to go on from: statistics of schedules. Loading an adapter for use ignores it."""
 PREFIX = "base_model.model."
 """What every key in a file begins with."""
 _FINGERPRINT = "peanut_base"
@@ -40,16 +54,20 @@ class StoredAdapter:
         state: its tensors by key, without the prefix.
         base: the fingerprint of the base that it was trained on, if its writer recorded one.
         source: the folder, for messages.
+        passing: what only training needs, by key.
     """
 
     config: PeftConfig
     state: dict[str, Tensor]
     base: str | None
     source: str
+    passing: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def adapter_state(adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of adapter ``name`` by key, without the prefix.
+def adapter_state(
+    adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The config of adapter ``name`` and its tensors by key, without the prefix, in the form that files hold.
 
     Args:
         adapters: the model's adapters.
@@ -58,11 +76,78 @@ def adapter_state(adapters: AdapterSet, name: str, state_dict: Mapping[str, Tens
     """
     adapters.known(name)
     own = {key: value.detach() for key, value in adapters.parameters(name)}
-    if state_dict is None:
-        return own
-    inner = {_plain(key): value for key, value in state_dict.items()}
-    names = {id(value): _plain(key) for key, value in adapters.model.state_dict(keep_vars=True).items()}
-    return {key: inner.get(names.get(id(value), ""), value.detach()) for key, value in adapters.parameters(name)}
+    if state_dict is not None:
+        inner = {_plain(key): value for key, value in state_dict.items()}
+        names = {id(value): _plain(key) for key, value in adapters.model.state_dict(keep_vars=True).items()}
+        own = {key: inner.get(names.get(id(value), ""), value.detach()) for key, value in adapters.parameters(name)}
+    config, state = adapters.configs[name], dict[str, Tensor]()
+    grouped = _by_layer(adapters, name, own)
+    for method, part, paths in _parts(adapters, name):
+        held, stored = method.stored(part, {path: grouped.pop(path, {}) for path in paths})
+        config = held if part is adapters.configs[name] else config
+        state |= _flat(stored)
+    return config, state | _flat(grouped)  # what no method knows: modules that are trained whole
+
+
+def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
+    """The tensors of adapter ``name`` that only training needs (statistics of a schedule), by key."""
+    grouped = _by_layer(adapters, name, {key: value.detach() for key, value in adapters.parameters(name)})
+    return {
+        _key(path, suffix): grouped[path][suffix]
+        for method, config, paths in _parts(adapters, name)
+        for path in paths
+        for suffix in method.passing(config)
+        if suffix in grouped.get(path, {})
+    }
+
+
+def _parts(adapters: AdapterSet, name: str) -> Iterator[tuple[WeightMethod[Any], PeftConfig, list[str]]]:
+    """The methods of an adapter, each with its config and the paths where its tensors are."""
+    main = method_of(adapters.configs[name].peft_type)
+    paths: dict[WeightMethod[Any], list[str]] = {main: [SHARED]}
+    configs: dict[WeightMethod[Any], PeftConfig] = {main: adapters.configs[name]}
+    for path, layer in adapters.layers(name):
+        method, config = layer.method_of(name)
+        paths.setdefault(method, []).append(path)
+        configs.setdefault(method, config)
+    for method, own in paths.items():
+        yield method, configs[method], own
+
+
+def _by_layer(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by key, grouped by the path of the layer that they belong to, then by suffix."""
+    paths = {path for path, _ in adapters.layers(name)}
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(SHARED):
+            grouped.setdefault(SHARED, {})[key.removeprefix(SHARED)] = value
+            continue
+        names = key.split(".")
+        path = next((p for i in range(len(names) - 1, 0, -1) if (p := ".".join(names[:i])) in paths), "")
+        grouped.setdefault(path, {})[key.removeprefix(f"{path}.")] = value
+    return grouped
+
+
+def _flat(grouped: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {_key(path, suffix): value for path, values in grouped.items() for suffix, value in values.items()}
+
+
+def _key(path: str, suffix: str) -> str:
+    return f"{SHARED}{suffix}" if path == SHARED else f"{path}.{suffix}" if path else suffix
+
+
+def file_key(key: str, prefix: str = PREFIX) -> str:
+    """A key as files write it: what layers share lies beside the model's modules."""
+    outer = "base_model." if prefix else ""
+    return f"{outer}{key.removeprefix(SHARED)}" if key.startswith(SHARED) else f"{prefix}{key}"
+
+
+def plain_key(key: str, shared: Collection[str] = ()) -> str:
+    """The inverse of ``file_key``; ``shared`` are the suffixes that a method's layers share."""
+    if key.startswith(PREFIX):
+        return key.removeprefix(PREFIX)
+    bare = key.removeprefix("base_model.")
+    return f"{SHARED}{bare}" if bare != key or bare in shared else key
 
 
 def save_adapter(
@@ -73,11 +158,11 @@ def save_adapter(
     Raises:
         PeanutError: a value is not finite, or the folder cannot be written.
     """
-    state = adapter_state(adapters, name, state_dict)
+    held, state = adapter_state(adapters, name, state_dict)
     _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     model_config = getattr(adapters.model, "config", None)
     config = replace(
-        adapters.configs[name],
+        held,
         inference_mode=True,
         base_model_name_or_path=adapters.configs[name].base_model_name_or_path
         or getattr(model_config, "_name_or_path", None)
@@ -89,14 +174,19 @@ def save_adapter(
     base = fingerprint(adapters, name)
     if base is not None:
         metadata[_FINGERPRINT] = base
-    tensors = _unshared({f"{PREFIX}{key}": value.cpu().contiguous() for key, value in sorted(state.items())})
-    return write_files(
-        folder,
-        {
-            CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
-            WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
-        },
-    )
+    tensors = _for_file(state)
+    files: dict[str, Callable[[Path], object]] = {
+        CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
+        WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+    }
+    passing = _for_file(training_state(adapters, name))
+    if passing:
+        files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
+    return write_files(folder, files)
+
+
+def _for_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _unshared({file_key(key): value.cpu().contiguous() for key, value in sorted(state.items())})
 
 
 def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
@@ -107,6 +197,14 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
     """
     config = PeftConfig.from_pretrained(source, **hub) if config is None else config
     path = locate(source, WEIGHTS_NAME, **hub)
+    state, metadata = _read(path)
+    folder = Path(path).parent / TRAINING_NAME
+    passing = _read(folder)[0] if folder.is_file() else {}
+    return StoredAdapter(config, state, metadata.get(_FINGERPRINT), str(source), passing)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, by key without the prefix, and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -116,8 +214,7 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
             f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
         ) from error
     _refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
-    plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    return StoredAdapter(config, plain, metadata.get(_FINGERPRINT), str(source))
+    return {plain_key(key): value for key, value in state.items()}, metadata
 
 
 def load_state(
@@ -137,8 +234,20 @@ def load_state(
     """
     if name in adapters.state.merged:
         raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
-    own = dict(adapters.parameters(name))
-    state = {key: value for key, value in stored.state.items() if key in own or not _is_base_copy(key, adapters, value)}
+    left_out = {
+        _key(path, suffix)
+        for method, config, paths in _parts(adapters, name)
+        for path in paths
+        for suffix in method.rebuilt(config) | method.passing(config)
+    }
+    own = {key: value for key, value in adapters.parameters(name) if key not in left_out}
+    grouped = _by_layer(adapters, name, stored.state)
+    state: dict[str, Tensor] = {}
+    for method, config, paths in _parts(adapters, name):
+        restored = method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped})
+        state |= _flat(restored)
+    state |= _flat(grouped)
+    state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise PeanutError(
@@ -163,16 +272,39 @@ def load_state(
                 _assign(adapters, key, name, value.to(parameter.dtype))
             else:
                 parameter.copy_(value.to(parameter.device))
+        for key, parameter in adapters.parameters(name):
+            if key in left_out and key in stored.passing and parameter.shape == stored.passing[key].shape:
+                parameter.copy_(stored.passing[key].to(parameter.device))
+
+
+def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
+    """Whether ``config``, read from a file, is what adapter ``name`` would be saved with: then it stays as it is."""
+    held, _ = adapter_state(adapters, name)
+    mine, read = held.to_dict(), config.to_dict()
+    return all(mine.get(field) == read.get(field) for field in (mine.keys() | read.keys()) - _CIRCUMSTANCES)
+
+
+_CIRCUMSTANCES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "target_modules",
+}
+"""Fields that say where and on what an adapter was saved, not what it computes."""
 
 
 def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
-    """Replaces a parameter without storage by one that holds ``value``, on the layer's device."""
+    """Replaces a tensor without storage by ``value``, on the layer's device."""
+    device = next((layer.weight.device for _, layer in adapters.layers(name)), value.device)
+    if key.startswith(SHARED):
+        adapters.banks()[name].assign(key.removeprefix(SHARED), value.to(device))
+        return
     for path, layer in adapters.layers(name):
         if key.startswith(f"{path}.") and key[len(path) + 1 :] in layer.adapters[name].suffixes:
-            branch, _, leaf = key[len(path) + 1 :].rpartition(".")
-            module = layer.adapters[name].get_submodule(branch)
-            trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
-            module._parameters[leaf] = torch.nn.Parameter(value.to(layer.weight.device), requires_grad=trained)
+            layer.adapters[name].assign(key[len(path) + 1 :], value.to(layer.weight.device))
             return
     raise PeanutError(f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_TARGETS", "HEADS"]
+__all__ = ["DEFAULT_TARGETS", "FEED_FORWARD_OUTPUTS", "HEADS"]
 
 _QV = ["q_proj", "v_proj"]
 _QUERY_VALUE = ["query", "value"]
@@ -68,6 +68,35 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "xlm-roberta": _QUERY_VALUE,
 }
 """``model_type`` → names. Of these, the ones that the model has are taken."""
+
+_BERT_OUTPUT = r".*layer\.\d+\.output\.dense"
+_MLP_DOWN = r".*layers\.\d+\.mlp\.down_proj"
+
+FEED_FORWARD_OUTPUTS: dict[str, str] = {
+    "albert": r".*\.ffn_output",
+    "bert": _BERT_OUTPUT,
+    "camembert": _BERT_OUTPUT,
+    "distilbert": r".*layer\.\d+\.ffn\.lin2",
+    "electra": _BERT_OUTPUT,
+    "gemma": _MLP_DOWN,
+    "gemma2": _MLP_DOWN,
+    "gemma3_text": _MLP_DOWN,
+    "gpt2": r".*h\.\d+\.mlp\.c_proj",
+    "llama": _MLP_DOWN,
+    "mistral": _MLP_DOWN,
+    "mpnet": _BERT_OUTPUT,
+    "olmo2": _MLP_DOWN,
+    "opt": r".*layers\.\d+\.fc2",
+    "phi3": _MLP_DOWN,
+    "qwen2": _MLP_DOWN,
+    "qwen3": _MLP_DOWN,
+    "roberta": _BERT_OUTPUT,
+    "smollm3": _MLP_DOWN,
+    "t5": r".*layer\.\d+\.DenseReluDense\.wo",
+    "vit": r".*(layer\.\d+\.output\.dense|layers\.\d+\.mlp\.fc2)",
+    "xlm-roberta": _BERT_OUTPUT,
+}
+"""``model_type`` → the paths of the layers with which the feed-forward blocks end."""
 
 HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),

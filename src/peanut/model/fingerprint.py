@@ -27,7 +27,7 @@ def fingerprint(adapters: AdapterSet, name: str) -> str | None:
     samples: dict[str, list[float]] = {}
     for path, layer in layers[::step][:_LAYERS]:
         matrix = layer.frozen.matrix()
-        if matrix.device.type == "meta" or not matrix.is_floating_point():
+        if matrix.device.type == "meta" or layer.frozen.kind.quantised:
             return None
         flat = layer.frozen.weight.reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
 from .adapter_set import AdapterSet
-from .checkpoint import PREFIX, StoredAdapter, adapter_state, load_state
+from .checkpoint import PREFIX, StoredAdapter, adapter_state, file_key, load_state, plain_key
 
 __all__ = [
-    "MODELS",
     "AdaptedModel",
-    "LoraModel",
-    "PeanutModel",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "penalty",
     "set_peft_model_state_dict",
 ]
 
@@ -73,21 +71,6 @@ class AdaptedModel(nn.Module):
             return getattr(self.model, name)
 
 
-class PeanutModel(AdaptedModel):
-    """A model adapted by PEANuT: ``PeanutModel(model, config, adapter_name)``."""
-
-    method = PeftType.PEANUT
-
-
-class LoraModel(AdaptedModel):
-    """A model adapted by LoRA: ``LoraModel(model, config, adapter_name)``."""
-
-    method = PeftType.LORA
-
-
-MODELS = {model.method: model for model in (PeanutModel, LoraModel)}
-
-
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: nn.Module,
@@ -113,6 +96,11 @@ def inject_adapter_in_model(
     return model
 
 
+def penalty(model: nn.Module) -> Tensor | None:
+    """What the active adapters add to the loss in training, for a model that returns no loss; else it is in it."""
+    return AdapterSet.of(model).penalty()
+
+
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
@@ -124,8 +112,8 @@ def get_peft_model_state_dict(
         adapter_name: which adapter.
     """
     prefix = PREFIX if isinstance(getattr(model, "base_model", None), AdaptedModel) else ""
-    state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
-    return {f"{prefix}{key}": value for key, value in state.items()}
+    _, state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
+    return {file_key(key, prefix): value for key, value in state.items()}
 
 
 def set_peft_model_state_dict(
@@ -138,6 +126,7 @@ def set_peft_model_state_dict(
     """
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
-    state = {key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+    shared = adapters.banks()[adapter_name].suffixes if adapter_name in adapters.banks() else ()
+    state = {plain_key(key, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     load_state(adapters, adapter_name, stored, check=False, assign=True)

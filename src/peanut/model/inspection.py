@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..operators import effective_rank, singular_values
+from ..operators import Dense, effective_rank, singular_values
 from .adapter_set import AdapterSet
 
 __all__ = ["LayerReport", "inspect_adapter"]
@@ -54,7 +54,8 @@ def inspect_adapter(model: nn.Module, name: str = "default") -> list[LayerReport
     adapters.known(name)
     reports = []
     for path, layer in adapters.layers(name):
-        delta = layer.change(name).delta
+        change = layer.change(name)
+        delta = change.delta if change.adds else Dense(layer.delta(name))
         values = torch.zeros(1, dtype=torch.float64) if delta is None else singular_values(delta)
         reports.append(
             LayerReport(

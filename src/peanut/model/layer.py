@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators import LowRank
-from ..protocols import Change, PeftConfig, WeightMethod
+from ..operators import Operator
+from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
+from ..weights.kind import recomputed
 from .parameters import NamedModules, Parameters
 from .state import BASE, AdapterState
 
-__all__ = ["AdaptedLayer"]
+__all__ = ["BIAS", "AdaptedLayer"]
+
+BIAS = "base_layer.bias"
+"""The suffix of an adapted layer's own bias where it is trained beside the method."""
+
+Groups = dict[str, tuple[Tensor, list[Change]]]
+"""For each adapter among a batch's samples: their rows, and its change."""
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer and the adapters that change it: y = (W + Σ Δ_k) x + b + Σ shift_k over the active adapters k.
+    """A frozen layer and the adapters that change it: y = W' x + b', W' and b' as ``Change.together`` says.
 
     It knows how adapters live (which act, which are merged, how their changes combine); what a change is, the
     methods say, and how it is applied fast, the operators.
@@ -32,19 +40,41 @@ class AdaptedLayer(nn.Module):
         self.path = path
         self.state = state
         self._methods: dict[str, tuple[WeightMethod[Any], PeftConfig]] = {}
+        self._shared: dict[str, tuple[Parameters, ...]] = {}  # in tuples, so that they are no modules of the layer
         self._known: dict[str, tuple[Any, Change]] = {}
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
-    def add(self, name: str, method: WeightMethod[Any], config: PeftConfig, parameters: Parameters) -> None:
-        """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe."""
+    def add(
+        self,
+        name: str,
+        method: WeightMethod[Any],
+        config: PeftConfig,
+        parameters: Parameters,
+        shared: Parameters | None = None,
+    ) -> None:
+        """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
+
+        Args:
+            name: its name.
+            method: its method.
+            config: its config for this layer.
+            parameters: its tensors in this layer.
+            shared: those that it shares with other layers; the model holds them.
+        """
         self.adapters[name] = parameters
         self._methods[name] = (method, config)
+        self._shared[name] = () if shared is None else (shared,)
+        self._known.pop(name, None)
+
+    def configure(self, name: str, config: PeftConfig) -> None:
+        """Gives an adapter another config of its method."""
+        self._methods[name] = (self._methods[name][0], config)
         self._known.pop(name, None)
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""
-        del self.adapters[name], self._methods[name]
+        del self.adapters[name], self._methods[name], self._shared[name]
         self._known.pop(name, None)
 
     @property
@@ -83,46 +113,75 @@ class AdaptedLayer(nn.Module):
         """The method of an adapter and its config for this layer."""
         return self._methods[name]
 
-    def change(self, name: str) -> Change:
+    def values(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter here by suffix, those that it shares with other layers among them."""
+        own = self.adapters[name].values_by_suffix()
+        for shared in self._shared[name]:
+            own.update(shared.values_by_suffix())
+        return own
+
+    def change(self, name: str, *, sample: bool = False) -> Change:
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
         Without gradients and outside training it is computed once and kept while no parameter and no weight changes,
         and autocast neither begins nor ends.
+
+        Args:
+            name: the adapter.
+            sample: draw what the method draws at random.
         """
         method, config = self._methods[name]
-        parameters = self.adapters[name].values_by_suffix()
+        values = self.values(name)
+        if sample:
+            return self._changed_by(method, config, method.sampled(config, values))
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            return method.change(config, parameters, self.frozen)
-        version = _version([*parameters.values(), self.frozen.weight])
+            return self._changed_by(method, config, values)
+        version = _version([*values.values(), self.frozen.weight])
         known = self._known.get(name)
         if known is None or version is None or known[0] != version:
-            known = (version, method.change(config, parameters, self.frozen))
+            known = (version, self._changed_by(method, config, values))
             self._known[name] = known
         return known[1]
 
+    def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Change:
+        """The method's change, and that of the bias where it is trained beside the method."""
+        change = method.change(config, values, self.frozen)
+        trained, bias = values.get(BIAS), self.frozen.bias()
+        if trained is None or bias is None:
+            return change
+        moved = trained - bias
+        return replace(change, shift=moved if change.shift is None else change.shift + moved)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(up, down) whose product is W' − W of adapter ``name`` alone, if it is given so."""
+        return self.change(name).factors(self.frozen.matrix())
+
+    @torch.no_grad()
     def delta(self, name: str) -> Tensor:
-        """ΔW of adapter ``name`` written out, (out, in), in float32 or the parameters' wider dtype."""
-        out, inputs = self.frozen.out_features, self.frozen.in_features
-        operator = self.change(name).delta
-        return self.frozen.matrix().new_zeros(out, inputs) if operator is None else operator.dense()
+        """W' − W of adapter ``name`` alone written out, (out, in), in float32 or a wider dtype."""
+        change, weight = self.change(name), self._wide_matrix()
+        if change.adds:
+            return torch.zeros_like(weight) if change.delta is None else change.delta.dense()
+        return change.matrix(weight) - weight
 
     @torch.no_grad()
     def merge(self, names: list[str], shared: bool) -> None:
-        """Writes W + Σ Δ and b + Σ shift over ``names``, all from the weight before any merge."""
+        """Writes W' and b' of the adapters ``names`` together, all from the weight before any merge."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return
-        matrix, bias = self.frozen.matrix(), self.frozen.bias()
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        merged, shift = matrix.to(wide, copy=True), None
-        for name in names:
-            change = self.change(name)
-            if change.delta is not None:
-                merged += change.delta.dense().to(wide)
-            if change.shift is not None:
-                shift = change.shift if shift is None else shift + change.shift
-        own = matrix.new_zeros(self.frozen.out_features) if bias is None else bias
-        self.frozen.write(merged, None if shift is None else own + shift.to(own.dtype), shared=shared)
+        change = Change.together([self.change(name) for name in names])
+        rest = [name for name in self.active_adapters if name not in names]
+        if rest:
+            Change.together([self.change(name) for name in rest]).after(change)  # refuses what would not be exact
+        bias = self.frozen.bias()
+        offset = None if change.shift is None and change.bias_scale is None else change.offset(bias)
+        own = None if offset is None or bias is None else offset.to(bias.dtype)
+        self.frozen.write(change.matrix(self._wide_matrix()), offset if own is None else own, shared=shared)
+
+    def _wide_matrix(self) -> Tensor:
+        matrix = self.frozen.matrix()
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
     def unmerge(self) -> None:
         """Restores the weight bit for bit."""
@@ -137,61 +196,115 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
-        changes = [
-            self.change(name) for name in self.state.active if name in self.adapters and name not in self.state.merged
-        ]
+        return self._answer(x, self._acting(), *args, **kwargs)
+
+    def _acting(self) -> list[Change]:
+        """The changes that are still to be made of what the layer computes, in the order of activation."""
+        sample = self.training or self.state.sampling
+        names = [name for name in self.state.active if name in self.adapters and name not in self.state.merged]
+        changes = [self.change(name, sample=sample) for name in names]
+        if changes and self.merged:
+            merged = Change.together([self.change(name) for name in self.merged_adapters])
+            if not merged.adds or merged.shift is not None:
+                return [Change.together(changes).after(merged)]
+        return changes
+
+    def _answer(self, x: Tensor, changes: list[Change], *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer answers with ``changes`` together: the one place where they become a computation."""
         if not changes:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if not args and not kwargs and self.frozen.kind.fused(self.base_layer):
-            operator = self._one_low_rank(changes)
-            if operator is not None:
-                return self._forward_joined(x, operator, changes)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        return y + self._added(x, changes).to(y.dtype)
+        kind, whole = self.frozen.kind, Change.together(changes)
+        if not kind.multiplies() or (
+            not kind.takes_features() and (whole.rotation is not None or whole.in_scale is not None)
+        ):
+            return self._answer_rebuilt(x, whole, *args, **kwargs)
+        if not args and not kwargs and whole.rotation is None and kind.fused(self.base_layer):
+            dropping = self.training and any(change.dropout for change in changes)
+            if whole.delta is not None and not dropping:
+                return self._answer_joined(x, whole, whole.delta)
+        seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
+        turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
+        y: Tensor = self.base_layer(turned, *args, **kwargs)
+        for change in changes:
+            if change.delta is not None:
+                y = y + self._response(seen, change.delta, change.dropout).to(y.dtype)
+        if whole.out_scale is not None:
+            y = y * kind.along_output(whole.out_scale.to(y.dtype))
+        correction = whole.correction(self.bias)
+        return y if correction is None else y + kind.along_output(correction.to(y.dtype))
 
-    def _forward_joined(self, x: Tensor, operator: LowRank, changes: list[Change]) -> Tensor:
-        """The frozen product and a low-rank change in one go."""
+    def _answer_joined(self, x: Tensor, change: Change, delta: Operator) -> Tensor:
+        """The frozen product and the additive change in one go."""
         weight, bias = self.frozen.kind.matrix(self.base_layer, self.weight), self.bias
         dtype = _autocast_dtype(x.device)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        for change in changes:
-            if change.shift is not None:
-                bias = change.shift.to(x.dtype) if bias is None else bias + change.shift.to(bias.dtype)
-        return operator.to(x.dtype).joined(x, weight, bias)
+        if change.in_scale is not None:
+            x = x * change.in_scale.to(x.dtype)
+        offset = change.offset(bias)
+        offset = None if offset is None else offset.to(x.dtype)
+        if change.out_scale is None:
+            return delta.to(x.dtype).joined(x, weight, offset)
+        y = delta.to(x.dtype).joined(x, weight, None) * change.out_scale.to(x.dtype)
+        return y if offset is None else y + offset
 
-    def _one_low_rank(self, changes: list[Change]) -> LowRank | None:
-        """The changes' sum as one low-rank operator, if all of them are one and none drops its input out."""
-        operators: list[LowRank] = []
-        for change in changes:
-            if (change.dropout and self.training) or not isinstance(change.delta, LowRank):
-                return None
-            operators.append(change.delta)
-        return LowRank.sum(operators)
+    def _answer_rebuilt(self, x: Tensor, change: Change, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
 
-    def _added(self, x: Tensor, changes: list[Change]) -> Tensor:
-        """What the changes add to the layer's output: the one definition of several adapters at once."""
-        kind, total = self.frozen.kind, None
+        W' is made again in the backward rather than kept. (Dropout of Δ's input does not exist here.)
+        """
+        kind, module = self.frozen.kind, self.base_layer
+
+        def run(x: Tensor) -> Tensor:
+            weight = self.weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            matrix = kind.layout(module, change.matrix(kind.matrix(module, weight).to(wide)))
+            own = {"weight": matrix.to(weight.dtype)}
+            offset = change.offset(self.bias)
+            if self.bias is not None and offset is not None:
+                own["bias"] = offset.to(self.bias.dtype)
+            y: Tensor = torch.func.functional_call(module, own, (x, *args), kwargs)
+            extra = None if self.bias is not None else offset
+            return y if extra is None else y + kind.along_output(extra.to(y.dtype))
+
+        return recomputed(run, x) if kind.multiplies() else run(x)
+
+    def _response(self, x: Tensor, delta: Operator, dropout: float) -> Tensor:
+        """What Δ adds to the layer's output."""
+        kind = self.frozen.kind
         dtype = x.dtype if kind.takes_activations() else self.weight.dtype
-        for change in changes:
-            if change.delta is not None:
-                droppable = change.dropout and self.training and kind.takes_activations()
-                seen = nn.functional.dropout(x, change.dropout) if droppable else x
-                added = kind.respond(self.base_layer, seen, change.delta.to(dtype))
-                total = added if total is None else total + added
-            if change.shift is not None:
-                shift = kind.along_output(change.shift.to(dtype))
-                total = shift if total is None else total + shift
-        return x.new_zeros(()) if total is None else total
+        if dropout and self.training and kind.takes_activations():
+            x = nn.functional.dropout(x, dropout)
+        return kind.respond(self.base_layer, x, delta.to(dtype))
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Row by row: the base's output for all, and to each sample's rows its own adapter's change."""
+        """Row by row: each sample's rows with its own adapter's change."""
+        sample = self.training or self.state.sampling
+        groups = {
+            name: (torch.tensor(rows, device=x.device), [self.change(name, sample=sample)] if acts else [])
+            for name, rows in self.state.groups(x.shape[0]).items()
+            for acts in [name != BASE and name in self.adapters]
+        }
+        if self.frozen.kind.multiplies() and all(change.adds for _, changes in groups.values() for change in changes):
+            return self._added_per_sample(x, groups, *args, **kwargs)
+        y: Tensor | None = None
+        for index, changes in groups.values():
+            part = self._answer(x[index], changes, *args, **kwargs)
+            y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, index, part)
+        assert y is not None  # groups() raises on an empty batch
+        return y
+
+    def _added_per_sample(self, x: Tensor, groups: Groups, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output for all rows at once, and to each sample's rows what its adapter adds."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        for name, rows in self.state.groups(x.shape[0]).items():
-            if name != BASE and name in self.adapters:
-                index = torch.tensor(rows, device=x.device)
-                added = self._added(x[index], [self.change(name)]).to(y.dtype)
-                y = y.index_add(0, index, added.expand(len(rows), *y.shape[1:]))
+        for index, changes in groups.values():
+            for change in changes:
+                if change.delta is not None:
+                    y = y.index_add(0, index, self._response(x[index], change.delta, change.dropout).to(y.dtype))
+                if change.shift is not None:
+                    shift = self.frozen.kind.along_output(change.shift.to(y.dtype))
+                    y = y.index_add(0, index, shift.expand(len(index), *y.shape[1:]))
         return y
 
     def __getattr__(self, name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Containers: an adapter's parameters in a layer, and modules by a name that a user chose."""
+"""Containers: an adapter's tensors in a layer, and modules by a name that a user chose."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -42,11 +42,20 @@ class NamedModules(nn.Module, Generic[M]):
 
 
 class Parameters(nn.Module):
-    """Parameters by the suffix under which files keep them: ``lora_A.weight`` is ``lora_A.weight`` here too."""
+    """Tensors by the suffix under which files keep them: ``lora_A.weight`` is ``lora_A.weight`` here too.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    Args:
+        values: the tensors.
+        untrained: suffixes of those that are buffers.
+        rebuilt: suffixes of buffers that a state dict leaves out.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], untrained: Collection[str] = (), rebuilt: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.suffixes = tuple(values)
+        self._places: dict[str, tuple[nn.Module, str]] = {}
         for suffix, value in values.items():
             module: nn.Module = self
             *branches, leaf = suffix.split(".")
@@ -54,8 +63,21 @@ class Parameters(nn.Module):
                 if branch not in module._modules:
                     module.add_module(branch, nn.Module())
                 module = module._modules[branch]  # type: ignore[assignment]
-            module.register_parameter(leaf, nn.Parameter(value))
+            if suffix in untrained:
+                module.register_buffer(leaf, value, persistent=suffix not in rebuilt)
+            else:
+                module.register_parameter(leaf, nn.Parameter(value))
+            self._places[suffix] = (module, leaf)
 
     def values_by_suffix(self) -> dict[str, Tensor]:
-        """The parameters by suffix."""
-        return {suffix: self.get_parameter(suffix) for suffix in self.suffixes}
+        """The tensors by suffix."""
+        return {suffix: getattr(module, leaf) for suffix, (module, leaf) in self._places.items()}
+
+    def assign(self, suffix: str, value: Tensor) -> None:
+        """Puts a tensor in place of the one that is there, trained or not as that one."""
+        module, leaf = self._places[suffix]
+        own = module._parameters.get(leaf)
+        if own is None:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=own.requires_grad)

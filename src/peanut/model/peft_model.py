@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
 from .adapter_set import AdapterSet
-from .checkpoint import load_state, read_adapter, save_adapter
-from .injection import MODELS, AdaptedModel
+from .checkpoint import load_state, read_adapter, same_form, save_adapter
+from .injection import AdaptedModel
+from .models import MODELS
 from .routing import per_sample
 
 __all__ = ["PeftModel", "get_peft_model"]
@@ -35,6 +37,9 @@ class PeftModel(nn.Module):
         PeanutError: the config does not fit the model, which is then unchanged.
     """
 
+    shown: ClassVar[tuple[type[PeftModel], type[nn.Module]] | None] = None
+    """This class, and the base's class whose parameters of forward it shows, where it does."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -44,6 +49,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(model))
         adapters = AdapterSet.of(model)
         adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
         base = MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
@@ -268,9 +274,13 @@ class PeftModel(nn.Module):
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
-        if not fresh:
+        if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             kept = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        return made if self.shown is None else (_blank, self.shown, *made[2:])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -279,6 +289,32 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
+    """``PeftModel`` with the parameters of the base's forward, by which Trainers know a model's columns and labels."""
+    if (own, base) in _SHOWN:
+        return _SHOWN[own, base]
+
+    def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        return PeftModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+
+    signature = inspect.signature(base.forward)
+    named = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    order = sorted([*signature.parameters.values(), named], key=lambda parameter: parameter.kind)
+    forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
+    forward.__doc__ = PeftModel.forward.__doc__
+    parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
+    _SHOWN[own, base] = type(own.__name__, (own,), parts)
+    return _SHOWN[own, base]
+
+
+_SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
+
+
+def _blank(own: type[PeftModel], base: type[nn.Module]) -> PeftModel:
+    """What unpickling fills."""
+    return nn.Module.__new__(_shown_as(own, base))
 
 
 def get_peft_model(

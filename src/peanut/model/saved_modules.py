@@ -30,9 +30,15 @@ class SavedModule(nn.Module):
         self.path = path
         self.state = state
 
-    def add(self, name: str, *, wide: bool = True) -> None:
-        """Gives adapter ``name`` a copy of the module as it is in the base, in float32 at least if ``wide``."""
-        own = copy.deepcopy(self.original_module)
+    def add(self, name: str, *, wide: bool = True, memo: dict[int, Any] | None = None) -> None:
+        """Gives adapter ``name`` a copy of the module as it is in the base.
+
+        Args:
+            name: the adapter.
+            wide: keep the copy in float32 at least.
+            memo: what has been copied for the same adapter already: what was tied stays so.
+        """
+        own = copy.deepcopy(self.original_module, memo)
         dtype = _dtype(own)
         if wide and dtype is not None:
             own = own.to(torch.promote_types(dtype, torch.float32))

@@ -22,12 +22,16 @@ class AdapterState:
         active: names of the active adapters; their changes add.
         merged: those of them that are merged into the weights.
         disabled: whether the model answers as its base.
+        sampling: whether methods with randomness of their own draw it outside training too.
+        penalising: whether penalties enter the loss that the model returns (else who computes the loss adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
     """
 
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     disabled: bool = False
+    sampling: bool = False
+    penalising: bool = True
     samples: list[str] | None = None
 
     @contextmanager

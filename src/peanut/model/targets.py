@@ -10,15 +10,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PeanutError, nearest
-from ..protocols import PeftConfig, WeightMethod
+from ..protocols import PeftConfig, WeightMethod, method_of
 from ..weights import kind_of
-from .defaults import DEFAULT_TARGETS, HEADS
+from .defaults import DEFAULT_TARGETS, FEED_FORWARD_OUTPUTS, HEADS
 from .layer import AdaptedLayer
 from .saved_modules import SavedModule
 
-__all__ = ["ALL_LINEAR", "modules_by_path", "saved_paths", "target_paths"]
+__all__ = [
+    "ALL_LINEAR",
+    "BANKS",
+    "bare",
+    "biased_paths",
+    "modules_by_path",
+    "saved_paths",
+    "target_paths",
+]
 
 ALL_LINEAR = "all-linear"
+BANKS = "adapter_banks"
+"""The name under which a model holds what the layers of an adapter share."""
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
@@ -35,6 +45,34 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
             visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
+    return {path: module for path, module in found.items() if path.partition(".")[0] != BANKS}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A layer without the adapters around it."""
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
+
+
+def biased_paths(model: nn.Module, method: WeightMethod[Any], outside: list[str]) -> list[str]:
+    """The paths of all layers with a bias, but those in modules that are trained whole.
+
+    Raises:
+        PeanutError: something else than a layer that ``method`` knows has a bias.
+    """
+    found = []
+    for path, module in modules_by_path(model).items():
+        if any(path == head or path.startswith(f"{head}.") for head in outside):
+            continue
+        if not isinstance(bare(module)._parameters.get("bias"), nn.Parameter):
+            continue
+        if _kind_name(module) not in method.kinds:
+            raise PeanutError(
+                f"'{path}', a {type(module).__name__}, has a bias",
+                f"biases of layers of kind {', '.join(method.kinds)}",
+                "name the layers whose biases are to be trained",
+            )
+        if not _inside_attention(path, modules_by_path(model)):
+            found.append(path)
     return found
 
 
@@ -48,7 +86,7 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     if not method.kinds:
         return _no_layer(config, method, saved)
     modules = modules_by_path(model)
-    named = _named(model, config, modules)
+    named = _named(model, config, method, modules)
     kept = [path for path in named if not any(path == head or path.startswith(f"{head}.") for head in saved)]
     kept = _without_excluded(kept, config, modules)
     kept = _within_layers(kept, config)
@@ -71,8 +109,9 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
         PeanutError: a name in ``modules_to_save`` names nothing.
     """
     heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
-    paths = list(modules_by_path(model))
-    found: list[str] = []
+    modules = modules_by_path(model)
+    paths = list(modules)
+    found = _whole(model, config, modules)
     for name in [*(config.modules_to_save or []), *heads]:
         hits = [path for path in paths if path == name or path.endswith(f".{name}")]
         if not hits and name not in heads:
@@ -85,9 +124,34 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
 
 
+def _whole(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules that a method which trains whole modules takes."""
+    method = method_of(config.peft_type)
+    if method.trains == "named":
+        if config.target_modules is None:
+            raise PeanutError(
+                f"{method.name} without target_modules",
+                "names of modules to train whole",
+                f"name some of {', '.join(sorted(_names(modules))[:12])}",
+            )
+        named = _named(model, config, method, modules)
+        return _within_layers(_without_excluded(named, config, modules), config)
+    if method.trains == "all":
+        own = [name for name, _ in model.named_parameters(recurse=False)]
+        if own:
+            raise PeanutError(
+                f"parameter {own[0]!r} belongs to {type(model).__name__} itself",
+                "parameters in modules of the model",
+                "put the model into another module, or use PARTIAL",
+            )
+        holders = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+        return [name for name, _ in model.named_children() if name in holders - {BANKS}]
+    return []
+
+
 def _no_layer(config: PeftConfig, method: WeightMethod[Any], saved: list[str]) -> list[str]:
     """The layers of a method that changes none: it trains whole modules or nothing."""
-    if config.target_modules is not None:
+    if config.target_modules is not None and method.trains != "named":
         raise PeanutError(
             f"target_modules={config.target_modules!r} for {method.name}, which changes no layer", do="leave it out"
         )
@@ -98,11 +162,11 @@ def _no_layer(config: PeftConfig, method: WeightMethod[Any], saved: list[str]) -
     return []
 
 
-def _named(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modules: dict[str, nn.Module]) -> list[str]:
     """The paths that ``target_modules`` names, before anything is taken away."""
     targets = config.target_modules
     if targets is None:
-        return _default(model, modules)
+        return _default(model, config, method, modules)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return _all_linear(model, config, modules)
     if isinstance(targets, str):
@@ -111,7 +175,7 @@ def _named(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) 
             raise PeanutError(
                 f"target_modules={targets!r} matches no module path of {type(model).__name__}",
                 "a regular expression for whole paths",
-                f"adaptable layers are called {nearest(targets, _adaptable_names(modules), 6)}",
+                f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
             )
         return hits
     hits = [path for path in modules if any(_ends_in(path, name) for name in targets)]
@@ -120,20 +184,34 @@ def _named(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) 
             raise PeanutError(
                 f"target_modules names {name!r}, which no module of {type(model).__name__} is called",
                 "names of layers",
-                f"nearest: {nearest(name, _adaptable_names(modules))}",
+                f"nearest: {nearest(name, _adaptable_names(modules, method))}",
             )
     return hits
 
 
-def _default(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _default(
+    model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modules: dict[str, nn.Module]
+) -> list[str]:
+    """The layers that the method changes in this architecture where the config names none."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = DEFAULT_TARGETS.get(str(model_type), [])
-    hits = [path for path in modules if any(_ends_in(path, name) for name in names)]
+    if method.targets == "norms":
+        hits = [path for path, module in modules.items() if _kind_name(module) == "norm"]
+    elif method.targets == "biases":
+        hits = biased_paths(model, method, saved_paths(model, config))
+    elif method.targets == "embedding":
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        hits = [path for path, module in modules.items() if embedding is not None and bare(module) is bare(embedding)]
+    elif method.targets == "outputs":
+        hits = [path for path in modules if re.fullmatch(FEED_FORWARD_OUTPUTS.get(str(model_type), "(?!)"), path)]
+    else:
+        names = DEFAULT_TARGETS.get(str(model_type), [])
+        hits = [path for path in modules if any(_ends_in(path, name) for name in names)]
     if not hits:
+        all_linear = ", or use 'all-linear'" if "linear" in method.kinds else ""
         raise PeanutError(
-            f"no default target_modules for {type(model).__name__} (model_type {model_type!r})",
+            f"no default target_modules of {method.name} for {type(model).__name__} (model_type {model_type!r})",
             "target_modules",
-            f"name some of {', '.join(sorted(_adaptable_names(modules))[:12])}, or use 'all-linear'",
+            f"name some of {', '.join(sorted(_adaptable_names(modules, method))[:12])}{all_linear}",
         )
     return hits
 
@@ -223,8 +301,7 @@ def _inside_attention(path: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _kind_name(module: nn.Module) -> str | None:
-    inner = module.base_layer if isinstance(module, AdaptedLayer) else module
-    kind = kind_of(inner)
+    kind = kind_of(bare(module))
     return None if kind is None else kind.name
 
 
@@ -236,5 +313,5 @@ def _names(paths: Iterable[str]) -> set[str]:
     return {path.rpartition(".")[2] for path in paths}
 
 
-def _adaptable_names(modules: dict[str, nn.Module]) -> set[str]:
-    return _names(path for path, module in modules.items() if _kind_name(module) is not None)
+def _adaptable_names(modules: dict[str, nn.Module], method: WeightMethod[Any]) -> set[str]:
+    return _names(path for path, module in modules.items() if _kind_name(module) in method.kinds)

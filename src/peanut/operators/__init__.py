@@ -1,7 +1,9 @@
 """Linear operators on weights: applied to activations, written out densely, with a backward that saves little."""
 
+from .combined import Chain, Gained, Sum
+from .dense import Dense
 from .low_rank import LowRank
 from .operator import Operator
 from .spectrum import effective_rank, singular_values
 
-__all__ = ["LowRank", "Operator", "effective_rank", "singular_values"]
+__all__ = ["Chain", "Dense", "Gained", "LowRank", "Operator", "Sum", "effective_rank", "singular_values"]

@@ -1,4 +1,4 @@
-"""The protocol of an additive change Δ of a weight."""
+"""The protocol of a linear operator on activations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ __all__ = ["Operator"]
 
 
 class Operator(ABC):
-    """A linear operator Δ of shape (out, in).
+    """A linear operator Δ of shape (out, in): an additive change of a weight, or a rotation of its input.
 
     Laws, checked for every operator in float64, forward and backward:
         ``apply(x)`` is ``x @ dense().T``; ``rows(ids)`` is ``dense().T[ids]``;
+        ``joined(x, W, b)`` is ``x @ (W + dense()).T + b`` for a frozen W;
         ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
-        the backward of ``apply`` saves nothing of the size of ``dense()``.
+        the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
     """
 
     @property
@@ -34,11 +36,23 @@ class Operator(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Δ written out, (out, in): for merging and for tests, never for training."""
+        """Δ written out, (out, in): for merging and for tests, never kept in training."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
         """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
+        return F.linear(x, weight, bias) + self.apply(x)
+
+    def rotated(self, weight: Tensor) -> Tensor:
+        """W · R for a rotation R of the input: (out, in) → (out, in)."""
+        return weight @ self.dense()
+
+    def beyond_identity(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) of shapes (in, r) and (r, in) if a rotation R is I + up · down, else ``None``."""
+        return None
 
     def rows(self, ids: Tensor) -> Tensor:
         """Δᵀ at the rows ``ids``: (…) → (…, out), as an embedding reads it."""

@@ -2,7 +2,7 @@
 
 from .change import Change
 from .config import FORMAT_VERSION, PeftConfig, PeftType, TaskType
-from .method import WeightMethod
+from .method import Values, WeightMethod
 from .registry import METHODS, get_peft_config, method_of, register
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
+    "Values",
     "WeightMethod",
     "get_peft_config",
     "method_of",

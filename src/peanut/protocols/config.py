@@ -20,7 +20,19 @@ from ..files import read_json, write_json
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "PeftConfig", "PeftType", "TaskType", "check_probability", "check_whole"]
+__all__ = [
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+    "check_bias",
+    "check_finite",
+    "check_pattern",
+    "check_probability",
+    "check_whole",
+    "matching_pattern",
+]
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"
@@ -41,9 +53,32 @@ class TaskType(str, Enum):
 class PeftType(str, Enum):
     """The methods, by the name that ``adapter_config.json`` gives them."""
 
+    ADALORA = "ADALORA"
+    BITFIT = "BITFIT"
+    BOFT = "BOFT"
+    C3A = "C3A"
+    DIFF_PRUNING = "DIFF_PRUNING"
+    FOURIERFT = "FOURIERFT"
+    FULL = "FULL"
+    HRA = "HRA"
+    IA3 = "IA3"
     LINEAR_PROBING = "LINEAR_PROBING"
+    LN_TUNING = "LN_TUNING"
     LORA = "LORA"
+    MISS = "MISS"
+    BONE = "BONE"
+    MULTIPLICATIVE_LORA = "MULTIPLICATIVE_LORA"
+    NONLINEAR_LORA = "NONLINEAR_LORA"
+    OFT = "OFT"
+    PARTIAL = "PARTIAL"
     PEANUT = "PEANUT"
+    RANDLORA = "RANDLORA"
+    RED = "RED"
+    SHIRA = "SHIRA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    VARIATIONAL_LORA = "VARIATIONAL_LORA"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
 
 
 @dataclass(kw_only=True)
@@ -224,6 +259,12 @@ def check_probability(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise PeanutError(f"{name}={value!r}", "a probability of at least 0 and below 1", f"change {name}")
     return float(value)
+
+
+def check_bias(value: Any, only: str) -> None:
+    """Which biases are trained beside the method: ``"none"``, the adapted layers' (``only``), or ``"all"``."""
+    if value not in ("none", "all", only):
+        raise PeanutError(f"bias={value!r}", f"'none', 'all' or {only!r}", "change bias")
 
 
 def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from ..weights import FrozenLayer
 from .change import Change
 from .config import PeftConfig
 
-__all__ = ["WeightMethod"]
+__all__ = ["Values", "WeightMethod"]
 
 C = TypeVar("C", bound=PeftConfig)
+
+Values = Mapping[str, Tensor]
+"""An adapter's tensors in one layer by suffix, those that layers share among them."""
 
 
 class WeightMethod(ABC, Generic[C]):
@@ -28,20 +31,87 @@ class WeightMethod(ABC, Generic[C]):
     config_class: ClassVar[type[PeftConfig]]
     kinds: ClassVar[tuple[str, ...]]
     """Names of the kinds of layer (``LayerKind.name``) on which the mathematics makes sense."""
+    size: ClassVar[str]
+    """How many parameters it trains in a layer: an expression of d_in, d_out and the config's fields, or words."""
+    targets: ClassVar[Literal["attention", "norms", "biases", "embedding", "outputs"]] = "attention"
+    """Which layers it changes where the config names none: see ``model/defaults.py``."""
+    trains: ClassVar[Literal["layers", "named", "all"]] = "layers"
+    """What it trains: a change of layers; the modules that ``target_modules`` names, whole; or the whole model."""
+    follows_ties: ClassVar[bool] = False
+    """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
 
     @abstractmethod
     def start(self, config: C, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        """The parameters' first values, by the suffix under which files keep them.
+        """The tensors' first values in a layer, by the suffix under which files keep them.
 
         Args:
             config: the method's config, with its patterns resolved for this layer.
             layer: the layer to be changed.
-            generator: the source of all randomness.
+            generator: the source of all randomness that the config does not seed itself.
         """
 
     @abstractmethod
-    def change(self, config: C, parameters: Mapping[str, Tensor], layer: FrozenLayer) -> Change:
-        """The change that ``parameters`` make of ``layer``."""
+    def change(self, config: C, parameters: Values, layer: FrozenLayer) -> Change:
+        """The change that ``parameters`` (the layer's own and the shared ones) make of ``layer``."""
+
+    # What some methods need beyond that
+
+    def companions(self, config: C) -> list[tuple[WeightMethod[Any], PeftConfig]]:
+        """Methods of other layers that belong to the same adapter, each with its config."""
+        return []
+
+    def completed(self, config: C, model_type: str) -> C:
+        """The config with what it leaves open filled in for an architecture."""
+        return config
+
+    def shared(self, config: C, layers: Sequence[FrozenLayer], generator: torch.Generator) -> dict[str, Tensor]:
+        """Tensors that all layers of an adapter share, by suffix; kept once on the model."""
+        return {}
+
+    def fixed(self, config: C) -> frozenset[str]:
+        """Suffixes of tensors, own or shared, that are saved but not trained."""
+        return frozenset()
+
+    def rebuilt(self, config: C) -> frozenset[str]:
+        """Suffixes of tensors that are neither trained nor saved: ``start`` and ``shared`` make them again."""
+        return frozenset()
+
+    def passing(self, config: C) -> frozenset[str]:
+        """Suffixes of tensors that only training needs: not trained, kept in a file of their own to go on from."""
+        return frozenset()
+
+    def sampled(self, config: C, parameters: Values) -> Values:
+        """What stands for ``parameters`` in one forward of training, for methods with randomness of their own."""
+        return parameters
+
+    def planned(self, config: C, steps: int, rows: int) -> C:
+        """The config with what it leaves open about training filled in, once a Trainer knows it.
+
+        Args:
+            config: the method's config.
+            steps: how many optimizer steps there will be.
+            rows: how many rows are trained on.
+        """
+        return config
+
+    def penalty(self, config: C, layers: Sequence[Values]) -> Tensor | None:
+        """What is added to the loss in training, a number, over all layers of an adapter."""
+        return None
+
+    def after_step(self, config: C, layers: Sequence[Values]) -> None:
+        """Runs after each optimizer step, gradients still there: for schedules that change tensors in place."""
+
+    def stored(self, config: C, layers: Mapping[str, Values]) -> tuple[C, dict[str, dict[str, Tensor]]]:
+        """What files hold: the config and, by layer path, the tensors by suffix (all but the rebuilt and passing)."""
+        left_out = self.rebuilt(config) | self.passing(config)
+        return config, {
+            path: {suffix: value for suffix, value in values.items() if suffix not in left_out}
+            for path, values in layers.items()
+        }
+
+    def restored(self, config: C, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of an adapter with ``config`` from those that a file holds: the inverse of ``stored``."""
+        return {path: dict(values) for path, values in layers.items()}
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Sized
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,6 +54,7 @@ class AdapterTrainerMixin(_Base):
         adapted = self._adapted()
         if adapted is None:
             return
+        self.add_callback(_Plan(self))
         base = adapted.get_base_model()
         if self.args.label_names is None:
             self.label_names = find_labels(type(base))
@@ -66,6 +68,22 @@ class AdapterTrainerMixin(_Base):
         self._loss_shifts_labels = shifts and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss; where it is not the model's own, the active adapters' penalties are added here."""
+        adapted = self._adapted()
+        if adapted is None or (self.label_smoother is None and self.compute_loss_func is None):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        state = adapted.adapters.state
+        state.penalising = False
+        try:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            state.penalising = True
+        penalty = adapted.adapters.penalty() if model.training else None
+        if penalty is None:
+            return found
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
     def _adapted(self) -> PeftModel | None:
         """The model without what accelerate and ``torch.compile`` put around it, if it is one of ours."""
@@ -143,6 +161,18 @@ class AdapterTrainerMixin(_Base):
             super()._load_best_model()
         else:
             _load_adapters(adapted, best)
+
+
+class _Plan(transformers.TrainerCallback):
+    """Tells the methods with a schedule, when training begins, how long it will be."""
+
+    def __init__(self, trainer: AdapterTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        adapted, rows = self.trainer._adapted(), self.trainer.train_dataset
+        if adapted is not None:
+            adapted.adapters.plan(state.max_steps, len(rows) if isinstance(rows, Sized) else 0)
 
 
 class Trainer(AdapterTrainerMixin, transformers.Trainer):

@@ -6,10 +6,20 @@ from .embedding import EmbeddingKind
 from .frozen import FrozenLayer
 from .kind import LayerKind, LinearMap
 from .linear import LinearKind
+from .norm import NormKind
+from .quantised import Linear4bitKind, Linear8bitKind
 
 __all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of"]
 
-KINDS: tuple[LayerKind, ...] = (LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+KINDS: tuple[LayerKind, ...] = (
+    Linear4bitKind(),
+    Linear8bitKind(),
+    LinearKind(),
+    Conv1DKind(),
+    Conv2dKind(),
+    EmbeddingKind(),
+    NormKind(),
+)
 """Every kind of layer that can be adapted; a new kind is one file and one entry here."""
 
 

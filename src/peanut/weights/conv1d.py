@@ -33,3 +33,6 @@ class Conv1DKind(LayerKind):
 
     def fused(self, module: nn.Module) -> bool:
         return unhooked(module, Conv1D.forward)
+
+    def takes_features(self) -> bool:
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap
+from .kind import LayerKind, LinearMap, recomputed
 
 __all__ = ["Conv2dKind"]
 
@@ -31,7 +31,8 @@ class Conv2dKind(LayerKind):
     def respond(self, module: nn.Conv2d, x: Tensor, delta: LinearMap) -> Tensor:
         factors = delta.factors()
         if factors is None:
-            return self._convolve(module, x, delta.dense())
+            # The kernel is made again in the backward rather than kept.
+            return recomputed(lambda x: self._convolve(module, x, delta.dense()), x)
         up, down = factors
         # Every group sees the same r patterns on its own channels, so r·groups responses go to the 1×1 product.
         hidden = self._convolve(module, x, down.repeat(module.groups, 1))

@@ -40,15 +40,16 @@ class FrozenLayer:
         return self._weight is not None
 
     @property
-    def untied(self) -> bool:
-        """Whether a merge gave the layer a weight of its own where it had shared one."""
-        return self._shared is not None
+    def untied_from(self) -> nn.Parameter | None:
+        """The weight that the layer had shared with another, if a merge gave it one of its own."""
+        return None if self.kind.quantised else self._shared
 
     @property
     def weight(self) -> Tensor:
         """The weight before any merge, as the layer keeps it."""
-        weight: Tensor = self.module.weight
-        return weight if self._weight is None else self._weight.to(weight.device)
+        if self._weight is None:
+            return self.module.weight  # type: ignore[no-any-return]
+        return self._weight if self.kind.quantised else self._weight.to(self.module.weight.device)
 
     def matrix(self) -> Tensor:
         """W before any merge, (out, in)."""
@@ -80,7 +81,8 @@ class FrozenLayer:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
         """
         weight = self.module.weight
-        merged = self.kind.layout(self.module, matrix).to(weight.dtype)
+        merged = self.kind.layout(self.module, matrix)
+        merged = merged if self.kind.quantised else merged.to(weight.dtype)
         if not torch.isfinite(merged).all() or (bias is not None and not torch.isfinite(bias).all()):
             raise PeanutError(
                 "the merged weight holds values that are not finite", "finite values", "check the adapter's training"
@@ -90,13 +92,19 @@ class FrozenLayer:
                 "the adapter changes the bias of a layer that has none", "a layer with a bias", "use it unmerged"
             )
         if self._weight is None:
-            self._weight = weight.detach().to("cpu", copy=True)
+            # Codes are small and stay where they are; another parameter takes their place.
+            self._weight = weight if self.kind.quantised else weight.detach().to("cpu", copy=True)
             own_bias = self.bias()
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
-            if shared:
+            if self.kind.quantised:
+                self._shared = weight
+            elif shared:
                 self._shared = weight
                 self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
-        self.module.weight.data.copy_(merged)
+        if self.kind.quantised:
+            self.kind.install(self.module, self.kind.quantise(self.module, merged))
+        else:
+            self.module.weight.data.copy_(merged)
         if bias is not None:
             self.module.bias.data.copy_(bias)
 
@@ -106,7 +114,7 @@ class FrozenLayer:
         if self._weight is None:
             return
         if self._shared is not None:
-            self.module.weight = self._shared
+            self.kind.install(self.module, self._shared)
         else:
             self.module.weight.data.copy_(self._weight)
         if self._bias is not None:

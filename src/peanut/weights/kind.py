@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LayerKind", "LinearMap"]
+__all__ = ["LayerKind", "LinearMap", "recomputed", "unhooked"]
 
 
 class LinearMap(Protocol):
@@ -35,6 +37,8 @@ class LayerKind(ABC):
     """
 
     name: ClassVar[str]
+    quantised: ClassVar[bool] = False
+    """Whether the weight is kept as codes, which ``matrix`` turns into numbers and ``quantise`` makes of them."""
 
     @abstractmethod
     def matches(self, module: object) -> bool:
@@ -51,6 +55,14 @@ class LayerKind(ABC):
     @abstractmethod
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         """The matrix (out, in) as the layer keeps it."""
+
+    def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
+        """The parameter that keeps ``matrix`` as codes, of the sort that the layer has (only of quantised kinds)."""
+        raise NotImplementedError
+
+    def install(self, module: Any, weight: nn.Parameter) -> None:
+        """Puts ``weight`` in place of the layer's own parameter."""
+        module.weight = weight
 
     @abstractmethod
     def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
@@ -75,6 +87,22 @@ class LayerKind(ABC):
     def takes_activations(self) -> bool:
         """Whether the input is activations (dropout makes sense), not ids."""
         return True
+
+    def multiplies(self) -> bool:
+        """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
+        return True
+
+    def takes_features(self) -> bool:
+        """Whether the columns of the matrix are the last dimension of the input, which can be turned and scaled."""
+        return False
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, a function without randomness, of which only x is kept: the backward runs it again."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def unhooked(module: nn.Module, forward: Any) -> bool:

@@ -31,3 +31,6 @@ class LinearKind(LayerKind):
 
     def fused(self, module: nn.Module) -> bool:
         return unhooked(module, nn.Linear.forward)
+
+    def takes_features(self) -> bool:
+        return True

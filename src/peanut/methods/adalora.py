@@ -1,0 +1,201 @@
+"""AdaLoRA: a rank budget shared out among the layers by importance (Zhang et al. 2023, arXiv 2303.10512)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from ..operators import LowRank
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_finite, check_whole
+from ..weights import FrozenLayer
+from .lora_fields import LoraFields
+
+__all__ = ["AdaLora", "AdaLoraConfig", "budget"]
+
+
+@dataclass(kw_only=True)
+class AdaLoraConfig(LoraFields):
+    """Config of AdaLoRA.
+
+    The ranks are learnt in three phases: ``tinit`` steps with all triplets; then, until ``tfinal`` steps before the
+    end, a budget that falls with the cube of the time left; then the triplets that are left, fine-tuned.
+
+    Args:
+        target_r: the average rank at the end.
+        init_r: the rank of every layer at the start.
+        lora_alpha: α; the update is scaled by α/init_r, or by 1 where α is not positive.
+        tinit, tfinal: steps of the first and of the last phase.
+        deltaT: steps from one sharing out of the budget to the next.
+        beta1, beta2: the share of the past in the averages of sensitivity and of its uncertainty.
+        orth_reg_weight: weight of the penalty that keeps the singular vectors orthonormal.
+        total_step: steps of the whole training; needed to train.
+        rank_pattern: for each layer (its path with ``.lora_E`` behind it), which of its init_r triplets its tensors
+            hold; the peer writes it after training.
+        init_lora_weights: ``True``: E = 0, A and B normal with σ = 0.02; ``False``: all three standard normal.
+        r: accepted and ignored; in the config of one layer, the number of its triplets.
+    """
+
+    method = PeftType.ADALORA
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815 - the peer's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+    init_lora_weights: bool = True
+    r: int = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.init_r = check_whole("init_r", self.init_r, least=1)
+        self.target_r = check_whole("target_r", self.target_r, least=1)
+        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("r", 0)):
+            setattr(self, name, check_whole(name, getattr(self, name), least=least))
+        for name in ("beta1", "beta2"):
+            if not 0 < check_finite(name, getattr(self, name)) < 1:
+                raise PeanutError(f"{name}={getattr(self, name)!r}", "a number between 0 and 1", f"change {name}")
+        if check_finite("orth_reg_weight", self.orth_reg_weight) < 0:
+            raise PeanutError(f"orth_reg_weight={self.orth_reg_weight!r}", "a number of at least 0", "change it")
+        if self.target_r > self.init_r:
+            raise PeanutError(
+                f"target_r={self.target_r} above init_r={self.init_r}", "a rank that falls", "raise init_r"
+            )
+        if self.total_step is not None:
+            self.total_step = check_whole("total_step", self.total_step, least=1)
+            if self.tinit >= self.total_step - self.tfinal:
+                raise PeanutError(
+                    f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step} to share "
+                    "out the budget in",
+                    "tinit + tfinal below total_step",
+                    "lower tinit or tfinal",
+                )
+        for name in ("use_rslora", "use_dora", "lora_bias", "alpha_pattern"):
+            if getattr(self, name):
+                raise PeanutError(
+                    f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: AdaLoRA has none"
+                )
+        if not isinstance(self.init_lora_weights, bool):
+            raise PeanutError(f"init_lora_weights={self.init_lora_weights!r}", "True or False", "change it")
+
+    def for_layer(self, path: str) -> AdaLoraConfig:
+        kept = (self.rank_pattern or {}).get(f"{path}.lora_E")
+        return replace(self, r=self.init_r if kept is None else sum(kept))
+
+    @property
+    def scaling(self) -> float:
+        """s = α/init_r, whatever of init_r is left; the small number is the peer's and part of what was trained."""
+        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
+
+
+@register
+class AdaLora(WeightMethod[AdaLoraConfig]):
+    """ΔW = s · B · diag(E) · A with A (r, in), E (r, 1), B (out, r): r triplets, each a direction in, out and a value.
+
+    Training keeps beside each of them the averages of its sensitivity ``ipt`` and of that one's uncertainty ``unc``,
+    which triplets are left (``kept``), and the number of steps done (``steps``).
+    """
+
+    config_class = AdaLoraConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "init_r * (d_in + d_out + 1)"
+
+    def start(self, config: AdaLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        r = config.r
+        shapes = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r), "lora_E": (r, 1)}
+        std = 0.02 if config.init_lora_weights else 1.0
+        values = {name: nn.init.normal_(torch.empty(shape), 0.0, std, generator) for name, shape in shapes.items()}
+        if config.init_lora_weights:
+            values["lora_E"].zero_()
+        state = {f"{kind}_{name[-1]}": torch.zeros(shape) for name, shape in shapes.items() for kind in ("ipt", "unc")}
+        return values | state | {"kept": torch.ones(r, 1), "steps": torch.zeros(1)}
+
+    def change(self, config: AdaLoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        A, B, E = (parameters[f"lora_{letter}"] for letter in "ABE")
+        return Change(delta=LowRank(B * E.T, A, config.scaling), dropout=config.lora_dropout)
+
+    def companions(self, config: AdaLoraConfig) -> list[tuple[WeightMethod[Any], PeftConfig]]:
+        return config.token_adapters()
+
+    def passing(self, config: AdaLoraConfig) -> frozenset[str]:
+        return frozenset({"ipt_A", "ipt_B", "ipt_E", "unc_A", "unc_B", "unc_E", "kept", "steps"})
+
+    def planned(self, config: AdaLoraConfig, steps: int, rows: int) -> AdaLoraConfig:
+        return replace(config, total_step=steps) if config.total_step is None else config
+
+    def penalty(self, config: AdaLoraConfig, layers: Sequence[Values]) -> Tensor | None:
+        """The weight times the mean of ‖AAᵀ − I‖ and ‖BᵀB − I‖ (Frobenius) over the layers."""
+        if config.orth_reg_weight == 0:
+            return None
+        squares = [P @ P.T for values in layers for P in (values["lora_A"], values["lora_B"].T)]
+        lengths = [torch.linalg.matrix_norm(square - torch.eye(len(square)).to(square)) for square in squares]
+        return config.orth_reg_weight * torch.stack([length.to(lengths[0]) for length in lengths]).mean()
+
+    @torch.no_grad()
+    def after_step(self, config: AdaLoraConfig, layers: Sequence[Values]) -> None:
+        if config.total_step is None:
+            raise PeanutError("AdaLoRA in training without total_step", "the number of steps", "set total_step")
+        step, last = int(layers[0]["steps"].item()) + 1, config.total_step - config.tfinal
+        for values in layers:
+            values["steps"].fill_(step)
+            if step < last:
+                observe(config, values)
+        budget_now = budget(config, step, total=sum(len(values["lora_E"]) for values in layers), count=len(layers))
+        if budget_now is not None:
+            share_out(layers, budget_now)
+        if budget_now is not None or step > last:
+            for values in layers:
+                values["lora_E"].mul_(values["kept"])
+
+
+def budget(config: AdaLoraConfig, step: int, total: int, count: int) -> int | None:
+    """How many triplets are left after ``step`` (the first is 1), or ``None`` where they are not shared out anew.
+
+    Args:
+        config: the schedule.
+        step: steps done.
+        total: triplets at the start.
+        count: layers.
+    """
+    assert config.total_step is not None  # after_step has checked it
+    last, target = config.total_step - config.tfinal, config.target_r * count
+    if step <= config.tinit or step > last or (step < last and step % config.deltaT):
+        return None
+    left = 1 - (step - config.tinit) / (last - config.tinit)
+    return int((total - target) * left**3 + target)
+
+
+def observe(config: AdaLoraConfig, values: Values) -> None:
+    """Averages how much the loss hangs on each entry, |w · ∂L/∂w|, and how much that varies (equations 9 to 11)."""
+    for letter in "ABE":
+        value, ipt, unc = (values[f"{kind}_{letter}"] for kind in ("lora", "ipt", "unc"))
+        now = torch.zeros_like(ipt) if value.grad is None else (value * value.grad).abs()
+        ipt.copy_(config.beta1 * ipt + (1 - config.beta1) * now)
+        unc.copy_(config.beta2 * unc + (1 - config.beta2) * (now - ipt).abs())
+
+
+def share_out(layers: Sequence[Values], keep: int) -> None:
+    """Marks as left the ``keep`` most important triplets of all layers (more than the threshold, as ties go)."""
+    scores = []
+    for values in layers:
+        A, B, E = (values[f"ipt_{letter}"] * values[f"unc_{letter}"] for letter in "ABE")
+        scores.append(E.flatten() + torch.stack([A.mean(1), B.mean(0)], dim=1).sum(1))
+    every = torch.cat([score.cpu() for score in scores])
+    drop = len(every) - keep
+    threshold = torch.kthvalue(every, drop).values if drop > 0 else every.new_tensor(-1)
+    for values, score in zip(layers, scores, strict=True):
+        values["kept"].copy_((score > threshold.to(score.device)).unsqueeze(1))

@@ -1,0 +1,104 @@
+"""Diff pruning: a sparse difference whose gates are trained too (Guo, Rush & Kim 2020, arXiv 2012.07463)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PeanutError
+from ..operators.gated import Gated
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_finite
+from ..weights import FrozenLayer
+
+__all__ = ["DiffPruning", "DiffPruningConfig"]
+
+LOW, HIGH = -1.5, 1.5
+"""l and r of the paper, the range of a gate before it is cut to [0, 1]. As log(−l/r) = 0, P(z > 0) is σ(α)."""
+
+
+@dataclass(kw_only=True)
+class DiffPruningConfig(PeftConfig):
+    """Config of diff pruning.
+
+    Args:
+        l0_weight: λ, the price of an entry that differs from the base: the loss gains λ · E‖δ‖₀.
+        init_log_alpha: first value of every gate's α.
+        structured: each weight matrix has a gate for all of its entries beside theirs.
+    """
+
+    method = PeftType.DIFF_PRUNING
+
+    l0_weight: float = 1.25e-7
+    init_log_alpha: float = 5.0
+    structured: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.l0_weight = check_finite("l0_weight", self.l0_weight)
+        if self.l0_weight < 0:
+            raise PeanutError(f"l0_weight={self.l0_weight!r}", "a number of at least 0", "change l0_weight")
+        self.init_log_alpha = check_finite("init_log_alpha", self.init_log_alpha)
+
+
+@register
+class DiffPruning(WeightMethod[DiffPruningConfig]):
+    """ΔW = δ = z ⊙ w with w and z (out, in), z hard-concrete: clamp(l + (r − l)·σ(α + log u − log(1 − u)), 0, 1).
+
+    In training u is uniform in (0, 1), drawn for each forward; else it is 1/2, so that z = clamp(l + (r − l)·σ(α)).
+    Structured: δ = z_matrix · z ⊙ w. The penalty is λ · Σ P(z > 0), with P(z > 0) = σ(α − log(−l/r)).
+    """
+
+    config_class = DiffPruningConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "2 * d_in * d_out"
+
+    def start(self, config: DiffPruningConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        size = (layer.out_features, layer.in_features)
+        values = {"diff_w": torch.zeros(size), "diff_log_alpha": torch.full(size, config.init_log_alpha)}
+        if config.structured:
+            values["diff_group_log_alpha"] = torch.full((1,), config.init_log_alpha)
+        return values
+
+    def change(self, config: DiffPruningConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        group = parameters.get("diff_group_log_alpha")
+        return Change(delta=Gated(parameters["diff_w"], parameters["diff_log_alpha"], group, LOW, HIGH))
+
+    def sampled(self, config: DiffPruningConfig, parameters: Values) -> Values:
+        return {
+            suffix: value + logistic_noise(value) if suffix.endswith("log_alpha") else value
+            for suffix, value in parameters.items()
+        }
+
+    def penalty(self, config: DiffPruningConfig, layers: Sequence[Values]) -> Tensor | None:
+        total: Tensor | None = None
+        for values in layers:
+            kept: Tensor = _Open.apply(values["diff_log_alpha"])  # type: ignore[no-untyped-call]
+            if config.structured:
+                kept = kept * torch.sigmoid(values["diff_group_log_alpha"]).sum()
+            total = kept if total is None else total + kept.to(total.device)
+        return None if total is None else config.l0_weight * total
+
+
+def logistic_noise(like: Tensor) -> Tensor:
+    """log u − log(1 − u) for u uniform in (0, 1), finite."""
+    return torch.logit(torch.rand_like(like), eps=torch.finfo(like.dtype).eps)
+
+
+class _Open(torch.autograd.Function):
+    """Σ σ(α), the expected number of open gates; keeps α alone, where autograd would keep σ(α) beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return torch.sigmoid(logits).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        share = torch.sigmoid(logits)
+        return grad * share * (1 - share)

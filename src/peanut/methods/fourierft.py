@@ -1,0 +1,94 @@
+"""FourierFT: the update is a sparse spectrum, transformed back (Gao et al. 2024, arXiv 2405.03003)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import PeanutError
+from ..operators.fourier import Fourier
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_bias, check_finite, check_pattern, check_whole, matching_pattern
+from ..weights import FrozenLayer
+
+__all__ = ["FourierFT", "FourierFTConfig"]
+
+
+@dataclass(kw_only=True)
+class FourierFTConfig(PeftConfig):
+    """Config of FourierFT.
+
+    Args:
+        n_frequency: number of trained entries of a layer's spectrum.
+        scaling: α. The paper: 100 to 150 for RoBERTa, 300 for LLaMA and ViT.
+        random_loc_seed: seed of the entries' places, the same in layers of one size.
+        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        bias: ``"none"``, ``"all"`` or ``"fourier_only"``: which biases are trained too.
+        n_frequency_pattern: n_frequency for particular layers, by name or regular expression.
+        init_weights: start with a spectrum of zeros, so that nothing changes at first; else it is standard normal.
+    """
+
+    method = PeftType.FOURIERFT
+
+    n_frequency: int = 1000
+    scaling: float = 300.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "fourier_only"] = "none"
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.n_frequency = check_whole("n_frequency", self.n_frequency, least=1)
+        self.scaling = check_finite("scaling", self.scaling)
+        self.random_loc_seed = check_whole("random_loc_seed", self.random_loc_seed, least=0)
+        check_bias(self.bias, "fourier_only")
+        self.n_frequency_pattern = self.n_frequency_pattern or {}
+        for name, n in self.n_frequency_pattern.items():
+            check_pattern("n_frequency_pattern", name)
+            check_whole(f"n_frequency_pattern[{name!r}]", n, least=1)
+
+    def for_layer(self, path: str) -> FourierFTConfig:
+        pattern = matching_pattern(self.n_frequency_pattern, path)
+        return self if pattern is None else replace(self, n_frequency=self.n_frequency_pattern[pattern])
+
+
+@register
+class FourierFT(WeightMethod[FourierFTConfig]):
+    """ΔW = α · Re F⁻¹(S) with S (out, in) zero but for n trained numbers at places drawn from a seed.
+
+    ΔW[j, k] = α/(out·in) · Σ_l c_l cos 2π(row_l·j/out + column_l·k/in).
+    """
+
+    config_class = FourierFTConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "n_frequency"
+
+    def start(self, config: FourierFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        n, size = config.n_frequency, layer.out_features * layer.in_features
+        spectrum = torch.zeros(n) if config.init_weights else torch.randn(n, generator=generator)
+        seeded = torch.Generator().manual_seed(config.random_loc_seed)
+        flat = torch.randperm(size, generator=seeded, device="cpu")[:n]
+        places = torch.stack([flat // layer.in_features, flat % layer.in_features])
+        return {"fourierft_spectrum": spectrum, "fourierft_places": places}
+
+    def rebuilt(self, config: FourierFTConfig) -> frozenset[str]:
+        return frozenset({"fourierft_places"})
+
+    def change(self, config: FourierFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        size = (layer.out_features, layer.in_features)
+        places = parameters["fourierft_places"]
+        return Change(delta=Fourier(parameters["fourierft_spectrum"], places, size, config.scaling))
+
+    def check(self, config: FourierFTConfig, layer: FrozenLayer, path: str) -> None:
+        out, inputs = layer.out_features, layer.in_features
+        if config.n_frequency > out * inputs:
+            raise PeanutError(
+                f"n_frequency={config.n_frequency} for '{path}' of {out}×{inputs}",
+                f"at most {out * inputs}, one for each entry of its weight",
+                "lower n_frequency, or set it for this layer in n_frequency_pattern",
+            )

@@ -1,0 +1,153 @@
+"""(IA)³: gains on a layer's output, or on a feed-forward layer's input (Liu et al. 2022, arXiv 2205.05638)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError, nearest
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_pattern
+from ..weights import FrozenLayer
+
+__all__ = ["IA3", "IA3Config"]
+
+USUAL: dict[str, tuple[list[str], list[str]]] = {
+    "bart": (["q_proj", "v_proj"], ["fc2"]),
+    "bert": (["key", "value"], ["output.dense"]),
+    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
+    "deberta": (["in_proj"], ["output.dense"]),
+    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
+    "falcon": (["query_key_value"], ["dense_4h_to_h"]),
+    "gemma": (["q_proj", "v_proj"], ["down_proj"]),
+    "gemma2": (["q_proj", "v_proj"], ["down_proj"]),
+    "gemma3_text": (["q_proj", "v_proj"], ["down_proj"]),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+    "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
+    "gpt_neo": (["q_proj", "v_proj"], ["c_proj"]),
+    "gpt_neox": (["query_key_value"], ["dense_4h_to_h"]),
+    "gptj": (["q_proj", "v_proj"], ["fc_out"]),
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "llama4": (["q_proj", "v_proj"], ["down_proj"]),
+    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
+    "mixtral": (["k_proj", "v_proj"], ["w2"]),
+    "mt5": (["k", "v", "wi_1"], []),
+    "opt": (["q_proj", "k_proj"], ["fc2"]),
+    "phi": (["q_proj", "v_proj"], ["fc2"]),
+    "qwen2": (["q_proj", "v_proj"], ["down_proj"]),
+    "qwen3": (["q_proj", "v_proj"], ["down_proj"]),
+    "roberta": (["key", "value"], ["output.dense"]),
+    "t5": (["k", "v"], ["wo"]),
+}
+"""``model_type`` → names of the layers whose output is scaled, and of those whose input is, as the peer has them: taken
+where a config leaves them open."""
+
+
+@dataclass(kw_only=True)
+class IA3Config(PeftConfig):
+    """Config of (IA)³.
+
+    Args:
+        feedforward_modules: those of the targets whose input is scaled rather than the output: names of target_modules
+            (or narrower ones: ``mlp.c_proj`` of ``c_proj``), or one regular expression for whole paths; ``None`` for
+            the architecture's (none if it is unknown), as for target_modules.
+        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        init_ia3_weights: start with gains of one; else with random ones.
+    """
+
+    method = PeftType.IA3
+    only_here = frozenset({"layers_to_transform", "layers_pattern"})
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.feedforward_modules
+        targets = self.target_modules
+        if given is None:
+            return
+        if isinstance(given, str):
+            check_pattern("feedforward_modules", given)
+            return
+        if not isinstance(given, Iterable) or not all(isinstance(name, str) and name for name in given):
+            raise PeanutError(f"feedforward_modules={given!r}", "a list of names", "remove what is not a name")
+        self.feedforward_modules = sorted(set(given))
+        if isinstance(targets, list):
+            for name in self.feedforward_modules:
+                if not any(_ends(name, target) for target in targets):
+                    raise PeanutError(
+                        f"feedforward_modules names {name!r}",
+                        "names that are among target_modules",
+                        f"add it there, or take it out (nearest: {nearest(name, targets)})",
+                    )
+
+    @property
+    def scales_input(self) -> bool:
+        """Of a config that ``for_layer`` returned: whether the layer's input is scaled."""
+        return bool(self.feedforward_modules)
+
+    def for_layer(self, path: str) -> IA3Config:
+        names = self.feedforward_modules or []
+        if isinstance(names, str):
+            found = re.fullmatch(names, path) is not None
+        else:
+            found = any(_ends(path, name) for name in names)
+        return replace(self, feedforward_modules=".*" if found else [])
+
+
+@register
+class IA3(WeightMethod[IA3Config]):
+    """W' = diag(l) W, b' = l ⊙ b with l (out); on feed-forward layers W' = W diag(l) with l (in), b' = b.
+
+    ``ia3_l`` holds l: (out, 1) or (1, in); of a convolution (1, channels, 1, 1), one gain for each channel.
+    """
+
+    config_class = IA3Config
+    kinds = ("linear", "conv1d", "conv2d")
+    size = "d_out"
+
+    def completed(self, config: IA3Config, model_type: str) -> IA3Config:
+        outputs, inputs = USUAL.get(model_type, ([], []))
+        targets: Any = config.target_modules
+        if targets is None and outputs:
+            targets = [*outputs, *inputs]
+        names: Any = config.feedforward_modules
+        if names is None and isinstance(targets, list):
+            narrower = {name for name in inputs if any(_ends(name, target) for target in targets)}
+            names = narrower | {target for target in targets if any(_ends(target, name) for name in inputs)}
+        return replace(config, target_modules=targets, feedforward_modules=inputs if names is None else names)
+
+    def check(self, config: IA3Config, layer: FrozenLayer, path: str) -> None:
+        if config.scales_input and layer.kind.name == "conv2d" and layer.module.groups > 1:
+            raise PeanutError(
+                f"'{path}', a convolution in {layer.module.groups} groups, among feedforward_modules",
+                "one group there: each group would scale the columns of the kernel in its own way",
+                "take it out of feedforward_modules, so that its output is scaled",
+            )
+
+    def start(self, config: IA3Config, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        if layer.kind.name == "conv2d":
+            module = layer.module
+            gains = torch.ones(1, module.in_channels if config.scales_input else module.out_channels, 1, 1)
+        else:
+            gains = torch.ones((1, layer.in_features) if config.scales_input else (layer.out_features, 1))
+        return {"ia3_l": gains if config.init_ia3_weights else nn.init.normal_(gains, generator=generator)}
+
+    def change(self, config: IA3Config, parameters: Values, layer: FrozenLayer) -> Change:
+        gains = parameters["ia3_l"].flatten()
+        if not config.scales_input:
+            return Change(out_scale=gains, bias_scale=gains)
+        # The columns of a kernel's matrix are channel by channel, h·w of each.
+        return Change(in_scale=gains.repeat_interleave(layer.in_features // gains.numel()))
+
+
+def _ends(path: str, name: str) -> bool:
+    """Whether the last parts of ``path`` are those of ``name``."""
+    return path == name or path.endswith("." + name)

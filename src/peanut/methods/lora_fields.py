@@ -1,0 +1,105 @@
+"""The config fields that LoRA and AdaLoRA have in common, those of the peer that nothing here does among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import PeanutError
+from ..protocols import PeftConfig, WeightMethod
+from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from .trainable_tokens import TokenAdapter, TrainableTokensConfig
+
+__all__ = ["LoraFields"]
+
+
+@dataclass(kw_only=True)
+class LoraFields(PeftConfig):
+    """What the configs of LoRA and AdaLoRA have in common.
+
+    Args:
+        lora_alpha: α.
+        lora_dropout: dropout of the change's input.
+        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
+        trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
+
+    The other fields are the peer's; each is accepted while it asks for nothing.
+    """
+
+    only_here = frozenset({"runtime_config"})  # the peer has it and writes it to no file
+
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: dict[str, Any] | None = None
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_finite("lora_alpha", self.lora_alpha)
+        self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
+        check_bias(self.bias, "lora_only")
+        tokens = self.trainable_token_indices
+        if not isinstance(tokens, (list, dict, type(None))):
+            raise PeanutError(
+                f"trainable_token_indices={tokens!r}", "a list of ids, or a list by embedding", "change it"
+            )
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
+            for index in indices:
+                check_whole("trainable_token_indices", index, least=0)
+        for name in _NOT_HERE:
+            if getattr(self, name):
+                raise PeanutError(
+                    f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: nothing here does that"
+                )
+
+    def token_adapters(self) -> list[tuple[WeightMethod[Any], PeftConfig]]:
+        """What trains the tokens' rows: of the input embedding, or of each embedding named."""
+        tokens = self.trainable_token_indices
+        if not tokens:
+            return []
+        places: dict[Any, list[int]] = tokens if isinstance(tokens, dict) else {None: tokens}
+        return [
+            (_TOKENS, TrainableTokensConfig(target_modules=None if name is None else [name], token_indices=own))
+            for name, own in places.items()
+        ]
+
+
+_TOKENS = TokenAdapter()
+_NOT_HERE = (
+    "megatron_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "runtime_config",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)

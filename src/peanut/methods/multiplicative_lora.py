@@ -1,0 +1,77 @@
+"""Multiplicative LoRA: the frozen weight times a low-rank product (Zhong et al. 2024, arXiv 2410.01870, section 5.3).
+
+The paper's ablation of PEANuT: the frozen weight as the input, without a nonlinearity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..operators import LowRank
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..weights import FrozenLayer
+
+__all__ = ["MultiplicativeLora", "MultiplicativeLoraConfig"]
+
+
+@dataclass(kw_only=True)
+class MultiplicativeLoraConfig(PeftConfig):
+    """Config of multiplicative LoRA.
+
+    Args:
+        r: rank.
+        scaling: s.
+        init_weights: start with B = 0, so that nothing changes at first; else B is random like A.
+        dropout: dropout of the change's input.
+        rank_pattern: r for particular layers, by name or regular expression.
+    """
+
+    method = PeftType.MULTIPLICATIVE_LORA
+
+    r: int = 32
+    scaling: float = 1.0
+    init_weights: bool = True
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.r = check_whole("r", self.r, least=1)
+        self.scaling = check_finite("scaling", self.scaling)
+        self.dropout = check_probability("dropout", self.dropout)
+        for name, r in self.rank_pattern.items():
+            check_pattern("rank_pattern", name)
+            check_whole(f"rank_pattern[{name!r}]", r, least=1)
+
+    def for_layer(self, path: str) -> MultiplicativeLoraConfig:
+        pattern = matching_pattern(self.rank_pattern, path)
+        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
+
+
+@register
+class MultiplicativeLora(WeightMethod[MultiplicativeLoraConfig]):
+    """ΔW = s · W⁰ · A · B with A (in, r), B (r, in): W⁰A is (out, r), so ΔW has rank r and is never built."""
+
+    config_class = MultiplicativeLoraConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "2 * r * d_in"
+
+    def start(
+        self, config: MultiplicativeLoraConfig, layer: FrozenLayer, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        # A is drawn as (r, in), so that its spread goes by the layer's width, as in LoRA, and not by r.
+        A, B = (torch.zeros(config.r, layer.in_features) for _ in "AB")
+        for factor in (A,) if config.init_weights else (A, B):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+        return {"multiplicative_lora_A.weight": A.T.contiguous(), "multiplicative_lora_B.weight": B}
+
+    def change(self, config: MultiplicativeLoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        A, B = parameters["multiplicative_lora_A.weight"], parameters["multiplicative_lora_B.weight"]
+        W = layer.matrix()
+        up = (W @ A.to(W.dtype)).to(A.dtype)  # in W's dtype: W is never copied to another
+        return Change(delta=LowRank(up, B, config.scaling), dropout=config.dropout)

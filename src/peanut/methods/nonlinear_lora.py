@@ -1,0 +1,87 @@
+"""Nonlinear LoRA: a low-rank update with an activation in it (Zhong et al. 2024, arXiv 2410.01870, section 5.3).
+
+The paper's ablation of PEANuT: a nonlinearity without the frozen weight as its input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..errors import PeanutError, nearest
+from ..operators import LowRank
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..weights import FrozenLayer
+from .peanut import activation
+
+__all__ = ["NonlinearLora", "NonlinearLoraConfig"]
+
+
+@dataclass(kw_only=True)
+class NonlinearLoraConfig(PeftConfig):
+    """Config of nonlinear LoRA.
+
+    Args:
+        r: rank.
+        act_fn: the activation σ, a key of transformers' ``ACT2FN`` or ``"sine"``, sin 2πx.
+        scaling: s.
+        init_weights: start with B = 0, so that nothing changes at first; else B is random like A.
+        dropout: dropout of the change's input.
+        rank_pattern: r for particular layers, by name or regular expression.
+    """
+
+    method = PeftType.NONLINEAR_LORA
+
+    r: int = 32
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.r = check_whole("r", self.r, least=1)
+        self.scaling = check_finite("scaling", self.scaling)
+        self.dropout = check_probability("dropout", self.dropout)
+        for name, r in self.rank_pattern.items():
+            check_pattern("rank_pattern", name)
+            check_whole(f"rank_pattern[{name!r}]", r, least=1)
+        if self.act_fn != "sine" and self.act_fn not in ACT2FN:
+            raise PeanutError(
+                f"act_fn={self.act_fn!r}",
+                "a key of transformers' ACT2FN or 'sine'",
+                f"nearest: {nearest(self.act_fn, [*ACT2FN, 'sine'])}",
+            )
+
+    def for_layer(self, path: str) -> NonlinearLoraConfig:
+        pattern = matching_pattern(self.rank_pattern, path)
+        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
+
+
+@register
+class NonlinearLora(WeightMethod[NonlinearLoraConfig]):
+    """ΔW = s · σ(A) · B with A (out, r), B (r, in): σ works entry by entry, so ΔW has rank r and is never built."""
+
+    config_class = NonlinearLoraConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "r * (d_in + d_out)"
+
+    def start(self, config: NonlinearLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        activation(config.act_fn, layer.weight.device)  # made now, as torch.compile cannot make one with parameters
+        # Drawn as (r, out), so that their spread goes by the layer's width, as in LoRA, and not by r.
+        A = nn.init.kaiming_uniform_(torch.empty(config.r, layer.out_features), a=math.sqrt(5), generator=generator)
+        B = torch.zeros(config.r, layer.in_features)
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
+        return {"nonlinear_lora_A.weight": A.T.contiguous(), "nonlinear_lora_B.weight": B}
+
+    def change(self, config: NonlinearLoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        A, B = parameters["nonlinear_lora_A.weight"], parameters["nonlinear_lora_B.weight"]
+        delta = LowRank(activation(config.act_fn, A.device)(A), B, config.scaling)
+        return Change(delta=delta, dropout=config.dropout)

@@ -1,0 +1,163 @@
+"""OFT: the input is turned block by block (Qiu et al. 2023, arXiv 2306.07280; on the input: 2025, arXiv 2506.19847)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from ..operators.orthogonal import BlockDiagonal, cayley, cayley_neumann
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..weights import FrozenLayer
+
+__all__ = ["OFT", "OFTConfig", "nearest_divisors"]
+
+WEIGHT = "oft_R.weight"
+
+
+@dataclass(kw_only=True)
+class OFTConfig(PeftConfig):
+    """Config of OFT.
+
+    Args:
+        r: number of blocks; 0 if ``oft_block_size`` is given, 8 if neither is.
+        oft_block_size: features of a block; 0 if ``r`` is given.
+        module_dropout: probability with which, in a forward of training, a block turns nothing.
+        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        bias: ``"none"``, ``"oft_only"`` (the adapted layers' biases are trained too) or ``"all"``.
+        init_weights: start with no rotation; else with a random one.
+        coft: hold every block's S near 0: ‖S‖ ≤ eps/√blocks.
+        eps: how near.
+        block_share: one block for all.
+        use_cayley_neumann: the first terms of a series for the rotation by −S, in place of the exact rotation by S. It
+            is far from orthogonal once S is not small. (The peer's default; here it is for files that have it.)
+        num_cayley_neumann_terms: how many terms; three are taken as four.
+    """
+
+    method = PeftType.OFT
+
+    r: int | None = None
+    oft_block_size: int | None = None
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "oft_only"] = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is None and self.oft_block_size is None:
+            self.r = 8
+        self.r = check_whole("r", self.r or 0, least=0)
+        self.oft_block_size = check_whole("oft_block_size", self.oft_block_size or 0, least=0)
+        if bool(self.r) == bool(self.oft_block_size):
+            raise PeanutError(
+                f"r={self.r} and oft_block_size={self.oft_block_size}", "exactly one of them, the other 0", "choose one"
+            )
+        self.module_dropout = check_probability("module_dropout", self.module_dropout)
+        check_bias(self.bias, "oft_only")
+        self.eps = check_finite("eps", self.eps)
+        if self.eps <= 0:
+            raise PeanutError(f"eps={self.eps!r}", "a number above 0", "change eps")
+        check_whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, least=1)
+
+    def block_size(self, width: int) -> int:
+        """The features of a block in a layer with ``width`` of them."""
+        return self.oft_block_size or width // (self.r or 1)
+
+
+@register
+class OFT(WeightMethod[OFTConfig]):
+    """W' = W · R, R = diag(R₁, …, R_n), R_i = (I + S_i)(I − S_i)⁻¹ with S_i skew-symmetric (b, b), n·b = in.
+
+    ``oft_R.weight`` (n, b(b−1)/2) holds the upper triangles of the S_i row by row; (1, b(b−1)/2) if they are shared. On
+    a convolution in = in_channels/groups·h·w, the features of a patch.
+    """
+
+    config_class = OFTConfig
+    kinds = ("linear", "conv1d", "conv2d")
+    size = "d_in * (d_in // r - 1) // 2"
+
+    def check(self, config: OFTConfig, layer: FrozenLayer, path: str) -> None:
+        width, name = layer.in_features, "r" if config.r else "oft_block_size"
+        value: int = getattr(config, name)
+        if width % value or config.block_size(width) < 2:
+            raise PeanutError(
+                f"{name}={value} for '{path}', whose input has {width} features",
+                f"a divisor of {width} that leaves blocks of at least 2",
+                f"nearest divisors: {nearest_divisors(value, width, sizes=not config.r)}",
+            )
+
+    def start(self, config: OFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        b = config.block_size(layer.in_features)
+        weight = torch.zeros(1 if config.block_share else layer.in_features // b, b * (b - 1) // 2)
+        if not config.init_weights:
+            nn.init.normal_(weight, std=0.1, generator=generator)
+        return {WEIGHT: held(weight, config.eps) if config.coft else weight}
+
+    def change(self, config: OFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        weight, b = parameters[WEIGHT], config.block_size(layer.in_features)
+        if config.coft:
+            weight = _Held.apply(weight, config.eps)  # type: ignore[no-untyped-call]
+        S = skew(weight, b)
+        blocks = cayley_neumann(-S, config.num_cayley_neumann_terms) if config.use_cayley_neumann else cayley(S)
+        return Change(rotation=BlockDiagonal(blocks, layer.in_features // (b * blocks.shape[0])))
+
+    def sampled(self, config: OFTConfig, parameters: Values) -> Values:
+        """Blocks dropped at random: with S = 0 a block turns nothing."""
+        if not config.module_dropout:
+            return parameters
+        weight = parameters[WEIGHT]
+        dropped = torch.rand(weight.shape[0], 1, device=weight.device) < config.module_dropout
+        return {**parameters, WEIGHT: torch.where(dropped, torch.zeros_like(weight), weight)}
+
+    def after_step(self, config: OFTConfig, layers: Sequence[Values]) -> None:
+        """Takes the parameters themselves back into the ball, so that an optimizer never runs away from it."""
+        if config.coft:
+            for values in layers:
+                values[WEIGHT].copy_(held(values[WEIGHT], config.eps))
+
+
+def skew(weight: Tensor, b: int) -> Tensor:
+    """Upper triangles (n, b(b−1)/2), row by row, as skew-symmetric matrices (n, b, b)."""
+    row, column = torch.triu_indices(b, b, 1, device=weight.device)
+    upper = weight.new_zeros(weight.shape[0], b, b)
+    upper[:, row, column] = weight
+    return upper - upper.transpose(1, 2)
+
+
+def held(weight: Tensor, eps: float) -> Tensor:
+    """The nearest upper triangles (n, …) with ‖S_i‖ ≤ eps/√n for every block (constrained OFT)."""
+    limit = eps / math.sqrt(weight.shape[0])
+    norm = math.sqrt(2) * weight.norm(dim=1, keepdim=True)  # each entry stands twice in S
+    return torch.where(norm > limit, weight * (limit / norm.clamp_min(limit)), weight)
+
+
+class _Held(torch.autograd.Function):
+    """``held`` with the gradient of the held point handed on: a step from there, as in projected gradient descent."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
+        return held(weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def nearest_divisors(value: int, width: int, *, sizes: bool) -> str:
+    """The sizes (or numbers) of equal blocks of at least 2 of ``width`` features next to ``value``, in words."""
+    possible = [size for size in range(2, width + 1) if width % size == 0]
+    possible = possible if sizes else sorted(width // size for size in possible)
+    below, above = [n for n in possible if n < value][-1:], [n for n in possible if n > value][:1]
+    return " and ".join(map(str, below + above)) or "none"

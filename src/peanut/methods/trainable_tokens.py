@@ -1,0 +1,100 @@
+"""Trainable tokens: some tokens' embeddings are trained and no other (as Hugging Face PEFT has it since 0.15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import PeanutError
+from ..operators.rows import Rows
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_whole
+from ..weights import FrozenLayer
+
+__all__ = ["TokenAdapter", "TrainableTokens", "TrainableTokensConfig"]
+
+
+@dataclass(kw_only=True)
+class TrainableTokensConfig(PeftConfig):
+    """Config of trainable tokens.
+
+    Args:
+        token_indices: ids of the tokens to train.
+        init_weights: start from the tokens' embeddings, so that nothing changes at first; else standard normal.
+    """
+
+    method = PeftType.TRAINABLE_TOKENS
+    only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
+
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.token_indices = [check_whole("token_indices", token, least=0) for token in self.token_indices]
+
+
+@register
+class TrainableTokens(WeightMethod[TrainableTokensConfig]):
+    """E'[token_k] = delta[k] for the tokens named, E' = E elsewhere; delta (n, dim) holds the new vectors themselves.
+
+    So an adapter means the same on an embedding whose added rows were initialised anew. A head that is tied to the
+    embedding follows it: W is (dim, vocabulary) on an embedding and (vocabulary, dim) on a head.
+    """
+
+    config_class = TrainableTokensConfig
+    kinds = ("embedding", "linear")
+    size = "len(token_indices) * d_out"
+    targets = "embedding"
+    follows_ties = True
+    suffix = "trainable_tokens_delta"
+    ids_suffix = "trainable_tokens_ids"
+
+    def start(self, config: TrainableTokensConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        table = by_token(layer)
+        if config.init_weights:
+            delta = table[config.token_indices].detach().clone()
+        else:
+            delta = torch.randn(len(config.token_indices), table.shape[1], generator=generator)
+        return {self.suffix: delta, self.ids_suffix: torch.tensor(config.token_indices, device="cpu")}
+
+    def rebuilt(self, config: TrainableTokensConfig) -> frozenset[str]:
+        return frozenset({self.ids_suffix})
+
+    def change(self, config: TrainableTokensConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        delta, ids, table = parameters[self.suffix], parameters[self.ids_suffix], by_token(layer)
+        moved = delta - table[ids].to(delta.dtype)
+        return Change(delta=Rows(moved, ids, table.shape[0], head=layer.kind.name == "linear"))
+
+    def check(self, config: TrainableTokensConfig, layer: FrozenLayer, path: str) -> None:
+        vocabulary, tokens = by_token(layer).shape[0], config.token_indices
+        outside = [token for token in tokens if token >= vocabulary]
+        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        if outside:
+            found = f"token_indices holds {outside[0]}"
+        elif repeated:
+            found = f"token_indices holds {repeated[0]} twice"
+        elif not tokens:
+            found = "token_indices is empty"
+        else:
+            return
+        raise PeanutError(
+            f"{found}, for '{path}' of {vocabulary} tokens",
+            f"each id once, from 0 to {vocabulary - 1}",
+            "correct token_indices, or resize the embedding first",
+        )
+
+
+class TokenAdapter(TrainableTokens):
+    """The same beside another method (``trainable_token_indices`` of LoRA's config), under the names its files have."""
+
+    suffix = "token_adapter.trainable_tokens_delta"
+    ids_suffix = "token_adapter.trainable_tokens_ids"
+
+
+def by_token(layer: FrozenLayer) -> Tensor:
+    """The frozen vectors, one a token: (vocabulary, dim)."""
+    matrix = layer.matrix()
+    return matrix if layer.kind.name == "linear" else matrix.T

@@ -1,0 +1,92 @@
+"""VeRA: trained scalings of one pair of random matrices (Kopiczko et al. 2023, arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..operators.random_bases import rescaled
+from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..weights import FrozenLayer
+
+__all__ = ["Vera", "VeraConfig"]
+
+
+@dataclass(kw_only=True)
+class VeraConfig(PeftConfig):
+    """Config of VeRA.
+
+    Args:
+        r: rank of the random matrices; larger than LoRA's, as only r + out numbers a layer are trained.
+        projection_prng_key: seed of the random matrices.
+        save_projection: write the random matrices to files, once; otherwise they are made again from the seed.
+        vera_dropout: dropout of the change's input.
+        d_initial: first value of λ_d.
+        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        bias: ``"none"``, or the biases trained beside it: ``"vera_only"`` of the adapted layers, ``"all"``.
+        init_weights: start with λ_b = 0, so that nothing changes at first; else λ_b = 1 and λ_d is normal.
+    """
+
+    method = PeftType.VERA
+    only_here = frozenset({"exclude_modules"})
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.r = check_whole("r", self.r, least=1)
+        self.projection_prng_key = check_whole("projection_prng_key", self.projection_prng_key, least=0)
+        self.vera_dropout = check_probability("vera_dropout", self.vera_dropout)
+        self.d_initial = check_finite("d_initial", self.d_initial)
+        check_bias(self.bias, "vera_only")
+
+
+@register
+class Vera(WeightMethod[VeraConfig]):
+    """ΔW = diag(λ_b) · B · diag(λ_d) · A with A (r, in), B (out, r) the first columns and rows of shared random ones.
+
+    Trained: λ_d (r), λ_b (out). With both folded into B's side the forward costs what LoRA's does, and the backward
+    less, as A has no gradient.
+    """
+
+    config_class = VeraConfig
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    size = "r + d_out"
+
+    def shared(
+        self, config: VeraConfig, layers: Sequence[FrozenLayer], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        key = torch.Generator().manual_seed(config.projection_prng_key)
+        widest = max(layer.in_features for layer in layers), max(layer.out_features for layer in layers)
+        # On the CPU whatever the default device: the seed must give the same values everywhere. A is drawn first.
+        A = nn.init.kaiming_uniform_(torch.empty(config.r, widest[0], device="cpu"), generator=key)
+        B = nn.init.kaiming_uniform_(torch.empty(widest[1], config.r, device="cpu"), generator=key)
+        return {"vera_A": A, "vera_B": B}
+
+    def fixed(self, config: VeraConfig) -> frozenset[str]:
+        return frozenset({"vera_A", "vera_B"}) if config.save_projection else frozenset()
+
+    def rebuilt(self, config: VeraConfig) -> frozenset[str]:
+        return frozenset() if config.save_projection else frozenset({"vera_A", "vera_B"})
+
+    def start(self, config: VeraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        d, b = torch.empty(config.r), torch.empty(layer.out_features)
+        if config.init_weights:
+            return {"vera_lambda_d": d.fill_(config.d_initial), "vera_lambda_b": b.zero_()}
+        return {"vera_lambda_d": nn.init.normal_(d, generator=generator), "vera_lambda_b": b.fill_(1)}
+
+    def change(self, config: VeraConfig, parameters: Values, layer: FrozenLayer) -> Change:
+        A, B = parameters["vera_A"][:, : layer.in_features], parameters["vera_B"][: layer.out_features]
+        b, d = parameters["vera_lambda_b"][:, None], parameters["vera_lambda_d"]
+        return Change(delta=rescaled(B, b, d, A, "up"), dropout=config.vera_dropout)

@@ -1,0 +1,157 @@
+"""Δ in which blocks of columns are alike: MiSS, and the weight-aware form of Bone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .built import Built, product_dtype
+from .operator import Operator
+
+__all__ = ["BlockAffine", "Blockwise"]
+
+
+@dataclass(frozen=True)
+class Blockwise(Operator):
+    """Δ[o, i] = block[i mod r, o mod m]: the columns repeat with period r, the rows with period m.
+
+    So Δ x is a sum over the input's blocks of r, one thin product, and a repetition; Δ has rank ≤ r. Where r does not
+    divide in, the last block is cut short.
+
+    Args:
+        block: (r, m), m dividing out.
+        size: (out, in).
+    """
+
+    block: Tensor
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def apply(self, x: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        return _Folded.apply(x.to(dtype), None, None, self.block.to(dtype), self.size)  # type: ignore[no-any-return, no-untyped-call]
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps r numbers a token and not x."""
+        dtype = product_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return F.linear(x, weight, bias) + self.apply(x)
+        return _Folded.apply(x, weight, bias, self.block.to(dtype), self.size)  # type: ignore[no-any-return, no-untyped-call]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        r, m = self.block.shape
+        return F.embedding(ids % r, self.block).repeat((1,) * ids.ndim + (self.size[0] // m,))
+
+    def dense(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(the block's rows repeated, (out, r); ones where column ≡ row mod r, (r, in))."""
+        r, m = self.block.shape
+        place = torch.arange(self.size[1], device=self.block.device) % r
+        down = (place == torch.arange(r, device=self.block.device)[:, None]).to(self.block.dtype)
+        return self.block.T.repeat(self.size[0] // m, 1), down
+
+    def to(self, dtype: torch.dtype) -> Blockwise:
+        return Blockwise(self.block.to(dtype), self.size)
+
+
+class _Folded(torch.autograd.Function):
+    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps fold(x), (tokens, r), W and the block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        r, m = block.shape
+        folded = _fold(x.reshape(-1, size[1]), r)
+        ctx.save_for_backward(folded, weight, block)
+        ctx.size, ctx.shape = size, x.shape
+        if weight is None:
+            return (folded @ block).repeat(1, size[0] // m).view(*x.shape[:-1], size[0])
+        y = F.linear(x, weight, bias)
+        if m == size[0]:
+            y.view(-1, m).addmm_(folded, block)
+        else:
+            y.view(-1, size[0] // m, m).add_((folded @ block).unsqueeze(1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        folded, weight, block = ctx.saved_tensors
+        r, m = block.shape
+        out, inputs = ctx.size
+        grads = grad.reshape(-1, out)
+        summed = grads.view(-1, out // m, m).sum(1) if m < out else grads
+        grad_x = grad_block = None
+        if ctx.needs_input_grad[0]:
+            spread = summed @ block.T
+            blocks = inputs // r
+            grad_x = spread.new_zeros(grads.shape[0], inputs) if weight is None else grads @ weight
+            grad_x[:, : blocks * r].view(-1, blocks, r).add_(spread.unsqueeze(1))
+            if blocks * r < inputs:
+                grad_x[:, blocks * r :].add_(spread[:, : inputs - blocks * r])
+            grad_x = grad_x.view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            grad_block = folded.T @ summed
+        return grad_x, None, None, grad_block, None
+
+
+def _fold(x: Tensor, r: int) -> Tensor:
+    """The sum of the blocks of r columns: (tokens, in) → (tokens, r)."""
+    whole = x.shape[1] // r * r
+    folded = x[:, :whole].reshape(-1, x.shape[1] // r, r).sum(1)
+    return folded if whole == x.shape[1] else folded + F.pad(x[:, whole:], (0, r - x.shape[1] + whole))
+
+
+@dataclass(frozen=True)
+class BlockAffine(Built):
+    """Δ_ac = (W_ac + I) B_a for the blocks (r, r) of W: each block of the frozen weight through a learned product.
+
+    Args:
+        block: B, (out/r, r, r).
+        weight: W, (out, in), read and not trained.
+    """
+
+    block: Tensor
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.block,)
+
+    def dense(self) -> Tensor:
+        return self._with_own(self._stacked(self.weight) @ self.block)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        if not weight.is_contiguous():  # the sum keeps the layout, so that its products are those of the weight
+            return weight + self.dense()
+        # One pass less than the sum of two matrices: the product adds to a copy of the weight.
+        return self._with_own(torch.baddbmm(self._stacked(weight), self._stacked(self.weight), self.block))
+
+    def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
+        a, r, _ = self.block.shape
+        own = grad.reshape(a, r, -1, r).sum(2)
+        return (self._stacked(self.weight).transpose(1, 2) @ self._stacked(grad) + own,)
+
+    def _with_own(self, stacked: Tensor) -> Tensor:
+        """The stacks with B added to each block of theirs, (out, in)."""
+        a, r, _ = self.block.shape
+        return stacked.view(a, r, -1, r).add_(self.block.unsqueeze(2)).view(self.shape)
+
+    def _stacked(self, matrix: Tensor) -> Tensor:
+        """(out, in) as out/r stacks of rows of r: (out/r, in, r), row and column block in one dimension."""
+        a, r, _ = self.block.shape
+        return matrix.to(self.block.dtype).reshape(a, -1, r)

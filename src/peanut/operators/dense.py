@@ -1,0 +1,36 @@
+"""Δ kept as a matrix, where nothing smaller describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operator import Operator
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True)
+class Dense(Operator):
+    """Δ = matrix, (out, in): itself a trained tensor, or a small one (a norm's weight is a matrix (dim, 1))."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.matrix.T)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def to(self, dtype: torch.dtype) -> Dense:
+        return Dense(self.matrix.to(dtype))

@@ -1,0 +1,161 @@
+"""Δ from fixed random matrices and a few trained scalings: nothing that is made of them outlives the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .low_rank import LowRank
+from .operator import Operator
+
+__all__ = ["RandomBases", "rescaled"]
+
+Side = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class RandomBases(Operator):
+    """Δ = scaling · up · down, one factor fixed and the other basis ⊙ left ⊙ right (broadcast, then flattened to 2D).
+
+    A ``LowRank`` of the product would keep the rescaled factor, which for a basis of full rank is as large as Δ, from
+    each forward to its backward; and its copy of the fixed one where the activations have another dtype. Here both
+    are made again. The basis and the fixed factor get no gradient.
+
+    Args:
+        basis: the random tensor that is rescaled.
+        left, right: its trained scalings; the three broadcast to (out, …) for up, to (…, in) for down.
+        fixed: the other factor, (out, r) or (r, in).
+        side: which factor is the rescaled one.
+        scaling: s.
+        dtype: that of the products; the tensors' own if ``None``.
+    """
+
+    basis: Tensor
+    left: Tensor
+    right: Tensor
+    fixed: Tensor
+    side: Side
+    scaling: float = 1.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        full = torch.broadcast_shapes(self.basis.shape, self.left.shape, self.right.shape)
+        return (full[0], self.fixed.shape[1]) if self.side == "up" else (self.fixed.shape[0], full[-1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._product(x, None, None)
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        # With the rescaled factor on the left, ids read the fixed one, and there is nothing to scatter gradients to.
+        return self._product(ids, None, None) if self.side == "up" else super().rows(ids)
+
+    def dense(self) -> Tensor:
+        up, down = self._factors()
+        return up @ down if self.scaling == 1.0 else (up @ down) * self.scaling
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        up, down = self._factors()
+        # Beyond full rank two products cost more than the one that they stand for.
+        return (up * self.scaling, down) if up.shape[1] < min(self.shape) else None
+
+    def to(self, dtype: torch.dtype) -> RandomBases:
+        return replace(self, dtype=dtype)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return _factors(self.basis, self.left, self.right, self.fixed, self.side, self.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        basis, fixed = self.basis.detach(), self.fixed.detach()
+        return _Product.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, weight, bias, basis, self.left, self.right, fixed, self.side, self.scaling, self.dtype
+        )
+
+
+def rescaled(basis: Tensor, left: Tensor, right: Tensor, fixed: Tensor, side: Side, scaling: float = 1.0) -> Operator:
+    """The ``RandomBases`` of these; where no backward has to save memory and the rank is low, a ready ``LowRank``."""
+    operator = RandomBases(basis, left, right, fixed, side, scaling)
+    rank = fixed.shape[0 if side == "up" else 1]
+    if torch.is_grad_enabled() or rank >= min(operator.shape):
+        return operator
+    return LowRank(*operator._factors(), scaling)
+
+
+def _factors(
+    basis: Tensor, left: Tensor, right: Tensor, fixed: Tensor, side: Side, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """(up, down) of shapes (out, r) and (r, in)."""
+    dtype = left.dtype if dtype is None else dtype
+    scaled = (basis * left * right).to(dtype)
+    fixed = fixed.to(dtype)
+    return (scaled.flatten(1), fixed) if side == "up" else (fixed, scaled.flatten(0, -2))
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x downᵀ) upᵀ for a frozen W, or without W; whole numbers x stand for one-hot vectors.
+
+    Kept for the backward: x, W, and the tensors that the factors are made of, as they are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        basis: Tensor,
+        left: Tensor,
+        right: Tensor,
+        fixed: Tensor,
+        side: Side,
+        scaling: float,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        up, down = _factors(basis, left, right, fixed, side, dtype)
+        ctx.save_for_backward(x, weight, basis, left, right, fixed)
+        ctx.options = side, scaling, dtype
+        if weight is None:
+            places = x.shape[:-1] if x.is_floating_point() else x.shape
+            return F.linear(_hidden(x, down), up).mul_(scaling).view(*places, len(up))
+        y = F.linear(x, weight, bias)
+        y.view(-1, len(up)).addmm_(_hidden(x, down), up.T, alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, basis, left, right, fixed = ctx.saved_tensors
+        side, scaling, dtype = ctx.options
+        need_x, need_weight, need_bias, _, need_left, need_right, *_ = ctx.needs_input_grad
+        up, down = _factors(basis, left, right, fixed, side, dtype)
+        grads = grad.reshape(-1, grad.shape[-1]).to(up.dtype)
+        grad_x = grad_weight = grad_bias = grad_left = grad_right = None
+        grad_hidden = (grads @ up).mul_(scaling) if need_x or side == "down" else None
+        if grad_hidden is not None and need_x:
+            grad_tokens = grad_hidden @ down if weight is None else (grads @ weight).addmm_(grad_hidden, down)
+            grad_x = grad_tokens.view(x.shape)
+        if need_weight:
+            grad_weight = grads.T @ x.reshape(-1, x.shape[-1])
+        if need_bias:
+            grad_bias = grads.sum(0)
+        if need_left or need_right:
+            if grad_hidden is not None and side == "down":
+                grad_scaled = grad_hidden.T @ x.reshape(-1, x.shape[-1])
+            else:
+                grad_scaled = (grads.T @ _hidden(x, down)).mul_(scaling)
+            full = torch.broadcast_shapes(basis.shape, left.shape, right.shape)
+            weighted = grad_scaled.to(left.dtype).view(full) * basis
+            grad_left = (weighted * right).sum_to_size(left.shape)
+            grad_right = (weighted * left).sum_to_size(right.shape)
+        return grad_x, grad_weight, grad_bias, None, grad_left, grad_right, None, None, None, None
+
+
+def _hidden(x: Tensor, down: Tensor) -> Tensor:
+    """x downᵀ, (tokens, r)."""
+    return F.linear(x.reshape(-1, x.shape[-1]), down) if x.is_floating_point() else down.T[x.flatten()]

@@ -1,0 +1,90 @@
+"""Δ that changes some tokens' rows of an embedding, or of the head tied to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .built import product_dtype
+from .operator import Operator
+
+__all__ = ["Rows"]
+
+
+@dataclass(frozen=True)
+class Rows(Operator):
+    """What is added to the vectors of n tokens of a vocabulary.
+
+    On an embedding Δ is (dim, vocabulary), its columns at ``ids`` being ``vectors``; on a head it is the transpose.
+
+    Args:
+        vectors: (n, dim).
+        ids: the tokens, (n) integers, none twice.
+        vocabulary: number of tokens.
+        head: whether Δ is that of a head, (vocabulary, dim).
+    """
+
+    vectors: Tensor
+    ids: Tensor
+    vocabulary: int
+    head: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        dim = self.vectors.shape[1]
+        return (self.vocabulary, dim) if self.head else (dim, self.vocabulary)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if not self.head:
+            return x[..., self.ids] @ self.vectors
+        scores = F.linear(x, self.vectors)
+        return scores.new_zeros(*x.shape[:-1], self.vocabulary).index_copy(-1, self.ids, scores)
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + Δ)ᵀ + b; on a head the scores of its tokens alone are added to, in place."""
+        if not self.head or weight.requires_grad:
+            return F.linear(x, weight, bias) + self.apply(x)
+        dtype = product_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _Scores.apply(x, weight, bias, self.vectors.to(dtype), self.ids)  # type: ignore[no-any-return, no-untyped-call]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        if self.head:
+            return self.dense().T[ids]
+        known, order = self.ids.sort()
+        place = torch.searchsorted(known, ids.to(known.dtype)).clamp_(max=len(known) - 1)
+        return torch.where((known[place] == ids).unsqueeze(-1), F.embedding(order[place], self.vectors), 0)
+
+    def dense(self) -> Tensor:
+        matrix = self.vectors.new_zeros(self.vocabulary, self.vectors.shape[1]).index_copy(0, self.ids, self.vectors)
+        return matrix if self.head else matrix.T
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        return Rows(self.vectors.to(dtype), self.ids, self.vocabulary, self.head)
+
+
+class _Scores(torch.autograd.Function):
+    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; keeps x and nothing else that grows with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, vectors, ids)
+        return F.linear(x, weight, bias).index_add_(-1, ids, F.linear(x, vectors))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, vectors, ids = ctx.saved_tensors
+        grads = grad.reshape(-1, grad.shape[-1])
+        own = grads.index_select(1, ids)
+        grad_x = grad_bias = grad_vectors = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grads @ weight).addmm_(own, vectors).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grads.sum(0)
+        if ctx.needs_input_grad[3]:
+            grad_vectors = own.T @ x.reshape(-1, x.shape[-1])
+        return grad_x, None, grad_bias, grad_vectors, None

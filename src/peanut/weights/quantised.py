@@ -1,0 +1,74 @@
+"""Linear layers of bitsandbytes: 4-bit (NF4, FP4) and 8-bit codes, read as the numbers that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import LinearKind
+
+__all__ = ["Linear4bitKind", "Linear8bitKind"]
+
+
+class Linear4bitKind(LinearKind):
+    """y = x Wᵀ + b, W kept as 4-bit codes with a scale a block (the scales quantised again, if double)."""
+
+    quantised = True
+
+    def matches(self, module: object) -> bool:
+        return type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes")
+
+    def matrix(self, module: Any, weight: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return matrix.reshape(self.shape(module))
+
+    def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
+        from bitsandbytes.nn.modules import Params4bit
+
+        state = module.weight.quant_state
+        codes: Any = Params4bit(
+            matrix.to(state.dtype),
+            requires_grad=False,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+        )
+        made: nn.Parameter = codes.to(module.weight.device)  # which is when it is quantised
+        return made
+
+
+class Linear8bitKind(LinearKind):
+    """y = x Wᵀ + b, W kept as 8-bit codes with a scale a row (LLM.int8)."""
+
+    quantised = True
+
+    def matches(self, module: object) -> bool:
+        return type(module).__name__ == "Linear8bitLt" and type(module).__module__.startswith("bitsandbytes")
+
+    def matrix(self, module: Any, weight: Any) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        matrix: Tensor = int8_vectorwise_dequant(weight.data, self._scales(module, weight))
+        return matrix
+
+    def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
+        from bitsandbytes.functional import int8_vectorwise_quant
+        from bitsandbytes.nn.modules import Int8Params
+
+        module.weight.SCB = self._scales(module, module.weight)  # else only the layer knows them, and forgets them
+        codes, scales, _ = int8_vectorwise_quant(matrix.to(module.weight.device, torch.float16))
+        made: nn.Parameter = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+        return made
+
+    def install(self, module: Any, weight: Any) -> None:
+        scales = weight.SCB
+        super().install(module, weight)
+        module.state.CB, module.state.SCB = weight.data, scales
+
+    def _scales(self, module: Any, weight: Any) -> Tensor:
+        scales: Tensor = module.state.SCB if weight.SCB is None else weight.SCB
+        return scales

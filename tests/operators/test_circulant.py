@@ -1,0 +1,28 @@
+"""Circulant against its blocks written entry by entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peanut.operators.circulant import Circulant
+
+from ..support import one_thread  # noqa: F401
+from .test_built import check_laws
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 3, 5), (1, 1, 6), (4, 3, 1), (2, 1, 2)], ids=str)
+def test_laws(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(1)
+    rows, columns, b = shape
+    kernel = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    dense = torch.stack(
+        [
+            torch.stack([0.3 * kernel[o // b, i // b, (i % b - o % b) % b] for i in range(columns * b)])
+            for o in range(rows * b)
+        ]
+    )
+    x = torch.randn(2, 3, columns * b, dtype=torch.float64, requires_grad=True)
+    check_laws(Circulant(kernel, 0.3), (kernel,), dense, x, compiled=b == 5)

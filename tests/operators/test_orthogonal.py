@@ -1,0 +1,265 @@
+"""The orthogonal operators against their dense formulas, written out one rotation after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peanut.operators import Operator
+from peanut.operators.orthogonal import BlockDiagonal, Butterfly, Householder, cayley, cayley_neumann
+
+from ..support import distance, one_thread  # noqa: F401
+
+TIGHT = 1e-12
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def skew(*shape: int) -> Tensor:
+    values = drawn(*shape)
+    return values - values.transpose(-1, -2)
+
+
+def blocks_written_out(blocks: Tensor, copies: int = 1) -> Tensor:
+    return torch.block_diag(*[block for _ in range(copies) for block in blocks])
+
+
+def butterfly_written_out(factors: Tensor) -> Tensor:
+    """Factor i: block k of group g takes the half blocks k and k + 2^i of the group's 2^(i+1) half blocks."""
+    f, n, b, _ = factors.shape
+    half, total = b // 2, torch.eye(n * b, dtype=factors.dtype)
+    for level in range(f):
+        factor = torch.zeros(n * b, n * b, dtype=factors.dtype)
+        for block in range(n):
+            group, k = divmod(block, 2**level)
+            starts = [(group * 2 ** (level + 1) + k + offset) * half for offset in (0, 2**level)]
+            at = (
+                torch.cat([torch.arange(start, start + half) for start in starts])
+                if f > 1
+                else block * b + torch.arange(b)
+            )
+            factor[at[:, None], at] = factors[level, block]
+        total = total @ factor
+    return total
+
+
+def reflections_written_out(directions: Tensor) -> Tensor:
+    eye = torch.eye(directions.shape[0], dtype=directions.dtype)
+    total = eye
+    for u in (directions / directions.norm(dim=0)).T:
+        total = total @ (eye - 2 * torch.outer(u, u))
+    return total
+
+
+def spanned_written_out(directions: Tensor) -> Tensor:
+    """Gram-Schmidt, one direction after the other, then the product of the reflections."""
+    basis: list[Tensor] = []
+    for u in directions.T.clone():
+        for v in basis:
+            u = u - (u @ v) * v  # noqa: PLW2901
+        basis.append(u / u.norm())
+    return reflections_written_out(torch.stack(basis, 1))
+
+
+Case = tuple[Callable[[Tensor], Operator], Callable[[Tensor], Tensor], Tensor]
+CASES: dict[str, Case] = {
+    "blocks": (BlockDiagonal, blocks_written_out, drawn(3, 5, 5)),
+    "wide blocks": (BlockDiagonal, blocks_written_out, drawn(2, 40, 40)),
+    "many narrow blocks": (BlockDiagonal, blocks_written_out, drawn(24, 3, 3)),
+    "one block": (BlockDiagonal, blocks_written_out, drawn(1, 6, 6)),
+    "1 × 1 blocks": (BlockDiagonal, blocks_written_out, drawn(7, 1, 1)),
+    "shared block": (lambda b: BlockDiagonal(b, 12), lambda b: blocks_written_out(b, 12), drawn(1, 4, 4)),
+    "repeated blocks": (lambda b: BlockDiagonal(b, 3), lambda b: blocks_written_out(b, 3), drawn(2, 4, 4)),
+    "butterfly 1": (Butterfly, butterfly_written_out, drawn(1, 5, 3, 3)),
+    "butterfly 2": (Butterfly, butterfly_written_out, drawn(2, 6, 2, 2)),
+    "butterfly 3": (Butterfly, butterfly_written_out, drawn(3, 12, 4, 4)),
+    "butterfly 4, wide": (Butterfly, butterfly_written_out, drawn(4, 8, 34, 34)),
+    "one reflection": (Householder.reflections, reflections_written_out, drawn(9, 1)),
+    "two reflections": (Householder.reflections, reflections_written_out, drawn(9, 2)),
+    "five reflections": (Householder.reflections, reflections_written_out, drawn(9, 5)),
+    "eight reflections": (Householder.reflections, reflections_written_out, drawn(9, 8)),
+    "more reflections than features": (Householder.reflections, reflections_written_out, drawn(4, 7)),
+    "orthogonal reflections": (Householder.orthogonal, spanned_written_out, drawn(9, 4)),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@every_case
+def test_equals_its_dense_formula_forward_and_backward(case: Case) -> None:
+    make, written_out, values = case
+    values = values.clone().requires_grad_()
+    operator, matrix = make(values), written_out(values)
+    width = matrix.shape[0]
+    assert operator.shape == (width, width)
+    x, weight = drawn(2, 3, width, seed=2).requires_grad_(), drawn(5, width, seed=3).requires_grad_()
+    square = drawn(width, width, seed=5)
+    fast = {
+        "dense": operator.dense(),
+        "apply": operator.apply(x),
+        "rotated": operator.rotated(weight),  # type: ignore[attr-defined]
+        "joined": operator.joined(x, square, None),
+        "rows": operator.rows(torch.tensor([[0, width - 1], [1, 1]])),
+    }
+    slow = {
+        "dense": matrix,
+        "apply": x @ matrix.T,
+        "rotated": weight @ matrix,
+        "joined": x @ (square + matrix).T,
+        "rows": matrix.T[torch.tensor([[0, width - 1], [1, 1]])],
+    }
+    inputs = {"apply": [x], "rotated": [weight], "joined": [x]}
+    for name, found in fast.items():
+        expected = slow[name]
+        assert distance(found, expected) < TIGHT, name
+        direction = drawn(*expected.shape, seed=4)
+        wanted = [values, *inputs.get(name, ())]
+        for one, other in zip(
+            torch.autograd.grad(found, wanted, direction, retain_graph=True),
+            torch.autograd.grad(expected, wanted, direction, retain_graph=True),
+            strict=True,
+        ):
+            assert distance(one, other) < TIGHT, name
+
+
+def test_two_adjacent_factors_mix_what_neither_mixes_alone() -> None:
+    factors = drawn(3, 4, 4, 4)
+    reach = (butterfly_written_out(factors).abs() > 1e-9).sum(1)
+    assert reach.tolist() == [16] * 16
+    assert (Butterfly(factors[:2]).dense().abs() > 1e-9).sum(1).tolist() == [8] * 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [2, 6, 8, 64])
+def test_pairs_of_equal_reflections_are_the_identity_bit_for_bit(r: int, dtype: torch.dtype) -> None:
+    directions = drawn(96, r // 2).float().repeat_interleave(2, 1)
+    rotation, x = Householder.reflections(directions).to(dtype), drawn(5, 96).to(dtype)
+    assert torch.equal(rotation.apply(x), x)
+    assert torch.equal(rotation.dense(), torch.eye(96, dtype=dtype))
+
+
+def test_nearly_equal_reflections_lose_no_digits_in_bfloat16() -> None:
+    directions = drawn(64, 4).repeat_interleave(2, 1) + 1e-3 * drawn(64, 8, seed=2)
+    x = drawn(7, 64, seed=3).bfloat16()
+    exact = x.double() @ (reflections_written_out(directions) - torch.eye(64, dtype=torch.float64)).T
+    rotation = Householder.reflections(directions.float()).to(torch.bfloat16)
+    tokens = rotation.vectors, rotation.core
+    moved = -(x @ tokens[0] @ tokens[1].T @ tokens[0].T)
+    assert distance(moved, exact) < 0.02
+
+
+def test_direction_of_zero_length_reflects_nothing() -> None:
+    directions = drawn(5, 3)
+    directions[:, 1] = 0
+    directions.requires_grad_()
+    rotation = Householder.reflections(directions)
+    assert distance(rotation.dense(), reflections_written_out(directions.detach()[:, [0, 2]])) < TIGHT
+    (gradient,) = torch.autograd.grad(rotation.dense().square().sum(), directions)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("b", [1, 2, 5, 32])
+def test_cayley_is_orthogonal_and_exactly_one_at_zero(b: int) -> None:
+    S, eye = skew(3, b, b), torch.eye(b, dtype=torch.float64)
+    R = cayley(S)
+    assert distance(R @ R.transpose(1, 2), eye.expand(3, b, b)) < TIGHT
+    assert distance(R, (eye + S) @ torch.linalg.inv(eye - S)) < TIGHT
+    assert torch.equal(cayley(torch.zeros(3, b, b)), torch.eye(b).expand(3, b, b))
+
+
+@pytest.mark.parametrize(
+    ("terms", "factors"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 2, 1]), (4, [1, 2, 2, 1]), (7, [1, 2, 2, 2, 2, 2, 1])]
+)
+def test_neumann_series_has_the_terms_asked_for(terms: int, factors: list[int]) -> None:
+    S = 0.1 * skew(2, 4, 4)
+    expected = sum(factor * torch.linalg.matrix_power(S, power) for power, factor in enumerate(factors))
+    assert isinstance(expected, Tensor)
+    assert distance(cayley_neumann(S, terms), expected) < TIGHT
+    assert distance(cayley_neumann(S, 200), cayley(S)) < TIGHT
+    assert torch.equal(cayley_neumann(torch.zeros(2, 4, 4), terms), torch.eye(4).expand(2, 4, 4))
+
+
+@every_case
+def test_passes_gradcheck(case: Case) -> None:
+    make, _, values = case
+    if values.numel() > 1000:
+        return
+    x = drawn(2, make(values).shape[1], seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, values: make(values).apply(x), (x, values.clone().requires_grad_()), fast_mode=True
+    )
+
+
+@every_case
+def test_backward_keeps_x_and_what_has_the_size_of_the_parameters(case: Case) -> None:
+    make, _, values = case
+    operator = make(values.clone().requires_grad_())
+    x = drawn(4000, operator.shape[1], seed=2).requires_grad_()
+    kept: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        operator.apply(x).sum()
+    large = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() >= 4000}
+    assert large <= {x.untyped_storage().data_ptr()} | {
+        tensor.untyped_storage().data_ptr() for tensor in kept if 4000 not in tensor.shape
+    }
+    assert x.untyped_storage().data_ptr() in large
+
+
+@every_case
+def test_takes_any_batch_shape_dtype_and_autocast(case: Case) -> None:
+    make, written_out, values = case
+    operator, matrix = make(values), written_out(values)
+    width = matrix.shape[0]
+    for shape in ((width,), (0, width), (2, 0, width), (2, 3, width)):
+        x = drawn(*shape).requires_grad_()
+        y = operator.apply(x)
+        y.sum().backward()
+        assert y.shape == x.shape
+    apart = drawn(width, 3).T
+    assert distance(operator.apply(apart), apart @ matrix.T) < TIGHT
+    for dtype in (torch.bfloat16, torch.float16):
+        y = operator.to(dtype).apply(drawn(5, width).to(dtype))
+        assert y.dtype == dtype
+        assert distance(y, drawn(5, width) @ matrix.T) < 100 * torch.finfo(dtype).eps
+    x = drawn(5, width).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = operator.to(torch.float32).apply(x)
+    assert y.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.dtype == torch.float32
+    assert distance(gradient, (torch.ones(5, width, dtype=torch.float64) @ matrix)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["many narrow blocks", "shared block", "butterfly 3", "five reflections", "orthogonal reflections"]
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_in_one_graph(name: str) -> None:
+    make, _, values = CASES[name]
+    torch._dynamo.reset()
+
+    def run(x: Tensor, values: Tensor) -> Tensor:
+        return make(values).apply(x)
+
+    values = values.clone().requires_grad_()
+    x = drawn(2, 3, make(values).shape[1], seed=2).requires_grad_()
+    compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
+    expected, found = run(x, values), compiled(x, values)
+    assert distance(found, expected) < TIGHT
+    direction = drawn(*expected.shape, seed=3)
+    for one, other in zip(
+        torch.autograd.grad(found, (x, values), direction),
+        torch.autograd.grad(expected, (x, values), direction),
+        strict=True,
+    ):
+        assert distance(one, other) < TIGHT
