@@ -6,8 +6,11 @@ __all__ = ["quiet"]
 
 
 def quiet() -> None:
-    """Leaves the terminal to this program: what transformers reports about a new head is no news here."""
-    from transformers.utils import logging
+    """Leaves the terminal to this program: what libraries report about heads and faster kernels is no news here."""
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
