@@ -171,7 +171,7 @@ def test_a_merge_that_would_not_be_finite_leaves_nothing_merged(already: bool, t
             parameter.fill_(300.0)  # the product is finite in float32 and not in float16
     weights = [layer.base_layer.weight.clone() for _, layer in model.adapters.layers()]
     with refused(
-        model, r"^the merged weight holds values that are not finite; expected finite values; check the adapter's"
+        model, r"the merged weight holds values that are not finite; expected finite values; check the adapter's"
     ):
         model.merge_adapter(["good", "bad"])
     assert model.merged_adapters == (["good"] if already else [])

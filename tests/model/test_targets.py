@@ -172,7 +172,8 @@ def test_what_names_nothing_is_refused(
 def test_a_model_without_default_is_told_what_it_has() -> None:
     model = nn.ModuleDict({"first": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "second": nn.Linear(2, 2)})
     with refused(
-        model, r"^no default target_modules for ModuleDict \(model_type None\); .*some of first, second, or use 'all"
+        model,
+        r"^no default target_modules of LORA for ModuleDict \(model_type None\); .*name some of first, second, or",
     ):
         get_peft_model(model, LoraConfig())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import PeanutError, nearest
 from ..files import write_json
 from .assets import fetch
+from .calibration import compare_calibration, print_calibration
 from .reviews import Contestant, Outcome, print_table, report, train_alone, write_curve, write_rows
 
 __all__ = ["CONTESTANTS", "main"]
@@ -37,7 +38,7 @@ CONTESTANTS = {
     "FourierFT": Contestant({"peft_type": "FOURIERFT", "n_frequency": 1000, **_QV}, 5e-2),
     "C3A": Contestant({"peft_type": "C3A", "block_size": 64, **_QV}, 1e-1),
     "MiSS": Contestant({"peft_type": "MISS", "r": 8, **_QV}, 1e-3),
-    "Bone, bat": Contestant({"peft_type": "BONE", "r": 8, "init_weights": "bat", **_QV}, 1e-3),
+    "Bone bat": Contestant({"peft_type": "BONE", "r": 8, "init_weights": "bat", **_QV}, 1e-3),
     "SHiRA": Contestant({"peft_type": "SHIRA", "r": 8, **_QV}, 3e-3),
     "diff pruning": Contestant({"peft_type": "DIFF_PRUNING", **_QV}, 1e-3),
     "OFT": Contestant({"peft_type": "OFT", "oft_block_size": 32, **_QV}, 2e-3),
@@ -79,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         chosen = {name: CONTESTANTS[name] for name in options.only}
         write_curve(options.output, options.only)
-        write_json(options.output / "outcomes.json", report(chosen, outcomes, options.rows, 400))
+        found = report(chosen, outcomes, options.rows, 400)
+        if {"LoRA", "variational LoRA"} <= chosen.keys():
+            found["calibration"] = compare_calibration(options.output)
+            print_calibration(found["calibration"])
+        write_json(options.output / "outcomes.json", found)
     except PeanutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

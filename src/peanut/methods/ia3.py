@@ -93,6 +93,10 @@ class IA3Config(PeftConfig):
         """Of a config that ``for_layer`` returned: whether the layer's input is scaled."""
         return bool(self.feedforward_modules)
 
+    def patterns(self) -> dict[str, list[str]]:
+        names = self.feedforward_modules or []
+        return {"feedforward_modules": [names] if isinstance(names, str) else names}
+
     def for_layer(self, path: str) -> IA3Config:
         names = self.feedforward_modules or []
         if isinstance(names, str):

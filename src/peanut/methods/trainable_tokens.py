@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,19 @@ class TokenAdapter(TrainableTokens):
 
     suffix = "token_adapter.trainable_tokens_delta"
     ids_suffix = "token_adapter.trainable_tokens_ids"
+
+    def stored(
+        self, config: TrainableTokensConfig, layers: Mapping[str, Values]
+    ) -> tuple[TrainableTokensConfig, dict[str, dict[str, Tensor]]]:
+        """Vectors that tied layers share are written once, under the first of them."""
+        config, kept = super().stored(config, layers)
+        seen: set[int] = set()
+        for values in kept.values():
+            for suffix, value in list(values.items()):
+                if value.data_ptr() in seen:
+                    del values[suffix]
+                seen.add(value.data_ptr())
+        return config, kept
 
 
 def by_token(layer: FrozenLayer) -> Tensor:

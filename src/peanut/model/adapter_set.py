@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
-from ..weights import FrozenLayer, kind_of
+from ..protocols.config import matching_pattern
+from ..weights import FrozenLayer, kind_of, settle
 from .layer import BIAS, AdaptedLayer
 from .parameters import NamedModules, Parameters
 from .saved_modules import SavedModule
@@ -157,10 +158,12 @@ class AdapterSet:
                 "one model that holds all adapters",
                 "add the adapter there, or unload() that one first",
             )
-        method = method_of(config.peft_type)
+        method, given = method_of(config.peft_type), config
         config = method.completed(config, str(getattr(getattr(self.model, "config", None), "model_type", "")))
+        settle(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:
+            self._refuse_codes(path)
             if any(isinstance(module, AdaptedLayer) for module in self._own(self._at(path)).modules()):
                 raise PeanutError(
                     f"'{path}' is to be trained whole, and another adapter changes a layer in it",
@@ -168,6 +171,8 @@ class AdapterSet:
                     "leave it out of modules_to_save, or delete that adapter first",
                 )
         planned = self._planned(config, method)
+        if not config.inference_mode:  # a file may name layers that its writer never had
+            _check_patterns(given, [place.path for place in planned])
         seed = int(torch.randint(2**62, (), device="cpu").item())
         own = [place.frozen for place in planned if place.method is method]
         bank = _shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
@@ -421,6 +426,16 @@ class AdapterSet:
             elif getattr(self.model, "config", None) is not None:
                 self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
+    def _refuse_codes(self, path: str) -> None:
+        for inner, module in self._own(self._at(path)).named_modules(prefix=path):
+            kind = kind_of(bare(module))
+            if kind is not None and kind.quantised:
+                raise PeanutError(
+                    f"'{path}' is to be trained whole, and '{inner}' in it is quantised",
+                    "modules with weights that are numbers",
+                    "leave it out of what is trained whole",
+                )
+
     def _refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
             both = [name for name in names if name in saved.modules_to_save]
@@ -429,6 +444,19 @@ class AdapterSet:
                     f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
                     "one such adapter at a time",
                     "activate one of them",
+                )
+
+
+def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
+    """Refuses a pattern (of ranks, of feed-forward layers) that is for none of the adapted layers."""
+    for field, patterns in config.patterns().items():
+        for pattern in patterns:
+            if not any(matching_pattern({pattern: None}, path) for path in paths):
+                names = {path.rpartition(".")[2] for path in paths}
+                raise PeanutError(
+                    f"{field} names {pattern!r}, which none of the {len(paths)} adapted layers is called",
+                    "names or regular expressions of adapted layers",
+                    f"nearest: {nearest(pattern, names)}",
                 )
 
 

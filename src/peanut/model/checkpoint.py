@@ -248,6 +248,9 @@ def load_state(
         state |= _flat(restored)
     state |= _flat(grouped)
     state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
+    state = _without_copies(adapters, name, state)
+    there = {id(own[key]): value for key, value in state.items() if key in own}
+    state |= {key: there[id(value)] for key, value in own.items() if key not in state and id(value) in there}  # tied
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise PeanutError(
@@ -275,6 +278,13 @@ def load_state(
         for key, parameter in adapters.parameters(name):
             if key in left_out and key in stored.passing and parameter.shape == stored.passing[key].shape:
                 parameter.copy_(stored.passing[key].to(parameter.device))
+
+
+def _without_copies(adapters: AdapterSet, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what the peer writes of a trained module twice (its biases, under bias="all")."""
+    parts = ("modules_to_save", "original_module")
+    copies = tuple(f"{path}.{part}." for path, _ in adapters.saved_modules(name) for part in parts)
+    return {key: value for key, value in state.items() if not key.startswith(copies)} if copies else state
 
 
 def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
@@ -321,7 +331,8 @@ def _target_modules(adapters: AdapterSet, name: str) -> list[str] | str | None:
     targets = adapters.configs[name].target_modules
     if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return targets
-    return sorted(path for path, _ in adapters.layers(name)) or None
+    main = method_of(adapters.configs[name].peft_type)
+    return sorted(path for path, layer in adapters.layers(name) if layer.method_of(name)[0] is main) or None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ class AdaptedModel(nn.Module):
     """
 
     method: ClassVar[PeftType | None] = None
+    also: ClassVar[PeftType | None] = None
+    """Another method that the config class of this one may stand for."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class AdaptedModel(nn.Module):
         self.model = model
         configs = {adapter_name: config} if isinstance(config, PeftConfig) else dict(config)
         for name, own in configs.items():
-            if self.method is not None and own.peft_type != self.method:
+            if self.method is not None and own.peft_type not in (self.method, self.also):
                 raise PeanutError(
                     f"{type(own).__name__} given to {type(self).__name__}",
                     f"a config of {self.method.value}",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..weights import kind_of, settle
+
 __all__ = ["prepare_model_for_kbit_training"]
 
 
@@ -23,12 +25,20 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: what ``torch.utils.checkpoint`` is called with; non-reentrant by default.
     """
     model.requires_grad_(False)
+    settle(model)
+    codes = {
+        id(module.weight) for module in model.modules() if (kind := kind_of(module)) is not None and kind.quantised
+    }
     for parameter in model.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        # Codes may be kept as bfloat16 too (bnb_4bit_quant_storage).
+        if parameter.dtype in (torch.float16, torch.bfloat16) and id(parameter) not in codes:
             parameter.data = parameter.data.to(torch.float32)
-    if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model, "gradient_checkpointing_enable", None
+    )
+    if use_gradient_checkpointing and enable is not None:
         options = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        enable(options)  # by position: the two names differ in the keyword
         if options.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()  # type: ignore[operator]
     return model

@@ -177,7 +177,10 @@ class AdaptedLayer(nn.Module):
         bias = self.frozen.bias()
         offset = None if change.shift is None and change.bias_scale is None else change.offset(bias)
         own = None if offset is None or bias is None else offset.to(bias.dtype)
-        self.frozen.write(change.matrix(self._wide_matrix()), offset if own is None else own, shared=shared)
+        try:
+            self.frozen.write(change.matrix(self._wide_matrix()), offset if own is None else own, shared=shared)
+        except PeanutError as error:
+            raise PeanutError(f"'{self.path}': {error}") from None
 
     def _wide_matrix(self) -> Tensor:
         matrix = self.frozen.matrix()

@@ -184,6 +184,7 @@ class VBLoRAModel(AdaptedModel):
     """A model adapted by VB-LoRA."""
 
     method = PeftType.VBLORA
+    also = PeftType.VARIATIONAL_LORA  # which VBLoRAConfig makes of vb_r, vb_pi, vb_beta
 
 
 class VeraModel(AdaptedModel):

@@ -301,7 +301,8 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
 
     signature = inspect.signature(base.forward)
     named = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-    order = sorted([*signature.parameters.values(), named], key=lambda parameter: parameter.kind)
+    parameters = {**signature.parameters, named.name: named}
+    order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
     forward.__doc__ = PeftModel.forward.__doc__
     parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}

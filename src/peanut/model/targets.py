@@ -290,7 +290,7 @@ def _check_adaptable(path: str, modules: dict[str, nn.Module], method: WeightMet
     kind = _kind_name(module)
     if kind not in method.kinds:
         raise PeanutError(
-            f"target_modules matches '{path}', a {type(module).__name__}",
+            f"target_modules matches '{path}', a {type(bare(module)).__name__}",
             f"layers of kind {', '.join(method.kinds)}",
             "name the layers inside it or exclude it",
         )

@@ -159,6 +159,11 @@ class PeftConfig:
         """Whether the method adds virtual tokens (no weight method does)."""
         return False
 
+    def patterns(self) -> dict[str, list[str]]:
+        """By field, the names and regular expressions that are for some of the adapted layers."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(v) for name, v in values.items() if name.endswith("_pattern") and isinstance(v, dict)}
+
     def for_layer(self, path: str) -> Self:
         """This config with what its patterns say for the layer at ``path`` filled in."""
         return self

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["classification_metrics", "language_metrics", "reduce_language", "regression_metrics"]
+__all__ = [
+    "classification_metrics",
+    "expected_calibration_error",
+    "language_metrics",
+    "reduce_language",
+    "regression_metrics",
+]
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
@@ -49,6 +55,20 @@ def regression_metrics(predictions: Any, labels: Any) -> dict[str, float]:
         "pearson": float(pearsonr(x, y).statistic) if varies else 0.0,
         "spearman": float(spearmanr(x, y).statistic) if varies else 0.0,
     }
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Σ share of bin · |accuracy − confidence| over bins of equal width (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        probabilities: (rows, classes).
+        labels: class ids, (rows,).
+        bins: how many.
+    """
+    confidence, answers = probabilities.double().max(-1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence - (answers == labels).double())
+    return float(gap.abs().sum() / len(labels))
 
 
 def reduce_language(logits: Tensor, labels: Tensor) -> Tensor:

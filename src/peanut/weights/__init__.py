@@ -1,5 +1,7 @@
 """Reading and writing a frozen weight, whatever kind of layer keeps it."""
 
+from torch import nn
+
 from .conv1d import Conv1DKind
 from .conv2d import Conv2dKind
 from .embedding import EmbeddingKind
@@ -9,7 +11,7 @@ from .linear import LinearKind
 from .norm import NormKind
 from .quantised import Linear4bitKind, Linear8bitKind
 
-__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of"]
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of", "settle"]
 
 KINDS: tuple[LayerKind, ...] = (
     Linear4bitKind(),
@@ -21,6 +23,14 @@ KINDS: tuple[LayerKind, ...] = (
     NormKind(),
 )
 """Every kind of layer that can be adapted; a new kind is one file and one entry here."""
+
+
+def settle(model: nn.Module) -> None:
+    """Keeps every layer of a model from changing how it keeps its weight while adapters read it."""
+    for module in model.modules():
+        kind = kind_of(module)
+        if kind is not None:
+            kind.settle(module)
 
 
 def kind_of(module: object) -> LayerKind | None:

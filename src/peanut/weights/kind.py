@@ -56,6 +56,9 @@ class LayerKind(ABC):
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         """The matrix (out, in) as the layer keeps it."""
 
+    def settle(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
+        """Keeps the layer from changing how it keeps its weight while adapters read it."""
+
     def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
         """The parameter that keeps ``matrix`` as codes, of the sort that the layer has (only of quantised kinds)."""
         raise NotImplementedError

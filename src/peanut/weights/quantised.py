@@ -26,6 +26,21 @@ class Linear4bitKind(LinearKind):
         matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return matrix.reshape(self.shape(module))
 
+    def settle(self, module: Any) -> None:
+        # On a CPU with AVX512-BF16 bitsandbytes packs the codes anew at the first evaluation, in place: then they stand
+        # for other numbers, and the product with them has no gradient.
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            scales = state.absmax
+            state.original_nested = False  # else it would quantise the scales again
+            weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+            state.absmax, state.nested = scales.T.reshape(-1).float(), False
+            weight.quant_state = state
+
     def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
         from bitsandbytes.nn.modules import Params4bit
 
