@@ -112,13 +112,14 @@ def saved_bytes(call: Callable[[], Tensor], layers: Iterable[nn.Module], kept: I
         layers: the modules whose inputs are not counted; a wrapped layer is represented by its wrapper.
         kept: the model's parameters and buffers.
     """
-    free = {_storage(tensor) for tensor in kept}
+    free = {_storage(part) for tensor in kept for part in _parts(tensor)}
     saved: dict[int, int] = {}
     alive: list[Tensor] = []  # a tensor let go would leave its address to another
 
     def keep(tensor: Tensor) -> Tensor:
         alive.append(tensor)
-        saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        for part in _parts(tensor):
+            saved[_storage(part)] = part.untyped_storage().nbytes()
         return tensor
 
     def enter(_: nn.Module, inputs: tuple[object, ...]) -> None:
@@ -133,6 +134,13 @@ def saved_bytes(call: Callable[[], Tensor], layers: Iterable[nn.Module], kept: I
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         alive.append(call())
     return sum(size for storage, size in saved.items() if storage not in free)
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with a storage that a tensor consists of: a sparse one has two."""
+    if tensor.layout is not torch.sparse_coo:
+        return [tensor]
+    return [tensor._indices(), tensor._values()]
 
 
 def _storage(tensor: Tensor) -> int:

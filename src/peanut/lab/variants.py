@@ -16,13 +16,18 @@ from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import get_peft_model
-from ..protocols import METHODS, PeftConfig, method_of
+from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 from ..protocols.config import check_whole
 from .measure import now, peak_bytes, repeated, saved_bytes
 
 __all__ = ["By", "Settings", "Variant", "configs_of", "frozen_stack", "peer_version", "variants_of"]
 
 By = Literal["frozen", "peanut", "peft"]
+
+
+def _measured(method: WeightMethod[Any]) -> bool:
+    """Whether a method changes linear layers by themselves, not only a head that is tied to an embedding."""
+    return "linear" in method.kinds and not method.follows_ties
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class Settings:
         PeanutError: a value is out of range, or the device is not there.
     """
 
-    methods: Sequence[str] = tuple(name for name, method in METHODS.items() if "linear" in method.kinds)
+    methods: Sequence[str] = tuple(name for name, method in METHODS.items() if _measured(method))
     tokens: int = 2048
     rank: int = 16
     depth: Sequence[int] = (0, 2)
@@ -59,7 +64,7 @@ class Settings:
     def __post_init__(self) -> None:
         methods = {method.name: method for method in (method_of(name, "--methods") for name in self.methods)}
         for name, method in methods.items():
-            if "linear" not in method.kinds:
+            if not _measured(method):
                 raise PeanutError(f"{name} changes no linear layer", "a method that does", "leave it out of --methods")
         ordered = {"methods": sorted({*methods, "LORA"}), "depth": self.depth, "dims": self.dims}
         for name, values in ordered.items():
@@ -107,13 +112,23 @@ def configs_of(names: Sequence[str], rank: int, depths: Sequence[int]) -> dict[s
     for name in names:
         method = method_of(name, "--methods")
         fields = {field.name for field in dataclasses.fields(method.config_class)}
-        options: dict[str, Any] = {"r": rank} if "r" in fields else {}
+        options: dict[str, Any] = _NEEDED.get(method.name, {}) | (
+            {"r": rank} if "r" in fields and "oft_block_size" not in fields else {}
+        )
         if "depth" in fields:
             for depth in depths:
                 configs[f"{method.name} depth {depth}"] = method.config_class(**options | {"depth": depth})
         else:
             configs[method.name] = method.config_class(**options)
     return configs
+
+
+_NEEDED: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10_000},  # the peer makes no AdaLoRA without
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"oft_block_size": 32},
+}
+"""What a default config lacks on a stack of plain layers."""
 
 
 def peer_version() -> str | None:
@@ -223,7 +238,10 @@ def _by_peer(name: str, config: PeftConfig, stack: nn.Sequential, ours: nn.Modul
     peft: Any = importlib.import_module("peft")
     if config.method not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         return None
-    model: nn.Module = peft.get_peft_model(stack, peft.get_peft_config(config.to_dict()))
+    try:
+        model: nn.Module = peft.get_peft_model(stack, peft.get_peft_config(config.to_dict()))
+    except (ValueError, TypeError) as error:
+        raise PeanutError(f"{name}: peft {peer_version()} refuses this config: {error}") from None
     peft.set_peft_model_state_dict(model, get_peft_model_state_dict(ours))
     with torch.no_grad():
         y = ours(x).double()

@@ -16,10 +16,10 @@ from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ..protocols.config import matching_pattern
 from ..weights import FrozenLayer, kind_of, settle
 from .layer import BIAS, AdaptedLayer
-from .parameters import NamedModules, Parameters
+from .parameters import Parameters
 from .saved_modules import SavedModule
 from .state import AdapterState
-from .targets import BANKS, bare, biased_paths, modules_by_path, saved_paths, target_paths
+from .targets import bare, biased_paths, modules_by_path, saved_paths, target_paths
 from .training_hooks import follow
 
 __all__ = ["SHARED", "AdapterSet"]
@@ -68,17 +68,16 @@ class AdapterSet:
         for path, layer in self.layers(name):
             for suffix, value in layer.adapters[name].values_by_suffix().items():
                 yield f"{path}.{suffix}", value
-        if name in self.banks():
-            for suffix, value in self.banks()[name].values_by_suffix().items():
-                yield f"{SHARED}{suffix}", value
+        bank = self.bank(name)
+        for suffix, value in bank.values_by_suffix().items() if bank is not None else ():
+            yield f"{SHARED}{suffix}", value
         for path, saved in self.saved_modules(name):
             for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
                 yield f"{path}.{suffix}", value
 
-    def banks(self) -> NamedModules[Parameters] | dict[str, Parameters]:
-        """By adapter, the tensors that its layers share."""
-        found = self.model._modules.get(BANKS)
-        return found if isinstance(found, NamedModules) else {}
+    def bank(self, name: str) -> Parameters | None:
+        """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
+        return next((layer.banks[name] for _, layer in self.layers(name) if name in layer.banks), None)
 
     def penalty(self) -> Tensor | None:
         """What the active adapters' methods add to the loss in training, or ``None``."""
@@ -176,8 +175,6 @@ class AdapterSet:
         seed = int(torch.randint(2**62, (), device="cpu").item())
         own = [place.frozen for place in planned if place.method is method]
         bank = _shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
-        if bank is not None:
-            self._banks()[name] = bank
         made: dict[int, Parameters] = {}
         for place in planned:
             # Tied layers have one weight and one set of tensors; others, tied or not, each their own.
@@ -185,7 +182,8 @@ class AdapterSet:
             if key not in made:
                 made[key] = _started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
             shared = bank if place.method is method else None
-            self._wrapped(place.path).add(name, place.method, place.config, made[key], shared)
+            holds = shared is not None and place is next(own for own in planned if own.method is method)
+            self._wrapped(place.path).add(name, place.method, place.config, made[key], shared, holds=holds)
         memo: dict[int, Any] = {}
         for path in heads:
             self._saved(path).add(name, wide=wide, memo=memo)
@@ -229,11 +227,6 @@ class AdapterSet:
             if other != path and getattr(module, "weight", None) is weight and kind_of(bare(module)) is not None
         ]
 
-    def _banks(self) -> NamedModules[Parameters]:
-        if BANKS not in self.model._modules:
-            self.model.add_module(BANKS, NamedModules())
-        return self.model._modules[BANKS]  # type: ignore[return-value]
-
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
         method = method_of(config.peft_type)
@@ -255,10 +248,6 @@ class AdapterSet:
             saved.delete(name)
             if not len(saved.modules_to_save):
                 self._put(path, saved.original_module)
-        if name in self.banks():
-            del self._banks()[name]
-            if not len(self._banks()):
-                del self.model._modules[BANKS]
         del self.configs[name]
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
@@ -316,8 +305,8 @@ class AdapterSet:
         for _, layer in self.layers():
             for name in layer.adapters:
                 layer.adapters[name].requires_grad_(name in trainable)
-        for name in self.banks():
-            self.banks()[name].requires_grad_(name in trainable)
+            for name in layer.banks:
+                layer.banks[name].requires_grad_(name in trainable)
         for _, saved in self.saved_modules():
             saved.original_module.requires_grad_(False)
             for name in saved.modules_to_save:

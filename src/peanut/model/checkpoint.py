@@ -310,7 +310,9 @@ def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
     """Replaces a tensor without storage by ``value``, on the layer's device."""
     device = next((layer.weight.device for _, layer in adapters.layers(name)), value.device)
     if key.startswith(SHARED):
-        adapters.banks()[name].assign(key.removeprefix(SHARED), value.to(device))
+        bank = adapters.bank(name)
+        assert bank is not None  # it has such a key
+        bank.assign(key.removeprefix(SHARED), value.to(device))
         return
     for path, layer in adapters.layers(name):
         if key.startswith(f"{path}.") and key[len(path) + 1 :] in layer.adapters[name].suffixes:

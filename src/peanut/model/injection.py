@@ -128,7 +128,8 @@ def set_peft_model_state_dict(
     """
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
-    shared = adapters.banks()[adapter_name].suffixes if adapter_name in adapters.banks() else ()
+    bank = adapters.bank(adapter_name)
+    shared = () if bank is None else bank.suffixes
     state = {plain_key(key, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     load_state(adapters, adapter_name, stored, check=False, assign=True)

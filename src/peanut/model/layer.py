@@ -36,6 +36,7 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.adapters: NamedModules[Parameters] = NamedModules()
+        self.banks: NamedModules[Parameters] = NamedModules()
         self.frozen = FrozenLayer(base_layer, kind)
         self.path = path
         self.state = state
@@ -52,6 +53,7 @@ class AdaptedLayer(nn.Module):
         config: PeftConfig,
         parameters: Parameters,
         shared: Parameters | None = None,
+        holds: bool = False,
     ) -> None:
         """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
 
@@ -60,8 +62,11 @@ class AdaptedLayer(nn.Module):
             method: its method.
             config: its config for this layer.
             parameters: its tensors in this layer.
-            shared: those that it shares with other layers; the model holds them.
+            shared: those that it shares with other layers.
+            holds: whether this layer, the first of them, is where the model keeps them.
         """
+        if shared is not None and holds:
+            self.banks[name] = shared
         self.adapters[name] = parameters
         self._methods[name] = (method, config)
         self._shared[name] = () if shared is None else (shared,)
@@ -75,6 +80,8 @@ class AdaptedLayer(nn.Module):
     def delete(self, name: str) -> None:
         """Removes an adapter."""
         del self.adapters[name], self._methods[name], self._shared[name]
+        if name in self.banks:
+            del self.banks[name]
         self._known.pop(name, None)
 
     @property

@@ -18,7 +18,6 @@ from .saved_modules import SavedModule
 
 __all__ = [
     "ALL_LINEAR",
-    "BANKS",
     "bare",
     "biased_paths",
     "modules_by_path",
@@ -27,8 +26,6 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
-BANKS = "adapter_banks"
-"""The name under which a model holds what the layers of an adapter share."""
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,7 +42,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
             visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
-    return {path: module for path, module in found.items() if path.partition(".")[0] != BANKS}
+    return found
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -145,7 +142,7 @@ def _whole(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) 
                 "put the model into another module, or use PARTIAL",
             )
         holders = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-        return [name for name, _ in model.named_children() if name in holders - {BANKS}]
+        return [name for name, _ in model.named_children() if name in holders]
     return []
 
 
