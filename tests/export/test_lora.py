@@ -119,10 +119,13 @@ def test_the_part_outside_the_singular_space_is_reported() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PeanutConfig(target_modules=["layer"]), "adapter 'default' is a PeanutConfig; expected a LoRA without biases"),
+        (
+            PeanutConfig(target_modules=["layer"]),
+            "adapter 'default' is a PeanutConfig; expected a plain LoRA without biases",
+        ),
         (
             LoraConfig(target_modules=["layer"], lora_bias=True),
-            "expected a LoRA without biases; start PEANuT from scratch",
+            "expected a plain LoRA without biases; start PEANuT from scratch",
         ),
     ],
 )

@@ -190,8 +190,6 @@ def test_peanut_train(adapter: dict[str, Any], run: dict[str, Any]) -> None:
     config = PeftConfig.from_pretrained(result.adapter)
     if isinstance(config, AdaLoraConfig):
         assert config.total_step == result.steps
-    if isinstance(config, VariationalLoraConfig):
-        assert config.num_data == 32
     assert result.metrics["accuracy"] > 0
 
 

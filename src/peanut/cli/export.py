@@ -24,8 +24,9 @@ def export(
     to: Annotated[Form, typer.Option(help="The form to write.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The new adapter's folder.", show_default=False)],
     base_model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model, if it moved.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The largest rank; by default the adapter's own, or 16.")] = None,
 ) -> None:
-    """Write the adapter as plain LoRA of the same rank, which every server of LoRA reads."""
+    """Write the adapter as plain LoRA, which every server of LoRA reads: exactly, or the best of a rank."""
     from ..files import check_new, write_folder
 
     check_new(output)
@@ -34,7 +35,7 @@ def export(
     from ..training.model import load_trained, save_task
 
     trained = load_trained(adapter, base_model)
-    exported = to_lora(trained.model)
+    exported = to_lora(trained.model, rank=rank)
 
     def write(folder: Path) -> None:
         exported.save(folder)

@@ -112,7 +112,7 @@ def to_lora(
             values[path]["lora_B.bias"] = own.up.new_zeros(layer.frozen.out_features) if shift is None else shift
     made = _add_beside(adapters, name, new_name or f"{name}_lora", config, values)
     export = LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
-    if any(layer.factors(name) is None for layer in layers.values()):
+    if export.largest_error > 1e-5:
         print(
             f"{source.method.value} as LoRA of rank {r}: relative error of ΔW {export.mean_error:.3g} on average, "
             f"{export.largest_error:.3g} at most"

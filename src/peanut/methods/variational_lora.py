@@ -131,9 +131,6 @@ class VariationalLora(WeightMethod[VariationalLoraConfig]):
         M, sigma = parameters["lora_A.weight"], F.softplus(parameters["lora_A.rho"])
         return {**parameters, "lora_A.weight": M + sigma * torch.randn_like(M)}
 
-    def planned(self, config: VariationalLoraConfig, steps: int, rows: int) -> VariationalLoraConfig:
-        return replace(config, num_data=rows) if config.num_data is None and rows else config
-
     def penalty(self, config: VariationalLoraConfig, layers: Sequence[Values]) -> Tensor | None:
         bounds = [
             divergence_bound(

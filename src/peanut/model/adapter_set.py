@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from ..errors import PeanutError, nearest
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ..protocols.config import matching_pattern
 from ..weights import FrozenLayer, kind_of, settle
-from .layer import BIAS, AdaptedLayer
+from .layer import AdaptedLayer
 from .parameters import Parameters
 from .saved_modules import SavedModule
+from .starting import Place, shared_start, started
 from .state import AdapterState
 from .targets import bare, biased_paths, modules_by_path, saved_paths, target_paths
 from .training_hooks import follow
@@ -174,13 +173,13 @@ class AdapterSet:
             _check_patterns(given, [place.path for place in planned])
         seed = int(torch.randint(2**62, (), device="cpu").item())
         own = [place.frozen for place in planned if place.method is method]
-        bank = _shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
+        bank = shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
         made: dict[int, Parameters] = {}
         for place in planned:
             # Tied layers have one weight and one set of tensors; others, tied or not, each their own.
             key = id(place.frozen.weight if place.method.follows_ties else place)
             if key not in made:
-                made[key] = _started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
+                made[key] = started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
             shared = bank if place.method is method else None
             holds = shared is not None and place is next(own for own in planned if own.method is method)
             self._wrapped(place.path).add(name, place.method, place.config, made[key], shared, holds=holds)
@@ -192,13 +191,13 @@ class AdapterSet:
         if overrides(method, "penalty") or overrides(method, "after_step"):
             follow(self)
 
-    def _planned(self, config: PeftConfig, method: WeightMethod[Any]) -> list[_Place]:
+    def _planned(self, config: PeftConfig, method: WeightMethod[Any]) -> list[Place]:
         """Every layer that an adapter with ``config`` changes, with the method that does.
 
         Raises:
             PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
         """
-        planned: dict[str, _Place] = {}
+        planned: dict[str, Place] = {}
         for part, own in [(method, config), *method.companions(config)]:
             for path in target_paths(self.model, own, part):
                 for place in [path, *(self._tied_to(path) if part.follows_ties else ())]:
@@ -210,12 +209,12 @@ class AdapterSet:
                         )
                     resolved = own.for_layer(place)
                     part.check(resolved, self._frozen(place), place)
-                    planned[place] = _Place(place, self._frozen(place), part, resolved)
+                    planned[place] = Place(place, self._frozen(place), part, resolved)
         if getattr(config, "bias", "none") == "all":
             biases = method_of(PeftType.BITFIT)
             for path in biased_paths(self.model, biases, saved_paths(self.model, config)):
                 if path not in planned:
-                    planned[path] = _Place(path, self._frozen(path), biases, biases.config_class(target_modules=[path]))
+                    planned[path] = Place(path, self._frozen(path), biases, biases.config_class(target_modules=[path]))
         return list(planned.values())
 
     def _tied_to(self, path: str) -> list[str]:
@@ -452,75 +451,6 @@ def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
 def overrides(method: WeightMethod[Any], name: str) -> bool:
     """Whether a method has its own version of an optional part of the protocol."""
     return getattr(type(method), name) is not getattr(WeightMethod, name)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A layer that an adapter is to change, the method that does, and its config there."""
-
-    path: str
-    frozen: FrozenLayer
-    method: WeightMethod[Any]
-    config: PeftConfig
-
-
-def _started(place: _Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
-    """A layer's tensors at their start, where and as precise as they are kept."""
-    method, config, frozen = place.method, place.config, place.frozen
-    meta = meta and not method.rebuilt(config)  # what is not in the file has to be made now
-    with _starting(seed, meta or frozen.weight.is_meta) as generator:
-        values = method.start(config, frozen, generator)
-        bias = frozen.bias()
-        if getattr(config, "bias", "none") != "none" and bias is not None:
-            values[BIAS] = bias.detach().clone()
-    return _kept(method, config, values, [frozen], meta=meta, wide=wide)
-
-
-def _shared_start(
-    method: WeightMethod[Any], config: PeftConfig, layers: list[FrozenLayer], seed: str, *, meta: bool, wide: bool
-) -> Parameters | None:
-    """The tensors that an adapter's layers share, or ``None`` if there are none."""
-    meta = meta and not method.rebuilt(config)
-    with _starting(seed, meta) as generator:
-        values = method.shared(config, layers, generator)
-    return _kept(method, config, values, layers, meta=meta, wide=wide) if values else None
-
-
-@contextmanager
-def _starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
-    """A generator for a method's start, seeded from one number drawn from torch's generator and the layer's path.
-
-    So the same seed gives the same adapter on every device and in every order of layers.
-    """
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
-    with torch.no_grad(), torch.device("meta" if meta else "cpu"):
-        yield generator
-
-
-def _kept(
-    method: WeightMethod[Any],
-    config: PeftConfig,
-    values: dict[str, Tensor],
-    layers: list[FrozenLayer],
-    *,
-    meta: bool,
-    wide: bool,
-) -> Parameters:
-    """Started tensors as an adapter keeps them: on the layers' device, floating-point ones as precise as asked."""
-    weight = layers[0].weight
-    device = torch.device("meta") if meta else weight.device
-    dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
-    if not dtype.is_floating_point:  # codes of a quantised weight
-        dtype = torch.float32
-    rebuilt = method.rebuilt(config)
-    return Parameters(
-        {
-            suffix: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-            for suffix, value in values.items()
-        },
-        untrained=method.fixed(config) | method.passing(config) | rebuilt,
-        rebuilt=rebuilt,
-    )
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from .adapter_set import AdapterSet
+from .state import AdapterState
 
-__all__ = ["follow"]
-
-_FOLLOWED: weakref.WeakSet[AdapterSet] = weakref.WeakSet()
+__all__ = ["Followed", "follow"]
 
 
-def follow(adapters: AdapterSet) -> None:
+class Followed(Protocol):
+    """What the hooks must know of a model's adapters."""
+
+    model: nn.Module
+    state: AdapterState
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss."""
+
+    def after_step(self, updated: Collection[int]) -> None:
+        """Runs after an optimizer has updated the parameters of these ids."""
+
+
+_FOLLOWED: weakref.WeakSet[Followed] = weakref.WeakSet()
+_HOOKED: list[Any] = []
+
+
+def follow(adapters: Followed) -> None:
     """From now on, penalties of ``adapters`` enter the loss that the model returns, and schedules follow the optimizer.
 
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
@@ -26,13 +41,10 @@ def follow(adapters: AdapterSet) -> None:
     """
     if adapters in _FOLLOWED:
         return
-    if not _FOLLOWED and not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_after_step))
+    if not _HOOKED:
+        _HOOKED.append(register_optimizer_step_post_hook(_after_step))
     _FOLLOWED.add(adapters)
     adapters.model.register_forward_hook(_add_penalty)
-
-
-_hooked: list[Any] = []
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

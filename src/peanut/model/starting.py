@@ -1,0 +1,88 @@
+"""An adapter's tensors at their start: the same on every device and in every order of layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..protocols import PeftConfig, WeightMethod
+from ..weights import FrozenLayer
+from .layer import BIAS
+from .parameters import Parameters
+
+__all__ = ["Place", "shared_start", "started"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that an adapter is to change, the method that does, and its config there."""
+
+    path: str
+    frozen: FrozenLayer
+    method: WeightMethod[Any]
+    config: PeftConfig
+
+
+def started(place: Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
+    """A layer's tensors at their start, where and as precise as they are kept."""
+    method, config, frozen = place.method, place.config, place.frozen
+    meta = meta and not method.rebuilt(config)  # what is not in the file has to be made now
+    with _starting(seed, meta or frozen.weight.is_meta) as generator:
+        values = method.start(config, frozen, generator)
+        bias = frozen.bias()
+        if getattr(config, "bias", "none") != "none" and bias is not None:
+            values[BIAS] = bias.detach().clone()
+    return _kept(method, config, values, [frozen], meta=meta, wide=wide)
+
+
+def shared_start(
+    method: WeightMethod[Any], config: PeftConfig, layers: list[FrozenLayer], seed: str, *, meta: bool, wide: bool
+) -> Parameters | None:
+    """The tensors that an adapter's layers share, or ``None`` if there are none."""
+    meta = meta and not method.rebuilt(config)
+    with _starting(seed, meta) as generator:
+        values = method.shared(config, layers, generator)
+    return _kept(method, config, values, layers, meta=meta, wide=wide) if values else None
+
+
+@contextmanager
+def _starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
+    """A generator for a method's start, seeded from one number drawn from torch's generator and the layer's path.
+
+    So the same seed gives the same adapter on every device and in every order of layers.
+    """
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
+    with torch.no_grad(), torch.device("meta" if meta else "cpu"):
+        yield generator
+
+
+def _kept(
+    method: WeightMethod[Any],
+    config: PeftConfig,
+    values: dict[str, Tensor],
+    layers: list[FrozenLayer],
+    *,
+    meta: bool,
+    wide: bool,
+) -> Parameters:
+    """Started tensors as an adapter keeps them: on the layers' device, floating-point ones as precise as asked."""
+    weight = layers[0].weight
+    device = torch.device("meta") if meta else weight.device
+    dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
+    if not dtype.is_floating_point:  # codes of a quantised weight
+        dtype = torch.float32
+    rebuilt = method.rebuilt(config)
+    return Parameters(
+        {
+            suffix: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+            for suffix, value in values.items()
+        },
+        untrained=method.fixed(config) | method.passing(config) | rebuilt,
+        rebuilt=rebuilt,
+    )
