@@ -21,30 +21,30 @@ _QV = {"target_modules": ["query", "value"]}
 CONTESTANTS = {
     "linear probing": Contestant({"peft_type": "LINEAR_PROBING"}, 5e-3),
     "LoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **_QV}, 3e-3),
-    "PiSSA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa", **_QV}, 1e-3),
+    "PiSSA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa", **_QV}, 3e-3),
     "MiLoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "init_lora_weights": "milora", **_QV}, 3e-3),
-    "OLoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "olora", **_QV}, 1e-3),
+    "OLoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "olora", **_QV}, 3e-3),
     "DoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_dora": True, **_QV}, 3e-3),
     "nonlinear LoRA": Contestant({"peft_type": "NONLINEAR_LORA", "r": 8, **_QV}, 5e-3),
     "multiplicative LoRA": Contestant({"peft_type": "MULTIPLICATIVE_LORA", "r": 8, **_QV}, 5e-3),
     "PEANuT": Contestant({"peft_type": "PEANUT", "r": 7, "depth": 2, **_QV}, 5e-3),
     "AdaLoRA": Contestant(
-        {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "tinit": 5, "tfinal": 15, "lora_alpha": 32, **_QV}, 1e-2
+        {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "tinit": 5, "tfinal": 15, "lora_alpha": 32, **_QV}, 5e-2
     ),
-    "variational LoRA": Contestant({"peft_type": "VARIATIONAL_LORA", "vb_r": 8, "lora_alpha": 16, **_QV}, 3e-3),
-    "VeRA": Contestant({"peft_type": "VERA", "r": 256, **_QV}, 2e-2),
-    "VB-LoRA": Contestant({"peft_type": "VBLORA", "num_vectors": 64, "vector_length": 64, **_QV}, 1e-2),
+    "variational LoRA": Contestant({"peft_type": "VARIATIONAL_LORA", "vb_r": 8, "lora_alpha": 16, **_QV}, 1e-2),
+    "VeRA": Contestant({"peft_type": "VERA", "r": 256, **_QV}, 6e-2),
+    "VB-LoRA": Contestant({"peft_type": "VBLORA", "num_vectors": 64, "vector_length": 64, **_QV}, 3e-2),
     "RandLoRA": Contestant({"peft_type": "RANDLORA", "r": 32, **_QV}, 1e-3),
     "FourierFT": Contestant({"peft_type": "FOURIERFT", "n_frequency": 1000, **_QV}, 5e-2),
-    "C3A": Contestant({"peft_type": "C3A", "block_size": 64, **_QV}, 1e-1),
-    "MiSS": Contestant({"peft_type": "MISS", "r": 8, **_QV}, 1e-3),
-    "Bone bat": Contestant({"peft_type": "BONE", "r": 8, "init_weights": "bat", **_QV}, 1e-3),
-    "SHiRA": Contestant({"peft_type": "SHIRA", "r": 8, **_QV}, 3e-3),
+    "C3A": Contestant({"peft_type": "C3A", "block_size": 64, **_QV}, 3e-1),
+    "MiSS": Contestant({"peft_type": "MISS", "r": 8, **_QV}, 5e-3),
+    "Bone bat": Contestant({"peft_type": "BONE", "r": 8, "init_weights": "bat", **_QV}, 5e-3),
+    "SHiRA": Contestant({"peft_type": "SHIRA", "r": 8, **_QV}, 1e-2),
     "diff pruning": Contestant({"peft_type": "DIFF_PRUNING", **_QV}, 1e-3),
-    "OFT": Contestant({"peft_type": "OFT", "oft_block_size": 32, **_QV}, 2e-3),
-    "BOFT": Contestant({"peft_type": "BOFT", "boft_block_size": 8, "boft_n_butterfly_factor": 2, **_QV}, 5e-3),
-    "HRA": Contestant({"peft_type": "HRA", "r": 8, **_QV}, 5e-3),
-    "IA3": Contestant({"peft_type": "IA3"}, 2e-2),
+    "OFT": Contestant({"peft_type": "OFT", "oft_block_size": 32, **_QV}, 6e-3),
+    "BOFT": Contestant({"peft_type": "BOFT", "boft_block_size": 8, "boft_n_butterfly_factor": 2, **_QV}, 1.5e-2),
+    "HRA": Contestant({"peft_type": "HRA", "r": 8, **_QV}, 2e-2),
+    "IA3": Contestant({"peft_type": "IA3"}, 5e-2),
     "RED": Contestant({"peft_type": "RED"}, 1e-2),
     "BitFit": Contestant({"peft_type": "BITFIT"}, 5e-3),
     "LayerNorm tuning": Contestant({"peft_type": "LN_TUNING"}, 5e-3),
@@ -56,7 +56,10 @@ CONTESTANTS = {
     ),
     "full fine-tuning": Contestant({"peft_type": "FULL"}, 1e-4, {"head_learning_rate": 1e-4}),
 }
-"""Every method as it takes part; attention's queries and values are adapted where a method can choose."""
+"""Every method as it takes part; attention's queries and values are adapted where a method can choose.
+
+Each learning rate is the better of two (docs/log.md).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
