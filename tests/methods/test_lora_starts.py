@@ -25,6 +25,7 @@ from ..support import (  # noqa: F401
     one_thread,
     peer_loaded,
     peer_model,
+    randomised,
     same_bits,
     scattered,
 )
@@ -313,3 +314,17 @@ def test_tokens_are_trained_beside_and_read_by_the_peer(tokens: Any, start: Any,
     assert distance(theirs(ids), model(ids)) < 1e-5
     theirs.save_pretrained(tmp_path / "theirs")
     assert distance(PeftModel.from_pretrained(Words(), tmp_path / "theirs")(ids), model(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["eva", "orthogonal"])
+def test_starts_that_only_the_peer_makes_are_read(start: str, tmp_path: Path) -> None:
+    model = randomised(get_peft_model(Net(nn.Linear(12, 8)), LoraConfig(r=4, target_modules=["layer"]))).eval()
+    x = torch.randn(3, 12)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": "{start}"'))
+    expected = model(x)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(again(x), expected)
+    with pytest.raises(PeanutError, match=f"init_lora_weights='{start}'"):
+        LoraConfig(init_lora_weights=start)

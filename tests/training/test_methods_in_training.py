@@ -225,3 +225,15 @@ def test_a_certain_adapter_has_no_deviation(tiny_bert: Builder) -> None:
     found = predictive(model, samples=3, **inputs)
     assert float(found.deviation.max()) < 1e-6
     assert torch.allclose(found.mean, model(**inputs).logits.softmax(-1), atol=1e-6)
+
+
+def test_an_adapter_loaded_without_initialisation_trains_on(tiny_bert: Builder, tmp_path: Path) -> None:
+    first = get_peft_model(tiny_bert(), AdaLoraConfig(**ADALORA, total_step=6))
+    first.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_bert(), tmp_path, is_trainable=True, low_cpu_mem_usage=True).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert not any(value.is_meta for _, value in model.adapters.parameters("default"))
+    _, layer = next(model.adapters.layers("default"))
+    assert float(layer.values("default")["steps"]) == 1

@@ -60,7 +60,8 @@ class LoraConfig(LoraFields):
             check_pattern("alpha_pattern", name)
             check_finite(f"alpha_pattern[{name!r}]", alpha)
         init = self.init_lora_weights
-        if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight:
+        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of the peer, once trained
+        if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
             raise PeanutError(
                 f"init_lora_weights={init!r}",
                 "True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'milora' or 'olora'",

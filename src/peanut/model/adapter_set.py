@@ -172,17 +172,20 @@ class AdapterSet:
         if not config.inference_mode:  # a file may name layers that its writer never had
             _check_patterns(given, [place.path for place in planned])
         seed = int(torch.randint(2**62, (), device="cpu").item())
-        own = [place.frozen for place in planned if place.method is method]
-        bank = shared_start(method, config, own, f"{seed}/", wide=wide, meta=meta)
+        frozen = [place.frozen for place in planned if place.method is method]
+        bank = shared_start(method, config, frozen, f"{seed}/", wide=wide, meta=meta)
+        # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
+        # before the first layer is touched.
+        keys = [id(place.frozen.weight if place.method.follows_ties else place) for place in planned]
         made: dict[int, Parameters] = {}
-        for place in planned:
-            # Tied layers have one weight and one set of tensors; others, tied or not, each their own.
-            key = id(place.frozen.weight if place.method.follows_ties else place)
+        for key, place in zip(keys, planned, strict=True):
             if key not in made:
                 made[key] = started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
+        holder = next((place for place in planned if place.method is method), None)
+        for key, place in zip(keys, planned, strict=True):
             shared = bank if place.method is method else None
-            holds = shared is not None and place is next(own for own in planned if own.method is method)
-            self._wrapped(place.path).add(name, place.method, place.config, made[key], shared, holds=holds)
+            layer = self._wrapped(place.path)
+            layer.add(name, place.method, place.config, made[key], shared, holds=place is holder)
         memo: dict[int, Any] = {}
         for path in heads:
             self._saved(path).add(name, wide=wide, memo=memo)

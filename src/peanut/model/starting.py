@@ -32,7 +32,8 @@ class Place:
 def started(place: Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
     """A layer's tensors at their start, where and as precise as they are kept."""
     method, config, frozen = place.method, place.config, place.frozen
-    meta = meta and not method.rebuilt(config)  # what is not in the file has to be made now
+    # What is not in the file has to be made now.
+    meta = meta and not method.rebuilt(config) and not method.passing(config)
     with _starting(seed, meta or frozen.weight.is_meta) as generator:
         values = method.start(config, frozen, generator)
         bias = frozen.bias()
