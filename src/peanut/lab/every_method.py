@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import PeanutError, nearest
 from ..files import write_json
+from ..training.terminal import quiet
 from .assets import fetch
 from .calibration import compare_calibration, print_calibration
 from .reviews import Contestant, Outcome, print_table, report, train_alone, write_curve, write_rows
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="names of methods in the table")
     parser.add_argument("--at-once", type=int, default=1, help="how many to train at the same time")
     options = parser.parse_args(arguments)
+    quiet()
     start = time.perf_counter()
     try:
         for name in options.only:

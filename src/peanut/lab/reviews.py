@@ -164,10 +164,19 @@ def report(
         "threads": torch.get_num_threads(),
         "rows": {"train": rows, "held_back": held_back},
         "methods": {
-            name: {**each.adapter, "learning_rate": each.rate, **each.more} for name, each in contestants.items()
+            name: {key: _short(value) for key, value in each.adapter.items()}
+            | {"learning_rate": each.rate, **each.more}
+            for name, each in contestants.items()
         },
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
+
+
+def _short(value: Any) -> Any:
+    """A long list in words."""
+    if isinstance(value, list) and len(value) > 20:
+        return f"{len(value)} values, {value[0]} to {value[-1]}"
+    return value
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
