@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,33 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peanut.operators import LowRank, Operator
+from peanut.operators import Dense, LowRank
 from peanut.weights import KINDS, FrozenLayer, LayerKind, kind_of
 
 from ..support import INPUTS, LAYERS, distance, one_thread, same_bits  # noqa: F401
 
 EVERY_LAYER = [(kind, layer) for kind in LAYERS for layer in LAYERS[kind]]
 every_layer = pytest.mark.parametrize(("kind", "layer"), EVERY_LAYER)
-
-
-@dataclass(frozen=True)
-class Dense(Operator):
-    """An operator that is no product, as later methods will have: it goes the general way through a layer."""
-
-    matrix: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T
-
-    def dense(self) -> Tensor:
-        return self.matrix
-
-    def to(self, dtype: torch.dtype) -> Dense:
-        return Dense(self.matrix.to(dtype))
 
 
 def built(kind: str, layer: str) -> tuple[Any, LayerKind]:
