@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peanut import LoraConfig, PeftModel, get_peft_model
 from peanut.model.layer import AdaptedLayer
 
-from .support import Net, distance, one_thread, randomised, same_bits  # noqa: F401
+from .support import Net, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
 
 def adapted(layer: nn.Module, **options: Any) -> tuple[PeftModel, AdaptedLayer]:
@@ -26,6 +26,13 @@ def values_of(layer: AdaptedLayer) -> dict[str, Tensor]:
     return {suffix: value.detach() for suffix, value in layer.adapters["default"].values_by_suffix().items()}
 
 
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_for_no_layer_is_refused(pattern: str) -> None:
+    model = Net(nn.Linear(12, 8))
+    with refused(model, f"^{pattern} names 'ayer', which none of the 1 adapted layers is called; .*nearest: 'layer'"):
+        get_peft_model(model, LoraConfig(target_modules=["layer"], **{pattern: {"ayer": 2}}))
+
+
 @pytest.mark.parametrize(
     ("options", "scaling"),
     [
@@ -33,7 +40,6 @@ def values_of(layer: AdaptedLayer) -> dict[str, Tensor]:
         ({"r": 4, "lora_alpha": 10, "use_rslora": True}, 5.0),
         ({"r": 4, "lora_alpha": 10, "rank_pattern": {"layer": 2}}, 5.0),
         ({"r": 4, "lora_alpha": 10, "rank_pattern": {"layer": 2}, "alpha_pattern": {"^lay.*": 3}}, 1.5),
-        ({"r": 4, "lora_alpha": 10, "rank_pattern": {"ayer": 2}}, 2.5),
     ],
 )
 def test_linear_is_the_formula(options: dict[str, Any], scaling: float) -> None:

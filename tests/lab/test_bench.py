@@ -250,7 +250,7 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert plot.stem == next(tmp_path.glob("*.json")).stem
     assert plot.stem.startswith(f"bench-{peanut.__version__}-")
-    assert plot.stem.endswith("-1t-tokens-8-rank-2-depth-0-1-dims-16-24-blocks-1-repeats-3")
+    assert plot.stem.endswith("-1t-methods-lora-peanut-tokens-8-rank-2-depth-0-1-dims-16-24-blocks-1-repeats-3")
     told = capsys.readouterr().out
     assert "PEANUT depth 1 peft" in told
     assert str(plot) in told
