@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peanut.model.checkpoint import read_adapter
 
 from ..support import distance, look_of, one_thread, randomised, refused, same_bits  # noqa: F401
@@ -344,3 +346,20 @@ def test_a_full_disk_leaves_what_was_there(saved: Path, tmp_path: Path) -> None:
         assert line.endswith("; free some space or choose another folder")
     assert contents(saved) == before
     assert contents(new) == {}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+        VeraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    ],
+    ids=["PiSSA and tokens", "VeRA"],
+)
+def test_a_copy_of_a_model_saves_what_the_model_does(config: PeftConfig, tiny_llama: Build, tmp_path: Path) -> None:
+    model = randomised(get_peft_model(tiny_llama(), config), scale=0.1).eval()
+    expected = model(IDS).logits
+    for name, other in (("copy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        assert same_bits(other(IDS).logits, expected)
+        other.save_pretrained(tmp_path / name)
+        assert distance(PeftModel.from_pretrained(tiny_llama(), tmp_path / name)(IDS).logits, expected) < 1e-6

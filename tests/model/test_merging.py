@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
+from peanut import LoraConfig, OFTConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 
 from ..support import (
     assert_looks,
@@ -218,3 +218,25 @@ def test_a_model_that_is_unloaded_can_be_adapted_and_merged_again(tiny_llama: Bu
     again = adapted(once, method=LoraConfig)
     expected = logits(again)
     assert distance(logits(again.merge_and_unload()), expected) < 1e-5
+
+
+def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]), "adds")
+    model.add_adapter("turns", OFTConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("turns too", OFTConfig(r=8, target_modules=["q_proj"]))
+    randomised(model, scale=0.1).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    model.set_adapter(["adds", "turns"])
+    together = model(ids).logits
+    with refused(model, "adds to the weight would be merged beside an unmerged one that turns its input"):
+        model.merge_adapter(["adds"])
+    model.merge_adapter(["turns"])
+    assert distance(model(ids).logits, together) < 1e-5
+    with refused(model, "'turns too' and 'turns' turn the input of 'model.layers.0.self_attn.q_proj' in this order"):
+        model.set_adapter(["turns too", "turns"])
+    model.set_adapter(["turns", "turns too"])
+    expected = model(ids).logits
+    model.unmerge_adapter()
+    assert distance(model(ids).logits, expected) < 1e-5
+    model.merge_adapter(["turns", "turns too"])
+    assert distance(model(ids).logits, expected) < 1e-5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,31 @@ def test_an_adapter_loaded_without_initialisation_trains_on(tiny_bert: Builder, 
     assert not any(value.is_meta for _, value in model.adapters.parameters("default"))
     _, layer = next(model.adapters.layers("default"))
     assert float(layer.values("default")["steps"]) == 1
+
+
+def test_a_copied_model_has_its_own_schedule_and_penalty(tiny_bert: Builder) -> None:
+    model = get_peft_model(tiny_bert(), AdaLoraConfig(**ADALORA, total_step=6)).train()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+        other(**batch()).loss.backward()
+        optimizer.step()
+        _, layer = next(other.adapters.layers("default"))
+        assert float(layer.values("default")["steps"]) == 1
+    _, layer = next(model.adapters.layers("default"))
+    assert float(layer.values("default")["steps"]) == 0
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_a_base_that_adapters_left_keeps_nothing_of_them(leave: str, tiny_bert: Builder) -> None:
+    base = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    for _ in range(2):
+        model = get_peft_model(base, AdaLoraConfig(**ADALORA, total_step=6)).train()
+        added = penalty(model)
+        assert added is not None
+        torch.manual_seed(1)
+        with_penalty = model(**batch()).loss
+        model.adapters.state.penalising = False
+        torch.manual_seed(1)
+        assert (with_penalty - model(**batch()).loss).item() == pytest.approx(added.item(), rel=1e-4)  # once
+        base = getattr(model, leave)()
+        assert not base._forward_hooks

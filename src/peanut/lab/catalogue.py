@@ -83,7 +83,7 @@ def _entry(method: WeightMethod[Any]) -> Entry:
         config=method.config_class.__name__,
         change=change,
         parameters=_pretty(method.size),
-        mergeable=True,  # what changes a weight can be written into it
+        mergeable=isinstance(method, WeightMethod),  # what changes a weight can be written into it
         exact_as_lora=_exact(method),
         kinds=method.kinds,
     )

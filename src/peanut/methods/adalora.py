@@ -92,9 +92,6 @@ class AdaLoraConfig(LoraFields):
         if not isinstance(self.init_lora_weights, bool):
             raise PeanutError(f"init_lora_weights={self.init_lora_weights!r}", "True or False", "change it")
 
-    def patterns(self) -> dict[str, list[str]]:
-        return {}  # rank_pattern holds what is left of each tensor, by the tensor's full name
-
     def for_layer(self, path: str) -> AdaLoraConfig:
         kept = (self.rank_pattern or {}).get(f"{path}.lora_E")
         return replace(self, r=self.init_r if kept is None else sum(kept))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.circulant import Circulant
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_pattern, check_whole, matching_pattern
+from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer
 
 __all__ = ["C3A", "C3AConfig"]
@@ -32,6 +32,7 @@ class C3AConfig(PeftConfig):
 
     method = PeftType.C3A
     only_here = frozenset({"exclude_modules"})
+    by_layer = (("block_size", "block_size_pattern"),)
 
     block_size: int = 256
     bias: Literal["none", "all", "c3a_only"] = "none"
@@ -43,19 +44,12 @@ class C3AConfig(PeftConfig):
         self.block_size = check_whole("block_size", self.block_size, least=1)
         check_bias(self.bias, "c3a_only")
         self.block_size_pattern = self.block_size_pattern or {}
-        for name, b in self.block_size_pattern.items():
-            check_pattern("block_size_pattern", name)
-            check_whole(f"block_size_pattern[{name!r}]", b, least=1)
         if self.init_weights not in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"):
             raise PeanutError(
                 f"init_weights={self.init_weights!r}",
                 "True, False, 'gaussian', 'kaiming_uniform' or 'xavier_uniform'",
                 "change init_weights",
             )
-
-    def for_layer(self, path: str) -> C3AConfig:
-        pattern = matching_pattern(self.block_size_pattern, path)
-        return self if pattern is None else replace(self, block_size=self.block_size_pattern[pattern])
 
 
 @register

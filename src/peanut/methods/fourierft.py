@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..operators.fourier import Fourier
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_pattern, check_whole, matching_pattern
+from ..protocols.config import check_bias, check_finite, check_whole
 from ..weights import FrozenLayer
 
 __all__ = ["FourierFT", "FourierFTConfig"]
@@ -32,6 +32,7 @@ class FourierFTConfig(PeftConfig):
     """
 
     method = PeftType.FOURIERFT
+    by_layer = (("n_frequency", "n_frequency_pattern"),)
 
     n_frequency: int = 1000
     scaling: float = 300.0
@@ -48,13 +49,6 @@ class FourierFTConfig(PeftConfig):
         self.random_loc_seed = check_whole("random_loc_seed", self.random_loc_seed, least=0)
         check_bias(self.bias, "fourier_only")
         self.n_frequency_pattern = self.n_frequency_pattern or {}
-        for name, n in self.n_frequency_pattern.items():
-            check_pattern("n_frequency_pattern", name)
-            check_whole(f"n_frequency_pattern[{name!r}]", n, least=1)
-
-    def for_layer(self, path: str) -> FourierFTConfig:
-        pattern = matching_pattern(self.n_frequency_pattern, path)
-        return self if pattern is None else replace(self, n_frequency=self.n_frequency_pattern[pattern])
 
 
 @register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.orthogonal import Householder
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_pattern, check_whole, matching_pattern
+from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer
 
 __all__ = ["HRA", "HRAConfig"]
@@ -34,6 +34,7 @@ class HRAConfig(PeftConfig):
 
     method = PeftType.HRA
     only_here = frozenset({"rank_pattern"})
+    by_layer = (("r", "rank_pattern"),)
 
     r: int = 8
     apply_GS: bool = False  # noqa: N815 - the name in files
@@ -45,13 +46,6 @@ class HRAConfig(PeftConfig):
         super().__post_init__()
         self.r = check_whole("r", self.r, least=1)
         check_bias(self.bias, "hra_only")
-        for name, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", name)
-            check_whole(f"rank_pattern[{name!r}]", r, least=1)
-
-    def for_layer(self, path: str) -> HRAConfig:
-        pattern = matching_pattern(self.rank_pattern, path)
-        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
 
 
 @register

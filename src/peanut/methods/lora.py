@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_pattern, check_whole, matching_pattern
+from ..protocols.config import check_whole
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_of_rows, norms_with
 from .lora_fields import LoraFields
@@ -41,6 +41,7 @@ class LoraConfig(LoraFields):
     """
 
     method = PeftType.LORA
+    by_layer = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
     r: int = 8
     use_rslora: bool = False
@@ -53,12 +54,6 @@ class LoraConfig(LoraFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.r = check_whole("r", self.r, least=1)
-        for name, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", name)
-            check_whole(f"rank_pattern[{name!r}]", r, least=1)
-        for name, alpha in self.alpha_pattern.items():
-            check_pattern("alpha_pattern", name)
-            check_finite(f"alpha_pattern[{name!r}]", alpha)
         init = self.init_lora_weights
         read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of the peer, once trained
         if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
@@ -70,14 +65,6 @@ class LoraConfig(LoraFields):
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
             raise PeanutError(f"lora_bias=True with {other}", "one of the two", "set lora_bias=False")
-
-    def for_layer(self, path: str) -> LoraConfig:
-        rank, alpha = matching_pattern(self.rank_pattern, path), matching_pattern(self.alpha_pattern, path)
-        return replace(
-            self,
-            r=self.r if rank is None else self.rank_pattern[rank],
-            lora_alpha=self.lora_alpha if alpha is None else self.alpha_pattern[alpha],
-        )
 
     @property
     def scaling(self) -> float:

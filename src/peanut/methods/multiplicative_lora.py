@@ -6,14 +6,14 @@ The paper's ablation of PEANuT: the frozen weight as the input, without a nonlin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
 __all__ = ["MultiplicativeLora", "MultiplicativeLoraConfig"]
@@ -32,6 +32,7 @@ class MultiplicativeLoraConfig(PeftConfig):
     """
 
     method = PeftType.MULTIPLICATIVE_LORA
+    by_layer = (("r", "rank_pattern"),)
 
     r: int = 32
     scaling: float = 1.0
@@ -44,13 +45,6 @@ class MultiplicativeLoraConfig(PeftConfig):
         self.r = check_whole("r", self.r, least=1)
         self.scaling = check_finite("scaling", self.scaling)
         self.dropout = check_probability("dropout", self.dropout)
-        for name, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", name)
-            check_whole(f"rank_pattern[{name!r}]", r, least=1)
-
-    def for_layer(self, path: str) -> MultiplicativeLoraConfig:
-        pattern = matching_pattern(self.rank_pattern, path)
-        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
 
 
 @register

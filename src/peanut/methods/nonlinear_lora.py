@@ -6,18 +6,16 @@ The paper's ablation of PEANuT: a nonlinearity without the frozen weight as its 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from ..errors import PeanutError, nearest
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
-from .peanut import activation
+from .peanut import activation, check_activation
 
 __all__ = ["NonlinearLora", "NonlinearLoraConfig"]
 
@@ -36,6 +34,7 @@ class NonlinearLoraConfig(PeftConfig):
     """
 
     method = PeftType.NONLINEAR_LORA
+    by_layer = (("r", "rank_pattern"),)
 
     r: int = 32
     act_fn: str = "relu"
@@ -49,19 +48,7 @@ class NonlinearLoraConfig(PeftConfig):
         self.r = check_whole("r", self.r, least=1)
         self.scaling = check_finite("scaling", self.scaling)
         self.dropout = check_probability("dropout", self.dropout)
-        for name, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", name)
-            check_whole(f"rank_pattern[{name!r}]", r, least=1)
-        if self.act_fn != "sine" and self.act_fn not in ACT2FN:
-            raise PeanutError(
-                f"act_fn={self.act_fn!r}",
-                "a key of transformers' ACT2FN or 'sine'",
-                f"nearest: {nearest(self.act_fn, [*ACT2FN, 'sine'])}",
-            )
-
-    def for_layer(self, path: str) -> NonlinearLoraConfig:
-        pattern = matching_pattern(self.rank_pattern, path)
-        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
+        check_activation(self.act_fn)
 
 
 @register

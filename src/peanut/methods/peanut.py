@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,10 +15,10 @@ from transformers.activations import ACT2FN
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
-from ..protocols.config import check_finite, check_pattern, check_probability, check_whole, matching_pattern
+from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
-__all__ = ["Peanut", "PeanutConfig", "activation", "tweak"]
+__all__ = ["Peanut", "PeanutConfig", "activation", "check_activation", "tweak"]
 
 
 @dataclass(kw_only=True)
@@ -39,6 +39,7 @@ class PeanutConfig(PeftConfig):
 
     method = PeftType.PEANUT
     only_here = frozenset({"side", "dropout", "rank_pattern"})
+    by_layer = (("r", "rank_pattern"),)
 
     r: int = 32
     depth: int = 0
@@ -55,22 +56,9 @@ class PeanutConfig(PeftConfig):
         self.depth = check_whole("depth", self.depth, least=0)
         self.scaling = check_finite("scaling", self.scaling)
         self.dropout = check_probability("dropout", self.dropout)
-        for name, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", name)
-            check_whole(f"rank_pattern[{name!r}]", r, least=1)
         if self.side not in ("out", "in", "auto"):
             raise PeanutError(f"side={self.side!r}", "'out', 'in' or 'auto'", "change side")
-        if self.act_fn != "sine" and self.act_fn not in ACT2FN:
-            names = [*ACT2FN, "sine"]
-            raise PeanutError(
-                f"act_fn={self.act_fn!r}",
-                "a key of transformers' ACT2FN or 'sine'",
-                f"nearest: {nearest(self.act_fn, names)}",
-            )
-
-    def for_layer(self, path: str) -> PeanutConfig:
-        pattern = matching_pattern(self.rank_pattern, path)
-        return self if pattern is None else replace(self, r=self.rank_pattern[pattern])
+        check_activation(self.act_fn)
 
 
 @register
@@ -142,6 +130,20 @@ def tweak(
 def reads_out(config: PeanutConfig, layer: FrozenLayer) -> bool:
     """Whether A acts on the output dimension of W⁰."""
     return config.side == "out" or (config.side == "auto" and layer.out_features <= layer.in_features)
+
+
+def check_activation(name: str) -> None:
+    """Refuses what is no activation.
+
+    Raises:
+        PeanutError: it is neither a key of ``ACT2FN`` nor ``"sine"``.
+    """
+    if name != "sine" and name not in ACT2FN:
+        raise PeanutError(
+            f"act_fn={name!r}",
+            "a key of transformers' ACT2FN or 'sine'",
+            f"nearest: {nearest(name, [*ACT2FN, 'sine'])}",
+        )
 
 
 def activation(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:

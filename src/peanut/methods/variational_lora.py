@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,8 @@ from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, regi
 from ..protocols.config import (
     check_bias,
     check_finite,
-    check_pattern,
     check_probability,
     check_whole,
-    matching_pattern,
 )
 from ..weights import FrozenLayer
 
@@ -50,6 +48,7 @@ class VariationalLoraConfig(PeftConfig):
     """
 
     method = PeftType.VARIATIONAL_LORA
+    by_layer = (("vb_r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
     vb_r: int = 8
     vb_pi: float = 0.5
@@ -81,20 +80,6 @@ class VariationalLoraConfig(PeftConfig):
             self.num_data = check_whole("num_data", self.num_data, least=1)
         self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
         check_bias(self.bias, "lora_only")
-        for pattern, r in self.rank_pattern.items():
-            check_pattern("rank_pattern", pattern)
-            check_whole(f"rank_pattern[{pattern!r}]", r, least=1)
-        for pattern, alpha in self.alpha_pattern.items():
-            check_pattern("alpha_pattern", pattern)
-            check_finite(f"alpha_pattern[{pattern!r}]", alpha)
-
-    def for_layer(self, path: str) -> VariationalLoraConfig:
-        rank, alpha = matching_pattern(self.rank_pattern, path), matching_pattern(self.alpha_pattern, path)
-        return replace(
-            self,
-            vb_r=self.vb_r if rank is None else self.rank_pattern[rank],
-            lora_alpha=self.lora_alpha if alpha is None else self.alpha_pattern[alpha],
-        )
 
     @property
     def scaling(self) -> float:

@@ -19,7 +19,7 @@ from .saved_modules import SavedModule
 from .starting import Place, shared_start, started
 from .state import AdapterState
 from .targets import bare, biased_paths, modules_by_path, saved_paths, target_paths
-from .training_hooks import follow
+from .training_hooks import follow, unfollow
 
 __all__ = ["SHARED", "AdapterSet"]
 
@@ -83,9 +83,7 @@ class AdapterSet:
         total: Tensor | None = None
         for name in self.state.active:
             method = method_of(self.configs[name].peft_type)
-            if not overrides(method, "penalty"):
-                continue
-            values = [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] is method]
+            values = self._values(name, method) if overrides(method, "penalty") else []
             own = method.penalty(self.configs[name], values) if values else None
             if own is not None:
                 total = own if total is None else total + own.to(total.device)
@@ -104,11 +102,13 @@ class AdapterSet:
         """Lets methods with a schedule take their turn after an optimizer has updated the parameters of these ids."""
         for name in self.trained:
             method = method_of(self.configs[name].peft_type)
-            if not overrides(method, "after_step"):
-                continue
-            values = [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] is method]
+            values = self._values(name, method) if overrides(method, "after_step") else []
             if any(id(value) in updated for own in values for value in own.values()):
                 method.after_step(self.configs[name], values)
+
+    def _values(self, name: str, method: WeightMethod[Any]) -> list[dict[str, Tensor]]:
+        """The tensors of adapter ``name`` in each layer that ``method``, not a companion of it, changes."""
+        return [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] == method]
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """``names`` as a list.
@@ -172,7 +172,7 @@ class AdapterSet:
         if not config.inference_mode:  # a file may name layers that its writer never had
             _check_patterns(given, [place.path for place in planned])
         seed = int(torch.randint(2**62, (), device="cpu").item())
-        frozen = [place.frozen for place in planned if place.method is method]
+        frozen = [place.frozen for place in planned if place.method == method]
         bank = shared_start(method, config, frozen, f"{seed}/", wide=wide, meta=meta)
         # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
         # before the first layer is touched.
@@ -181,9 +181,9 @@ class AdapterSet:
         for key, place in zip(keys, planned, strict=True):
             if key not in made:
                 made[key] = started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
-        holder = next((place for place in planned if place.method is method), None)
+        holder = next((place for place in planned if place.method == method), None)
         for key, place in zip(keys, planned, strict=True):
-            shared = bank if place.method is method else None
+            shared = bank if place.method == method else None
             layer = self._wrapped(place.path)
             layer.add(name, place.method, place.config, made[key], shared, holds=place is holder)
         memo: dict[int, Any] = {}
@@ -201,10 +201,11 @@ class AdapterSet:
             PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
         """
         planned: dict[str, Place] = {}
+        wanted_by: dict[str, PeftConfig] = {}
         for part, own in [(method, config), *method.companions(config)]:
             for path in target_paths(self.model, own, part):
                 for place in [path, *(self._tied_to(path) if part.follows_ties else ())]:
-                    if place in planned and planned[place].method is not part:
+                    if wanted_by.setdefault(place, own) is not own:
                         raise PeanutError(
                             f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",
                             "one method for a layer",
@@ -233,7 +234,7 @@ class AdapterSet:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
         method = method_of(config.peft_type)
         for path, layer in self.layers(name):
-            if layer.method_of(name)[0] is method:
+            if layer.method_of(name)[0] == method:
                 layer.configure(name, config.for_layer(path))
         self.configs[name] = config
 
@@ -259,7 +260,7 @@ class AdapterSet:
         self.unmerge()
         for name in list(self.configs):
             self.delete(name)
-        self.model.__dict__.pop("_adapter_set", None)
+        self._leave()
         return self.model
 
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
@@ -277,7 +278,7 @@ class AdapterSet:
             self._put(path, layer.base_layer)
         for path, saved in list(self.saved_modules()):
             self._put(path, saved.adopted())
-        self.model.__dict__.pop("_adapter_set", None)
+        self._leave()
         self.configs, self.state, self.trained = {}, AdapterState(), []
         return self.model
 
@@ -287,7 +288,8 @@ class AdapterSet:
         """Makes exactly ``names`` active, and trainable unless told otherwise.
 
         Raises:
-            PeanutError: an adapter is unknown; one that is merged would not be active; two have a copy of one head.
+            PeanutError: an adapter is unknown; one that is merged would not be active, or not next to the weight; two
+                have a copy of one head.
         """
         wanted = self.known(names)
         left = [name for name in self.state.merged if name not in wanted]
@@ -298,6 +300,8 @@ class AdapterSet:
                 "call unmerge_adapter() first",
             )
         self._refuse_two_heads(wanted)
+        for _, layer in self.layers() if self.state.merged else ():
+            layer.check_merge(self.state.merged, wanted)
         self.state.active = wanted
         self.freeze(trainable=wanted if trainable else ())
 
@@ -333,22 +337,24 @@ class AdapterSet:
         """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
 
         Raises:
-            PeanutError: a merged weight would not be finite, a bias has nowhere to go, or two adapters have a copy of
-                one head. Nothing is then merged.
+            PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
+                head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
         """
         wanted = self.known(self.state.active if names is None else names)
-        merged = self.state.merged + [name for name in wanted if name not in self.state.merged]
         before = list(self.state.merged)
-        active = list(dict.fromkeys([*self.state.active, *merged]))
+        active = list(dict.fromkeys([*self.state.active, *before, *wanted]))
+        merged = list(dict.fromkeys([*before, *wanted]))
         self._refuse_two_heads(active)
+        for _, layer in self.layers():
+            layer.check_merge(merged, active)
         tied = _shared_parameters(self.model)
         try:
             for _, layer in self.layers():
-                layer.merge(merged, shared=id(layer.weight) in tied)
+                layer.merge([name for name in active if name in merged], shared=id(layer.weight) in tied)
         except PeanutError:
             for _, layer in self.layers():
                 layer.unmerge()
-                layer.merge(before, shared=id(layer.weight) in tied)
+                layer.merge([name for name in active if name in before], shared=id(layer.weight) in tied)
             raise
         self.state.merged, self.state.active = merged, active
 
@@ -416,6 +422,11 @@ class AdapterSet:
                     layer.base_layer.weight = first.base_layer.weight
             elif getattr(self.model, "config", None) is not None:
                 self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def _leave(self) -> None:
+        """Leaves no trace of the adapters on the model."""
+        unfollow(self)
+        self.model.__dict__.pop("_adapter_set", None)
 
     def _refuse_codes(self, path: str) -> None:
         for inner, module in self._own(self._at(path)).named_modules(prefix=path):

@@ -180,6 +180,7 @@ def save_adapter(
         WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
     }
     passing = _for_file(training_state(adapters, name))
+    _refuse_not_finite(passing, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     if passing:
         files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
     return write_files(folder, files)
@@ -334,7 +335,7 @@ def _target_modules(adapters: AdapterSet, name: str) -> list[str] | str | None:
     if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return targets
     main = method_of(adapters.configs[name].peft_type)
-    return sorted(path for path, layer in adapters.layers(name) if layer.method_of(name)[0] is main) or None
+    return sorted(path for path, layer in adapters.layers(name) if layer.method_of(name)[0] == main) or None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -172,20 +173,38 @@ class AdaptedLayer(nn.Module):
         return change.matrix(weight) - weight
 
     @torch.no_grad()
-    def merge(self, names: list[str], shared: bool) -> None:
-        """Writes W' and b' of the adapters ``names`` together, all from the weight before any merge."""
+    def check_merge(self, merged: Collection[str], active: Sequence[str]) -> None:
+        """Refuses a merge of some of the ``active`` adapters after which the others could not do the rest exactly.
+
+        Raises:
+            PeanutError: what is merged would be turned, or turned in another order than that of activation.
+        """
+        changes = {name: self.change(name) for name in active if name in self.adapters}
+        inside = [name for name in changes if name in merged]
+        outside = [name for name in changes if name not in merged]
+        if not inside or not outside:
+            return
+        turning = [name for name in changes if changes[name].rotation is not None]
+        if turning != sorted(turning, key=lambda name: name in outside):
+            raise PeanutError(
+                f"adapters {turning[0]!r} and {turning[1]!r} turn the input of '{self.path}' in this order, and "
+                "a later one would be merged before an earlier one",
+                "a merge in the order of activation",
+                "merge the earlier one too",
+            )
+        Change.together([changes[name] for name in outside]).after(Change.together([changes[n] for n in inside]))
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], shared: bool) -> None:
+        """Writes W' and b' of the adapters ``names``, in this order, all from the weight before any merge."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return
         change = Change.together([self.change(name) for name in names])
-        rest = [name for name in self.active_adapters if name not in names]
-        if rest:
-            Change.together([self.change(name) for name in rest]).after(change)  # refuses what would not be exact
-        bias = self.frozen.bias()
-        offset = None if change.shift is None and change.bias_scale is None else change.offset(bias)
-        own = None if offset is None or bias is None else offset.to(bias.dtype)
+        moves_bias = change.shift is not None or change.bias_scale is not None
+        offset = change.offset(self.frozen.bias()) if moves_bias else None
         try:
-            self.frozen.write(change.matrix(self._wide_matrix()), offset if own is None else own, shared=shared)
+            self.frozen.write(change.matrix(self._wide_matrix()), offset, shared=shared)
         except PeanutError as error:
             raise PeanutError(f"'{self.path}': {error}") from None
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .state import AdapterState
 
-__all__ = ["Followed", "follow"]
+__all__ = ["Followed", "follow", "unfollow"]
 
 
 class Followed(Protocol):
@@ -39,12 +39,23 @@ def follow(adapters: Followed) -> None:
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
     accelerate, one's own) has the penalty in it. Schedules hang on torch's hook after every optimizer's step.
     """
-    if adapters in _FOLLOWED:
-        return
+    _watch(adapters)
+    if _before_loss_leaves not in adapters.model._forward_hooks.values():
+        adapters.model.register_forward_hook(_before_loss_leaves)
+
+
+def unfollow(adapters: Followed) -> None:
+    """Takes back what ``follow`` did."""
+    _FOLLOWED.discard(adapters)
+    hooks = adapters.model._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _before_loss_leaves]:
+        del hooks[key]
+
+
+def _watch(adapters: Followed) -> None:
     if not _HOOKED:
         _HOOKED.append(register_optimizer_step_post_hook(_after_step))
     _FOLLOWED.add(adapters)
-    adapters.model.register_forward_hook(_add_penalty)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -53,10 +64,14 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         adapters.after_step(updated)
 
 
-def _add_penalty(model: nn.Module, args: Any, output: Any) -> Any:
+def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
     """The model's output with the penalty of its active adapters in its loss."""
     adapters = model.__dict__.get("_adapter_set")
-    if adapters is None or not adapters.state.penalising or not model.training or not torch.is_grad_enabled():
+    if adapters is None or not model.training or not torch.is_grad_enabled():
+        return output
+    if not torch.compiler.is_compiling():
+        _watch(adapters)  # a copy of a model has this hook, and adapters that nobody has announced
+    if not adapters.state.penalising:
         return output
     penalty = adapters.penalty()
     if penalty is None:

@@ -107,6 +107,8 @@ class PeftConfig:
     method: ClassVar[PeftType]
     only_here: ClassVar[frozenset[str]] = frozenset()
     """Fields that the peer does not know: written to files only where they differ from their default."""
+    by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Fields whose value may differ between layers, each with the field that holds it by name or pattern."""
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -147,6 +149,12 @@ class PeftConfig:
             indices = self.layers_to_transform
             for index in list(indices) if isinstance(indices, Iterable) else [indices]:
                 check_whole("layers_to_transform", index, least=0)
+        numbers = {field.name for field in dataclasses.fields(self) if field.type in ("float", float)}
+        for name, patterns in self.by_layer:
+            for pattern, value in (getattr(self, patterns) or {}).items():
+                check_pattern(patterns, pattern)
+                entry = f"{patterns}[{pattern!r}]"
+                _ = check_finite(entry, value) if name in numbers else check_whole(entry, value, least=1)
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
@@ -161,12 +169,17 @@ class PeftConfig:
 
     def patterns(self) -> dict[str, list[str]]:
         """By field, the names and regular expressions that are for some of the adapted layers."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: list(v) for name, v in values.items() if name.endswith("_pattern") and isinstance(v, dict)}
+        return {patterns: list(getattr(self, patterns) or {}) for _, patterns in self.by_layer}
 
     def for_layer(self, path: str) -> Self:
         """This config with what its patterns say for the layer at ``path`` filled in."""
-        return self
+        found: dict[str, Any] = {}
+        for name, patterns in self.by_layer:
+            values = getattr(self, patterns) or {}
+            pattern = matching_pattern(values, path)
+            if pattern is not None:
+                found[name] = values[pattern]
+        return dataclasses.replace(self, **found) if found else self
 
     def to_dict(self) -> dict[str, Any]:
         """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""

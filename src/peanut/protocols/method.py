@@ -113,6 +113,13 @@ class WeightMethod(ABC, Generic[C]):
         """The tensors of an adapter with ``config`` from those that a file holds: the inverse of ``stored``."""
         return {path: dict(values) for path, values in layers.items()}
 
+    def __eq__(self, other: object) -> bool:
+        """Methods keep no state, so any two of one class are the same: a copied model brings copies of them."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     @property
     def name(self) -> str:
         """The method's name in ``adapter_config.json``."""

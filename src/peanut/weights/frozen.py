@@ -96,10 +96,9 @@ class FrozenLayer:
             self._weight = weight if self.kind.quantised else weight.detach().to("cpu", copy=True)
             own_bias = self.bias()
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
-            if self.kind.quantised:
+            if self.kind.quantised or shared:
                 self._shared = weight
-            elif shared:
-                self._shared = weight
+            if shared and not self.kind.quantised:
                 self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))
