@@ -35,7 +35,7 @@ from peanut import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peanut.model.checkpoint import file_key
+from peanut.model.checkpoint import KeyStyle, file_key
 
 from .support import (
     PEER_WARNINGS,
@@ -65,7 +65,7 @@ def assert_same_gradients(model: PeftModel, theirs: Any, tolerance: float = SAME
     state = peft.get_peft_model_state_dict(theirs, state_dict=marked)
     expected = {key: grad for key, grad in state.items() if grad.is_floating_point() and not grad.isnan().all()}
     found = {
-        file_key(key): value.grad
+        file_key(key, KeyStyle.of(model.active_peft_config)): value.grad
         for key, value in model.adapters.parameters("default")
         if value.requires_grad and value.grad is not None
     }

@@ -232,6 +232,7 @@ def test_load_and_merge(tmp_path: Path, tiny_llama: Builder) -> None:
 SHARED = {"target_modules": None, "modules_to_save": None}
 BLOCKS = {"layers_to_transform": None, "layers_pattern": None}
 SIGNATURES: dict[str, dict[str, Any]] = {
+    "Poly": {"r": 8, "poly_type": "poly", "n_tasks": 1, "n_skills": 4, "n_splits": 1, **SHARED},
     "OFT": {
         "r": 8,
         "module_dropout": 0.0,
@@ -297,3 +298,51 @@ def test_models_take_a_config_and_a_name(name: str, tiny_llama: Builder) -> None
     assert set(gradients(model)) == {key for key, p in model.named_parameters() if p.requires_grad}
     randomised(base)
     assert distance(logits(model), expected) > 1e-3
+
+
+# Mixtures
+
+
+def test_xlora_over_several_loras(tmp_path: Path, tiny_gpt2: Builder) -> None:
+    sizes = {"n_embd": 768, "n_inner": None, "n_head": 12, "n_layer": 1}
+    for number in range(3):
+        one = peanut.get_peft_model(tiny_gpt2(**sizes), peanut.LoraConfig(r=2, target_modules=["c_attn"]))
+        randomised(one, scale=0.1 * (number + 1)).save_pretrained(tmp_path / str(number))
+
+    model = PeftModel.from_pretrained(tiny_gpt2(**sizes), tmp_path / "0")
+    model.load_adapter(tmp_path / "1", "poems")
+    model.load_adapter(tmp_path / "2", "law")
+
+    from peanut import XLoraConfig, get_peft_model
+
+    xlora_config = XLoraConfig(
+        hidden_size=768,
+        xlora_size=64,
+        xlora_depth=2,
+        layernorm_type="rms",
+        xlora_dropout_p=0.1,
+        task_type="CAUSAL_LM",
+    )
+
+    # Load multiple LoRA adapters first, then apply X-LoRA
+    peft_model = get_peft_model(model, xlora_config)
+
+    assert peft_model.active_adapters == ["xlora"]
+    assert peft_model.peft_config["xlora"].adapters == {"default": None, "law": None, "poems": None}
+    assert peft_model.get_nb_trainable_parameters()[0] == 768 * 64 + 64 * 3
+    assert_trains(peft_model, tiny_gpt2(**sizes), silent=False)
+    texts = peft_model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False)
+    peft_model.save_pretrained(tmp_path / "whole")
+    again = PeftModel.from_pretrained(tiny_gpt2(**sizes), tmp_path / "whole/xlora")
+    assert same_bits(logits(again), logits(peft_model))
+    assert texts.shape == (2, 11)
+
+
+def test_defaults_of_mixtures_are_those_of_the_signatures() -> None:
+    from peanut import PolyConfig, XLoraConfig
+
+    poly = {"r": 8, "target_modules": None, "modules_to_save": None, "poly_type": "poly", "n_tasks": 1}
+    assert PolyConfig(**poly, n_skills=4, n_splits=1) == PolyConfig()
+    gate = {"xlora_depth": 1, "xlora_size": 2048, "enable_softmax": True, "softmax_temperature": 1.0}
+    more = {"layernorm_type": "rms", "use_bias": False, "xlora_dropout_p": 0.2}
+    assert XLoraConfig(hidden_size=768, **gate, **more) == XLoraConfig(hidden_size=768)

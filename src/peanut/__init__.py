@@ -13,11 +13,15 @@ _WHERE = {
     "errors": ("PeanutError",),
     "export": ("from_lora", "to_lora"),
     "methods.adalora": ("AdaLoraConfig",),
+    "methods.adaption_prompt": ("AdaptionPromptConfig",),
     "methods.bitfit": ("BitFitConfig",),
     "methods.boft": ("BOFTConfig",),
     "methods.bone": ("BoneConfig",),
+    "methods.bottleneck": ("BottleneckConfig",),
     "methods.c3a": ("C3AConfig",),
+    "methods.cpt": ("CPTConfig",),
     "methods.diff_pruning": ("DiffPruningConfig",),
+    "methods.direft": ("DireftConfig",),
     "methods.fourierft": ("FourierFTConfig",),
     "methods.full": ("FullConfig",),
     "methods.hra": ("HRAConfig",),
@@ -25,12 +29,17 @@ _WHERE = {
     "methods.linear_probing": ("LinearProbingConfig",),
     "methods.ln_tuning": ("LNTuningConfig",),
     "methods.lora": ("LoraConfig",),
+    "methods.loreft": ("LoreftConfig",),
     "methods.miss": ("MissConfig",),
     "methods.multiplicative_lora": ("MultiplicativeLoraConfig",),
     "methods.nonlinear_lora": ("NonlinearLoraConfig",),
     "methods.oft": ("OFTConfig",),
+    "methods.p_tuning": ("PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "methods.partial": ("PartialConfig",),
     "methods.peanut": ("PeanutConfig",),
+    "methods.poly": ("PolyConfig",),
+    "methods.prefix_tuning": ("PrefixTuningConfig",),
+    "methods.prompt_tuning": ("PromptTuningConfig", "PromptTuningInit"),
     "methods.randlora": ("RandLoraConfig",),
     "methods.red": ("REDConfig",),
     "methods.shira": ("ShiraConfig",),
@@ -38,6 +47,7 @@ _WHERE = {
     "methods.variational_lora": ("VariationalLoraConfig",),
     "methods.vblora": ("VBLoRAConfig",),
     "methods.vera": ("VeraConfig",),
+    "methods.xlora": ("XLoraConfig",),
     "model.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
@@ -56,6 +66,11 @@ _WHERE = {
     "model.kbit": ("prepare_model_for_kbit_training",),
     "model.models": (
         "AdaLoraModel",
+        "PolyModel",
+        "LoreftModel",
+        "DireftModel",
+        "BottleneckModel",
+        "AdaptionPromptModel",
         "BOFTModel",
         "BitFitModel",
         "BoneModel",
@@ -81,6 +96,7 @@ _WHERE = {
         "VBLoRAModel",
         "VariationalLoraModel",
         "VeraModel",
+        "XLoraModel",
     ),
     "model.peft_model": ("PeftModel", "get_peft_model"),
     "model.predictive": ("predictive",),
@@ -101,11 +117,15 @@ if TYPE_CHECKING:
     from .export import from_lora as from_lora
     from .export import to_lora as to_lora
     from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
     from .methods.boft import BOFTConfig as BOFTConfig
     from .methods.bone import BoneConfig as BoneConfig
+    from .methods.bottleneck import BottleneckConfig as BottleneckConfig
     from .methods.c3a import C3AConfig as C3AConfig
+    from .methods.cpt import CPTConfig as CPTConfig
     from .methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
+    from .methods.direft import DireftConfig as DireftConfig
     from .methods.fourierft import FourierFTConfig as FourierFTConfig
     from .methods.full import FullConfig as FullConfig
     from .methods.hra import HRAConfig as HRAConfig
@@ -113,12 +133,19 @@ if TYPE_CHECKING:
     from .methods.linear_probing import LinearProbingConfig as LinearProbingConfig
     from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from .methods.lora import LoraConfig as LoraConfig
+    from .methods.loreft import LoreftConfig as LoreftConfig
     from .methods.miss import MissConfig as MissConfig
     from .methods.multiplicative_lora import MultiplicativeLoraConfig as MultiplicativeLoraConfig
     from .methods.nonlinear_lora import NonlinearLoraConfig as NonlinearLoraConfig
     from .methods.oft import OFTConfig as OFTConfig
+    from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
     from .methods.partial import PartialConfig as PartialConfig
     from .methods.peanut import PeanutConfig as PeanutConfig
+    from .methods.poly import PolyConfig as PolyConfig
+    from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .methods.randlora import RandLoraConfig as RandLoraConfig
     from .methods.red import REDConfig as REDConfig
     from .methods.shira import ShiraConfig as ShiraConfig
@@ -126,6 +153,7 @@ if TYPE_CHECKING:
     from .methods.variational_lora import VariationalLoraConfig as VariationalLoraConfig
     from .methods.vblora import VBLoRAConfig as VBLoRAConfig
     from .methods.vera import VeraConfig as VeraConfig
+    from .methods.xlora import XLoraConfig as XLoraConfig
     from .model.auto import AutoPeftModel as AutoPeftModel
     from .model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -139,11 +167,14 @@ if TYPE_CHECKING:
     from .model.injection import set_peft_model_state_dict as set_peft_model_state_dict
     from .model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .model.models import AdaLoraModel as AdaLoraModel
+    from .model.models import AdaptionPromptModel as AdaptionPromptModel
     from .model.models import BitFitModel as BitFitModel
     from .model.models import BOFTModel as BOFTModel
     from .model.models import BoneModel as BoneModel
+    from .model.models import BottleneckModel as BottleneckModel
     from .model.models import C3AModel as C3AModel
     from .model.models import DiffPruningModel as DiffPruningModel
+    from .model.models import DireftModel as DireftModel
     from .model.models import FourierFTModel as FourierFTModel
     from .model.models import FullModel as FullModel
     from .model.models import HRAModel as HRAModel
@@ -151,12 +182,14 @@ if TYPE_CHECKING:
     from .model.models import LinearProbingModel as LinearProbingModel
     from .model.models import LNTuningModel as LNTuningModel
     from .model.models import LoraModel as LoraModel
+    from .model.models import LoreftModel as LoreftModel
     from .model.models import MissModel as MissModel
     from .model.models import MultiplicativeLoraModel as MultiplicativeLoraModel
     from .model.models import NonlinearLoraModel as NonlinearLoraModel
     from .model.models import OFTModel as OFTModel
     from .model.models import PartialModel as PartialModel
     from .model.models import PeanutModel as PeanutModel
+    from .model.models import PolyModel as PolyModel
     from .model.models import RandLoraModel as RandLoraModel
     from .model.models import REDModel as REDModel
     from .model.models import ShiraModel as ShiraModel
@@ -164,6 +197,7 @@ if TYPE_CHECKING:
     from .model.models import VariationalLoraModel as VariationalLoraModel
     from .model.models import VBLoRAModel as VBLoRAModel
     from .model.models import VeraModel as VeraModel
+    from .model.models import XLoraModel as XLoraModel
     from .model.peft_model import PeftModel as PeftModel
     from .model.peft_model import get_peft_model as get_peft_model
     from .model.predictive import predictive as predictive

@@ -12,12 +12,19 @@ class PeanutError(ValueError):
     """A wrong input, told in one line: what was found, what was expected, what to do.
 
     It is a ``ValueError`` so that scripts written for other PEFT libraries keep catching it.
+
+    Args:
+        found: what was found.
+        expected: what was expected.
+        do: what to do.
+        detail: what one would rather look at than read, on lines of its own below.
     """
 
-    def __init__(self, found: str, expected: str = "", do: str = "") -> None:
-        self.found, self.expected, self.do = found, expected, do
+    def __init__(self, found: str, expected: str = "", do: str = "", *, detail: str = "") -> None:
+        self.found, self.expected, self.do, self.detail = found, expected, do, detail
         parts = [found, f"expected {expected}" if expected else "", do]
-        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+        line = "; ".join(" ".join(part.split()) for part in parts if part)
+        super().__init__(f"{line}\n{detail}" if detail else line)
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:

@@ -220,8 +220,8 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(found) == {"hardware", "settings", "variants", "versions", "wait_policy"}
     assert found["versions"] == {"peanut": peanut.__version__, "torch": torch.__version__, "peft": "0.21.2"}
     assert found["settings"] == {
-        "methods": ["LORA", "PEANUT"], "tokens": 8, "rank": 2, "depth": [0, 1], "dims": [16, 24], "blocks": 1,
-        "dtype": "float32", "device": "cpu", "repeats": 3, "threads": 1,
+        "stack": "layers", "methods": ["LORA", "PEANUT"], "tokens": 8, "rank": 2, "depth": [0, 1], "dims": [16, 24],
+        "blocks": 1, "dtype": "float32", "device": "cpu", "repeats": 3, "threads": 1,
     }  # fmt: skip
     rows = {(row["method"], row["by"]): row for row in found["variants"]}
     assert next(iter(rows)) == ("", "frozen")
@@ -275,11 +275,28 @@ def test_half_precision_is_measured_too(tmp_path: Path) -> None:
     assert next(tmp_path.glob("*.json")).stem.endswith("-dtype-bfloat16-repeats-3")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # both are the peer's
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_methods_that_need_a_model_are_measured_in_one(tmp_path: Path) -> None:
+    found = run(tmp_path, "--stack", "transformer")
+    methods = {row["method"] for row in found["variants"]}
+    names = {"ADAPTION_PROMPT", "CPT", "DIREFT", "LORA", "LOREFT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+    styles = {f"BOTTLENECK {style}" for style in ("houlsby", "pfeiffer", "parallel")}
+    assert methods == {"", "XLORA", *names, *styles}
+    alone = {"DIREFT", "LOREFT", *styles}  # the peer has none of these
+    theirs = [row for row in found["variants"] if row["by"] == "peft"]
+    assert {row["method"] for row in theirs} == methods - {""} - alone
+    assert all(row["difference"] < 1e-5 for row in theirs)
+    assert all(row["seconds"]["token"]["least"] > 0 for row in found["variants"])
+    assert "-stack-transformer-" in next(tmp_path.glob("*.json")).stem
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--methods", "lora", "peanuts"], "--methods names the method 'peanuts'; expected one of "),
-        (["--methods", "linear_probing"], "LINEAR_PROBING changes no linear layer"),
+        (["--methods", "linear_probing"], "LINEAR_PROBING does not change linear layers by themselves"),
+        (["--methods", "loreft"], "LOREFT does not change linear layers by themselves"),
         (["--rank", "0"], "--rank=0; expected a whole number of at least 1"),
         (["--depth", "0", "-1"], "--depth=-1; expected a whole number of at least 0"),
         (["--dims", "0", "3"], "--dims=0; expected a whole number of at least 1"),

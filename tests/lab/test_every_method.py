@@ -17,7 +17,8 @@ def config_of(contestant: Contestant) -> PeftConfig:
 
 
 def test_every_method_takes_part() -> None:
-    assert {str(config_of(each).method.value) for each in CONTESTANTS.values()} == METHODS.keys()
+    elsewhere = {"ADAPTION_PROMPT", "CPT", "XLORA"}  # for causal models, or over trained adapters
+    assert {str(config_of(each).method.value) for each in CONTESTANTS.values()} == METHODS.keys() - elsewhere
 
 
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,8 +60,8 @@ def test_rows_that_no_sample_owns_are_refused(samples: list[str], rows: int) -> 
 
 def test_names_hold_within_their_context_alone() -> None:
     state = AdapterState()
-    with state.per_sample(["a"]):
-        with state.per_sample(["b", "b"]):
+    with state.during(["a"], None):
+        with state.during(["b", "b"], None):
             assert state.samples == ["b", "b"]
         assert state.samples == ["a"]
     assert state.samples is None

@@ -19,7 +19,7 @@ from ..model.checkpoint import save_adapter
 from ..model.layer import AdaptedLayer
 from ..model.targets import target_paths
 from ..operators import LowRank, singular_values
-from ..protocols import METHODS, PeftConfig, method_of
+from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 
 __all__ = ["LoraExport", "from_lora", "to_lora"]
 
@@ -230,8 +230,10 @@ def _add_beside(
 def _shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, paths: list[str]) -> list[str]:
     """Layer names if they name just ``paths`` (servers of LoRA look at names), else the paths themselves."""
     names = sorted({path.rpartition(".")[2] for path in paths})
+    method = method_of(config.peft_type)
+    assert isinstance(method, WeightMethod)  # as both configs are of one
     try:
-        named = target_paths(adapters.model, replace(config, target_modules=names), method_of(config.peft_type))
+        named = target_paths(adapters.model, replace(config, target_modules=names), method)
     except PeanutError:
         return sorted(paths)
     return names if set(named) == set(paths) else sorted(paths)

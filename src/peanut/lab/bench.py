@@ -1,4 +1,4 @@
-"""``peanut bench``: what a method costs in a stack of layers, against the frozen stack and Hugging Face PEFT.
+"""``peanut bench``: what a method costs in a stack of layers or a model, against it frozen and Hugging Face PEFT.
 
 All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
 quartiles, and a ratio is taken within each round before the median.
@@ -23,6 +23,7 @@ from ..errors import PeanutError
 from ..files import make_folder
 from .bench_report import Row, print_tables, write_report
 from .measure import interleaved
+from .model_variants import frozen_llama, model_configs, model_variants
 from .variants import Settings, configs_of, frozen_stack, variants_of
 
 __all__ = ["Settings", "main", "measure"]
@@ -43,8 +44,13 @@ def measure(settings: Settings) -> list[Row]:
     x, grad = (torch.randn(1, settings.tokens, narrow, generator=generator).to(device, dtype) for _ in range(2))
     token = x[:, :1].clone()
     x.requires_grad_()
-    configs = configs_of(settings.methods, settings.rank, settings.depth)
-    variants = variants_of(configs, lambda: frozen_stack(narrow, wide, settings.blocks, device, dtype), x)
+    names = settings.methods or ()
+    if settings.stack == "layers":
+        configs = configs_of(names, settings.rank, settings.depth)
+        variants = variants_of(configs, lambda: frozen_stack(narrow, wide, settings.blocks, device, dtype), x)
+    else:
+        configs = model_configs(names, settings.rank, settings.blocks)
+        variants = model_variants(configs, lambda: frozen_llama(narrow, wide, settings.blocks, device, dtype), x)
 
     watched = functools.partial(track, console=Console(stderr=True))
     rows = []
@@ -92,9 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def option(name: str, text: str, kind: type = int, **more: object) -> None:
-        parser.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text, **more)  # type: ignore[arg-type]
+        usual = None if name == "methods" else getattr(default, name)
+        parser.add_argument(f"--{name}", type=kind, default=usual, help=text, **more)  # type: ignore[arg-type]
 
-    option("methods", "which, beside LoRA, the yardstick", str, nargs="+", metavar="METHOD")
+    option(
+        "stack",
+        "plain layers, or a small Llama: for what changes outputs or inputs, and mixtures",
+        str,
+        choices=("layers", "transformer"),
+    )
+    option(
+        "methods",
+        "which, beside LoRA, the yardstick (default: all that need the stack)",
+        str,
+        nargs="+",
+        metavar="METHOD",
+    )
     option("tokens", "tokens that a training step reads")
     option("rank", "r of the methods that have one")
     option("depth", "depths of the methods that have one", nargs="+")

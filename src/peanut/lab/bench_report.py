@@ -213,8 +213,9 @@ def plot(path: Path, rows: Sequence[Row], settings: Settings) -> None:
     kept.margins(x=0.2)
     step.invert_yaxis()
     narrow, wide = settings.dims
+    shape = f"{narrow}→{wide}→{narrow}" if settings.stack == "layers" else f"Llama blocks {narrow}/{wide}"
     figure.suptitle(
-        f"{settings.blocks} × {narrow}→{wide}→{narrow}, {settings.tokens:,} tokens, rank {settings.rank}, "
+        f"{settings.blocks} × {shape}, {settings.tokens:,} tokens, rank {settings.rank}, "
         f"{settings.dtype}, {processor(torch.device(settings.device))}, threads: {settings.threads}"
     )
     figure.supxlabel("bar: median, line: quartiles, diamond: ratio of the least times", fontsize="small")

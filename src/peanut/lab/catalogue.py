@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import methods as _methods  # noqa: F401 - registers them
-from ..protocols import METHODS, WeightMethod
+from ..protocols import METHODS, InputMethod, Method, MixtureMethod, OutputMethod, WeightMethod
 from ..weights import FrozenLayer, kind_of
 
 __all__ = ["Entry", "catalogue", "markdown"]
@@ -56,7 +56,7 @@ def markdown(entries: Iterable[Entry] | None = None) -> str:
         "Made from the registry by `peanut methods --markdown`. W is (d_out, d_in); the mathematics of each is in the",
         "file of its name in `src/peanut/methods/`.",
         "",
-        "| method | config | change of a layer | trained parameters in a layer | merges | exact as LoRA | layers |",
+        "| method | config | what it changes | trained parameters in a place | merges | exact as LoRA | acts on |",
         "|---|---|---|---|---|---|---|",
     ]
     for entry in catalogue() if entries is None else entries:
@@ -73,7 +73,7 @@ def markdown(entries: Iterable[Entry] | None = None) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _entry(method: WeightMethod[Any]) -> Entry:
+def _entry(method: Method[Any]) -> Entry:
     module = inspect.getmodule(type(method))
     title = " ".join((module.__doc__ or "").split()).rstrip(".")
     change = " ".join(inspect.cleandoc(type(method).__doc__ or "").partition("\n\n")[0].split())
@@ -85,13 +85,22 @@ def _entry(method: WeightMethod[Any]) -> Entry:
         parameters=_pretty(method.size),
         mergeable=isinstance(method, WeightMethod),  # what changes a weight can be written into it
         exact_as_lora=_exact(method),
-        kinds=method.kinds,
+        kinds=_where(method),
     )
 
 
-def _exact(method: WeightMethod[Any]) -> bool:
+def _where(method: Method[Any]) -> tuple[str, ...]:
+    """What a method acts on: kinds of layer, or a part of the model."""
+    if isinstance(method, OutputMethod):
+        return ("outputs of modules",)
+    if isinstance(method, InputMethod):
+        return ("keys and values",) if method.prepends == "keys_values" else ("the input",)
+    return ("other adapters",) if isinstance(method, MixtureMethod) else method.kinds
+
+
+def _exact(method: Method[Any]) -> bool:
     """Whether the default config's change of a layer is a product of factors thinner than the layer."""
-    if "linear" not in method.kinds or method.follows_ties:
+    if not isinstance(method, WeightMethod) or "linear" not in method.kinds or method.follows_ties or method.mixes:
         return False
     layer = nn.Linear(512, 1024)
     kind = kind_of(layer)

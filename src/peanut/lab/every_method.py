@@ -50,6 +50,17 @@ CONTESTANTS = {
     "BitFit": Contestant({"peft_type": "BITFIT"}, 5e-3),
     "LayerNorm tuning": Contestant({"peft_type": "LN_TUNING"}, 5e-3),
     "trainable tokens": Contestant({"peft_type": "TRAINABLE_TOKENS", "token_indices": list(range(1996, 8000))}, 1e-2),
+    "bottleneck, Houlsby": Contestant({"peft_type": "BOTTLENECK", "style": "houlsby", "bottleneck_size": 8}, 3e-3),
+    "bottleneck, Pfeiffer": Contestant({"peft_type": "BOTTLENECK", "style": "pfeiffer", "bottleneck_size": 16}, 3e-3),
+    "bottleneck, parallel": Contestant({"peft_type": "BOTTLENECK", "style": "parallel", "bottleneck_size": 16}, 3e-3),
+    "LoReFT": Contestant({"peft_type": "LOREFT", "r": 4}, 1e-2),
+    "DiReFT": Contestant({"peft_type": "DIREFT", "r": 4}, 1e-2),
+    "prompt tuning": Contestant(
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2
+    ),
+    "P-tuning": Contestant({"peft_type": "P_TUNING", "num_virtual_tokens": 20, "encoder_hidden_size": 128}, 3e-3),
+    "prefix tuning": Contestant({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 20}, 3e-2),
+    "Poly": Contestant({"peft_type": "POLY", "r": 8, "n_skills": 2, **_QV}, 5e-3),
     "partial fine-tuning": Contestant(
         {"peft_type": "PARTIAL", "target_modules": ["encoder.layer.4", "encoder.layer.5"]},
         3e-4,
@@ -58,6 +69,8 @@ CONTESTANTS = {
     "full fine-tuning": Contestant({"peft_type": "FULL"}, 1e-4, {"head_learning_rate": 1e-4}),
 }
 """Every method as it takes part; attention's queries and values are adapted where a method can choose.
+
+Adaption prompts and CPT are for causal models, and X-LoRA mixes adapters that are trained already.
 
 Each learning rate is the better of two (docs/log.md).
 """

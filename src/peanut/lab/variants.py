@@ -16,7 +16,7 @@ from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import get_peft_model
-from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
+from ..protocols import METHODS, Method, PeftConfig, WeightMethod, method_of
 from ..protocols.config import check_whole
 from .measure import now, peak_bytes, repeated, saved_bytes
 
@@ -25,9 +25,14 @@ __all__ = ["By", "Settings", "Variant", "configs_of", "frozen_stack", "peer_vers
 By = Literal["frozen", "peanut", "peft"]
 
 
-def _measured(method: WeightMethod[Any]) -> bool:
-    """Whether a method changes linear layers by themselves, not only a head that is tied to an embedding."""
-    return "linear" in method.kinds and not method.follows_ties
+def _on_layers(method: Method[Any]) -> bool:
+    """Whether a method can be measured on plain linear layers: it changes them, alike for every sample."""
+    return "linear" in method.kinds and isinstance(method, WeightMethod) and not (method.follows_ties or method.mixes)
+
+
+def _on_models(method: Method[Any]) -> bool:
+    """Whether a method has to be measured in a whole model."""
+    return not isinstance(method, WeightMethod) or method.mixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,10 @@ class Settings:
     """What is measured.
 
     Args:
-        methods: methods that change linear layers, by name in any case; LORA is always among them, as the yardstick.
+        stack: what is run: plain linear ``layers``, or a ``transformer``, for methods that change an output or the
+            input and for mixtures.
+        methods: which methods, by name in any case; all that need the stack if ``None``. LORA is always among them, as
+            the yardstick.
         tokens: how many a training step reads.
         rank: r of the methods that have one.
         depth: the depths at which a method that has one is measured.
@@ -50,7 +58,8 @@ class Settings:
         PeanutError: a value is out of range, or the device is not there.
     """
 
-    methods: Sequence[str] = tuple(name for name, method in METHODS.items() if _measured(method))
+    stack: Literal["layers", "transformer"] = "layers"
+    methods: Sequence[str] | None = None
     tokens: int = 2048
     rank: int = 16
     depth: Sequence[int] = (0, 2)
@@ -62,10 +71,18 @@ class Settings:
     threads: int = field(default_factory=torch.get_num_threads)
 
     def __post_init__(self) -> None:
-        methods = {method.name: method for method in (method_of(name, "--methods") for name in self.methods)}
+        if self.stack not in ("layers", "transformer"):
+            raise PeanutError(f"--stack {self.stack}", "layers or transformer", "choose one")
+        fits = _on_layers if self.stack == "layers" else _on_models
+        named = [name for name, method in METHODS.items() if fits(method)] if self.methods is None else self.methods
+        methods = {method.name: method for method in (method_of(name, "--methods") for name in named)}
         for name, method in methods.items():
-            if not _measured(method):
-                raise PeanutError(f"{name} changes no linear layer", "a method that does", "leave it out of --methods")
+            if self.stack == "layers" and not _on_layers(method):
+                raise PeanutError(
+                    f"{name} does not change linear layers by themselves",
+                    "a method that does",
+                    "leave it out of --methods, or take --stack transformer",
+                )
         ordered = {"methods": sorted({*methods, "LORA"}), "depth": self.depth, "dims": self.dims}
         for name, values in ordered.items():
             object.__setattr__(self, name, tuple(values))
@@ -83,10 +100,11 @@ class Settings:
 
     @property
     def changed(self) -> dict[str, object]:
-        """What differs from the default, by name; the number of threads apart."""
-        default = Settings(threads=self.threads)
+        """What differs from the default of its stack, by name; the number of threads apart."""
+        default = Settings(stack=self.stack, threads=self.threads)
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(default, name)}
+        differs = {name: value for name, value in values.items() if value != getattr(default, name)}
+        return ({"stack": self.stack} if self.stack != "layers" else {}) | differs
 
 
 def frozen_stack(narrow: int, wide: int, blocks: int, device: torch.device, dtype: torch.dtype) -> nn.Sequential:

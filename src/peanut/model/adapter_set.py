@@ -10,24 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
-from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
-from ..protocols.config import matching_pattern
-from ..weights import FrozenLayer, kind_of, settle
+from ..protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
+from ..weights import settle
+from .adapted import Adapted
+from .adding import New, add_changes, add_input, add_mixture, add_outputs
 from .layer import AdaptedLayer
 from .parameters import Parameters
+from .running import Runner
 from .saved_modules import SavedModule
-from .starting import Place, shared_start, started
 from .state import AdapterState
-from .targets import bare, biased_paths, modules_by_path, saved_paths, target_paths
+from .surgery import SHARED, Surgery
+from .targets import saved_paths
 from .training_hooks import follow, unfollow
 
 __all__ = ["SHARED", "AdapterSet"]
 
-SHARED = "/"
-"""What begins the keys of tensors that an adapter's layers share: they lie beside the model's modules in files."""
 
-
-class AdapterSet:
+class AdapterSet(Surgery):
     """The adapters of ``model``, which is changed in place: its target layers are wrapped.
 
     Args:
@@ -35,8 +34,8 @@ class AdapterSet:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.state = AdapterState()
+        super().__init__(model)
+        self.runner = Runner(model, self.state)
         self.configs: dict[str, PeftConfig] = {}
         self.trained: list[str] = []
         model.__dict__["_adapter_set"] = self
@@ -56,6 +55,12 @@ class AdapterSet:
             if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
                 yield module.path, module
 
+    def places(self, name: str | None = None) -> Iterator[Adapted]:
+        """Every place where adapters act, or those that have adapter ``name``."""
+        for module in self.model.modules():
+            if isinstance(module, Adapted) and (name is None or name in module.adapters):
+                yield module
+
     def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
         """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
         for module in self.model.modules():
@@ -63,10 +68,10 @@ class AdapterSet:
                 yield module.path, module
 
     def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of adapter ``name`` in its layers and trained modules, by the key that files give them."""
-        for path, layer in self.layers(name):
-            for suffix, value in layer.adapters[name].values_by_suffix().items():
-                yield f"{path}.{suffix}", value
+        """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
+        for place in self.places(name):
+            for suffix, value in place.adapters[name].values_by_suffix().items():
+                yield f"{SHARED}{suffix}" if place.path == SHARED else f"{place.path}.{suffix}", value
         bank = self.bank(name)
         for suffix, value in bank.values_by_suffix().items() if bank is not None else ():
             yield f"{SHARED}{suffix}", value
@@ -76,7 +81,7 @@ class AdapterSet:
 
     def bank(self, name: str) -> Parameters | None:
         """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
-        return next((layer.banks[name] for _, layer in self.layers(name) if name in layer.banks), None)
+        return next((place.banks[name] for place in self.places(name) if name in place.banks), None)
 
     def penalty(self) -> Tensor | None:
         """What the active adapters' methods add to the loss in training, or ``None``."""
@@ -106,9 +111,9 @@ class AdapterSet:
             if any(id(value) in updated for own in values for value in own.values()):
                 method.after_step(self.configs[name], values)
 
-    def _values(self, name: str, method: WeightMethod[Any]) -> list[dict[str, Tensor]]:
-        """The tensors of adapter ``name`` in each layer that ``method``, not a companion of it, changes."""
-        return [layer.values(name) for _, layer in self.layers(name) if layer.method_of(name)[0] == method]
+    def _values(self, name: str, method: Method[Any]) -> list[dict[str, Tensor]]:
+        """The tensors of adapter ``name`` in each place where ``method``, not a companion of it, acts."""
+        return [place.values(name) for place in self.places(name) if place.method_of(name)[0] == method]
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """``names`` as a list.
@@ -150,7 +155,7 @@ class AdapterSet:
             raise PeanutError(
                 f"adapter {self.state.merged[0]!r} is merged", "an unmerged model", "call unmerge_adapter() first"
             )
-        if any(layer.state is not self.state for _, layer in self.layers()):
+        if any(place.state is not self.state for place in self.places()):
             raise PeanutError(
                 f"a part of this {type(self.model).__name__}, or a model around it, has adapters of its own",
                 "one model that holds all adapters",
@@ -161,81 +166,32 @@ class AdapterSet:
         settle(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:
-            self._refuse_codes(path)
-            if any(isinstance(module, AdaptedLayer) for module in self._own(self._at(path)).modules()):
-                raise PeanutError(
-                    f"'{path}' is to be trained whole, and another adapter changes a layer in it",
-                    "a module that no adapter changes",
-                    "leave it out of modules_to_save, or delete that adapter first",
-                )
-        planned = self._planned(config, method)
-        if not config.inference_mode:  # a file may name layers that its writer never had
-            _check_patterns(given, [place.path for place in planned])
-        seed = int(torch.randint(2**62, (), device="cpu").item())
-        frozen = [place.frozen for place in planned if place.method == method]
-        bank = shared_start(method, config, frozen, f"{seed}/", wide=wide, meta=meta)
-        # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
-        # before the first layer is touched.
-        keys = [id(place.frozen.weight if place.method.follows_ties else place) for place in planned]
-        made: dict[int, Parameters] = {}
-        for key, place in zip(keys, planned, strict=True):
-            if key not in made:
-                made[key] = started(place, f"{seed}/{place.path}", meta=meta, wide=wide)
-        holder = next((place for place in planned if place.method == method), None)
-        for key, place in zip(keys, planned, strict=True):
-            shared = bank if place.method == method else None
-            layer = self._wrapped(place.path)
-            layer.add(name, place.method, place.config, made[key], shared, holds=place is holder)
+            self.check_whole(path)
+        new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
+        if isinstance(method, WeightMethod):
+            add_changes(self, new, method, config, given)
+        elif isinstance(method, OutputMethod):
+            add_outputs(self, new, method, config)
+        elif isinstance(method, InputMethod):
+            config = add_input(self, new, method, config)
+        elif isinstance(method, MixtureMethod):
+            self.known(list(method.experts(config)))
+            config = add_mixture(self, new, method, config, self.configs)
         memo: dict[int, Any] = {}
         for path in heads:
-            self._saved(path).add(name, wide=wide, memo=memo)
+            self.saved(path).add(name, wide=wide, memo=memo)
         self.configs[name] = config
         self.freeze(self.trained)
+        self.runner.watch()
         if overrides(method, "penalty") or overrides(method, "after_step"):
             follow(self)
-
-    def _planned(self, config: PeftConfig, method: WeightMethod[Any]) -> list[Place]:
-        """Every layer that an adapter with ``config`` changes, with the method that does.
-
-        Raises:
-            PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
-        """
-        planned: dict[str, Place] = {}
-        wanted_by: dict[str, PeftConfig] = {}
-        for part, own in [(method, config), *method.companions(config)]:
-            for path in target_paths(self.model, own, part):
-                for place in [path, *(self._tied_to(path) if part.follows_ties else ())]:
-                    if wanted_by.setdefault(place, own) is not own:
-                        raise PeanutError(
-                            f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",
-                            "one method for a layer",
-                            "take it out of one of them, or use two adapters",
-                        )
-                    resolved = own.for_layer(place)
-                    part.check(resolved, self._frozen(place), place)
-                    planned[place] = Place(place, self._frozen(place), part, resolved)
-        if getattr(config, "bias", "none") == "all":
-            biases = method_of(PeftType.BITFIT)
-            for path in biased_paths(self.model, biases, saved_paths(self.model, config)):
-                if path not in planned:
-                    planned[path] = Place(path, self._frozen(path), biases, biases.config_class(target_modules=[path]))
-        return list(planned.values())
-
-    def _tied_to(self, path: str) -> list[str]:
-        """The paths of the other layers that share the weight of the layer at ``path``."""
-        weight = self._frozen(path).weight
-        return [
-            other
-            for other, module in modules_by_path(self.model).items()
-            if other != path and getattr(module, "weight", None) is weight and kind_of(bare(module)) is not None
-        ]
 
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
         method = method_of(config.peft_type)
-        for path, layer in self.layers(name):
-            if layer.method_of(name)[0] == method:
-                layer.configure(name, config.for_layer(path))
+        for place in self.places(name):
+            if place.method_of(name)[0] == method:
+                place.configure(name, config.for_layer(place.path))
         self.configs[name] = config
 
     def delete(self, name: str) -> None:
@@ -243,29 +199,37 @@ class AdapterSet:
         self.known(name)
         if name in self.state.merged:
             raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
-        for path, layer in list(self.layers(name)):
-            layer.delete(name)
-            if not len(layer.adapters):
-                self._put(path, layer.base_layer)
+        mixed = [other for other, config in self.configs.items() if name in experts_of(config)]
+        if mixed:
+            raise PeanutError(
+                f"adapter {name!r} is an expert of {mixed[0]!r}",
+                "an adapter that stands alone",
+                f"delete {mixed[0]!r} first",
+            )
+        for place in list(self.places(name)):
+            place.delete(name)
+            if not len(place.adapters):
+                self.emptied(place)
         for path, saved in list(self.saved_modules(name)):
             saved.delete(name)
             if not len(saved.modules_to_save):
-                self._put(path, saved.original_module)
+                self.put(path, saved.original_module)
         del self.configs[name]
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
+        self.runner.watch()
 
     def unload(self) -> nn.Module:
         """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
         self.unmerge()
-        for name in list(self.configs):
+        for name in sorted(self.configs, key=lambda name: not experts_of(self.configs[name])):  # mixtures first
             self.delete(name)
         self._leave()
         return self.model
 
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
-        wanted = self.known(self.state.active if names is None else names)
+        wanted = self.mergeable(self.state.active if names is None else names)
         before, self.state.active = self.state.active, list(dict.fromkeys([*self.state.merged, *wanted]))
         try:
             self.merge(wanted)
@@ -275,9 +239,11 @@ class AdapterSet:
         self._tie_again()
         for path, layer in list(self.layers()):
             layer.frozen.forget()
-            self._put(path, layer.base_layer)
+            self.put(path, layer.base_layer)
         for path, saved in list(self.saved_modules()):
-            self._put(path, saved.adopted())
+            self.put(path, saved.adopted())
+        for place in list(self.places()):
+            self.emptied(place)
         self._leave()
         self.configs, self.state, self.trained = {}, AdapterState(), []
         return self.model
@@ -308,15 +274,24 @@ class AdapterSet:
     def freeze(self, trainable: Sequence[str]) -> None:
         """Freezes the parameters of every adapter but those called ``trainable``."""
         self.trained = list(trainable)
-        for _, layer in self.layers():
-            for name in layer.adapters:
-                layer.adapters[name].requires_grad_(name in trainable)
-            for name in layer.banks:
-                layer.banks[name].requires_grad_(name in trainable)
+        trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
+        for place in self.places():
+            for name in place.adapters:
+                place.adapters[name].requires_grad_(name in trainable)
+            for name in place.banks:
+                place.banks[name].requires_grad_(name in trainable)
         for _, saved in self.saved_modules():
             saved.original_module.requires_grad_(False)
             for name in saved.modules_to_save:
                 saved.modules_to_save[name].requires_grad_(name in trainable)
+
+    def _trained_with(self, name: str) -> list[str]:
+        """The experts that are trained when mixture ``name`` is."""
+        config = self.configs.get(name)
+        method = None if config is None else method_of(config.peft_type)
+        if not isinstance(method, MixtureMethod) or not method.trains_experts(config):
+            return []
+        return list(method.experts(config))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -333,6 +308,23 @@ class AdapterSet:
 
     # Merging
 
+    def mergeable(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: one of them is no change of a weight.
+        """
+        wanted = self.known(names)
+        for name in wanted:
+            if not isinstance(method_of(self.configs[name].peft_type), WeightMethod):
+                raise PeanutError(
+                    f"adapter {name!r}, of {method_of(self.configs[name].peft_type).name}, changes no weight, so it "
+                    "cannot be merged",
+                    "adapters that change weights",
+                    "name those, or unload() to leave it out",
+                )
+        return wanted
+
     def merge(self, names: str | Sequence[str] | None = None) -> None:
         """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
 
@@ -340,7 +332,7 @@ class AdapterSet:
             PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
                 head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
         """
-        wanted = self.known(self.state.active if names is None else names)
+        wanted = self.mergeable(self.state.active if names is None else names)
         before = list(self.state.merged)
         active = list(dict.fromkeys([*self.state.active, *before, *wanted]))
         merged = list(dict.fromkeys([*before, *wanted]))
@@ -364,46 +356,7 @@ class AdapterSet:
             layer.unmerge()
         self.state.merged = []
 
-    # Surgery
-
-    def _frozen(self, path: str) -> FrozenLayer:
-        module = self._at(path)
-        if isinstance(module, AdaptedLayer):
-            return module.frozen
-        kind = kind_of(module)
-        assert kind is not None  # target_paths has checked it
-        return FrozenLayer(module, kind)
-
-    def _wrapped(self, path: str) -> AdaptedLayer:
-        module = self._at(path)
-        if isinstance(module, AdaptedLayer):
-            return module
-        layer = AdaptedLayer(module, self._frozen(path).kind, path, self.state).train(module.training)
-        self._put(path, layer)
-        return layer
-
-    def _saved(self, path: str) -> SavedModule:
-        module = self._at(path)
-        if isinstance(module, SavedModule):
-            return module
-        saved = SavedModule(module, path, self.state).train(module.training)
-        self._put(path, saved)
-        return saved
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self._own(self._at(parent)), name, module)
-
-    def _at(self, path: str) -> nn.Module:
-        """The module at ``path`` in the base model; through a module that is trained whole it leads by the original."""
-        module = self.model
-        for name in path.split(".") if path else ():
-            module = getattr(self._own(module), name)
-        return module
-
-    @staticmethod
-    def _own(module: nn.Module) -> nn.Module:
-        return module.original_module if isinstance(module, SavedModule) else module
+    # Leaving
 
     def _tie_again(self) -> None:
         """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
@@ -425,18 +378,9 @@ class AdapterSet:
 
     def _leave(self) -> None:
         """Leaves no trace of the adapters on the model."""
+        self.runner.leave()
         unfollow(self)
         self.model.__dict__.pop("_adapter_set", None)
-
-    def _refuse_codes(self, path: str) -> None:
-        for inner, module in self._own(self._at(path)).named_modules(prefix=path):
-            kind = kind_of(bare(module))
-            if kind is not None and kind.quantised:
-                raise PeanutError(
-                    f"'{path}' is to be trained whole, and '{inner}' in it is quantised",
-                    "modules with weights that are numbers",
-                    "leave it out of what is trained whole",
-                )
 
     def _refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
@@ -449,22 +393,15 @@ class AdapterSet:
                 )
 
 
-def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
-    """Refuses a pattern (of ranks, of feed-forward layers) that is for none of the adapted layers."""
-    for field, patterns in config.patterns().items():
-        for pattern in patterns:
-            if not any(matching_pattern({pattern: None}, path) for path in paths):
-                names = {path.rpartition(".")[2] for path in paths}
-                raise PeanutError(
-                    f"{field} names {pattern!r}, which none of the {len(paths)} adapted layers is called",
-                    "names or regular expressions of adapted layers",
-                    f"nearest: {nearest(pattern, names)}",
-                )
-
-
-def overrides(method: WeightMethod[Any], name: str) -> bool:
+def overrides(method: Method[Any], name: str) -> bool:
     """Whether a method has its own version of an optional part of the protocol."""
-    return getattr(type(method), name) is not getattr(WeightMethod, name)
+    return getattr(type(method), name) is not getattr(Method, name)
+
+
+def experts_of(config: PeftConfig) -> list[str]:
+    """The adapters that an adapter with ``config`` mixes."""
+    method = method_of(config.peft_type)
+    return list(method.experts(config)) if isinstance(method, MixtureMethod) else []
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -16,17 +16,19 @@ from torch import Tensor
 from ..errors import PeanutError, nearest
 from ..files import write_files
 from ..hub import locate
-from ..protocols import PeftConfig, WeightMethod, method_of
+from ..protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ..protocols.config import CONFIG_NAME
-from .adapter_set import SHARED, AdapterSet
+from .adapter_set import AdapterSet
 from .defaults import HEADS
 from .fingerprint import check_base, fingerprint
+from .surgery import SHARED
 from .targets import ALL_LINEAR
 
 __all__ = [
     "PREFIX",
     "TRAINING_NAME",
     "WEIGHTS_NAME",
+    "KeyStyle",
     "StoredAdapter",
     "adapter_state",
     "file_key",
@@ -96,27 +98,28 @@ def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
         _key(path, suffix): grouped[path][suffix]
         for method, config, paths in _parts(adapters, name)
         for path in paths
-        for suffix in method.passing(config)
+        for suffix in method.passing(config) | method.scaffold(config)
         if suffix in grouped.get(path, {})
     }
 
 
-def _parts(adapters: AdapterSet, name: str) -> Iterator[tuple[WeightMethod[Any], PeftConfig, list[str]]]:
+def _parts(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
     """The methods of an adapter, each with its config and the paths where its tensors are."""
     main = method_of(adapters.configs[name].peft_type)
-    paths: dict[WeightMethod[Any], list[str]] = {main: [SHARED]}
-    configs: dict[WeightMethod[Any], PeftConfig] = {main: adapters.configs[name]}
-    for path, layer in adapters.layers(name):
-        method, config = layer.method_of(name)
-        paths.setdefault(method, []).append(path)
+    paths: dict[Method[Any], list[str]] = {main: [SHARED]}
+    configs: dict[Method[Any], PeftConfig] = {main: adapters.configs[name]}
+    for place in adapters.places(name):
+        method, config = place.method_of(name)
         configs.setdefault(method, config)
+        if place.path not in paths.setdefault(method, []):
+            paths[method].append(place.path)
     for method, own in paths.items():
         yield method, configs[method], own
 
 
 def _by_layer(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors by key, grouped by the path of the layer that they belong to, then by suffix."""
-    paths = {path for path, _ in adapters.layers(name)}
+    paths = {place.path for place in adapters.places(name)}
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key.startswith(SHARED):
@@ -136,17 +139,36 @@ def _key(path: str, suffix: str) -> str:
     return f"{SHARED}{suffix}" if path == SHARED else f"{path}.{suffix}" if path else suffix
 
 
-def file_key(key: str, prefix: str = PREFIX) -> str:
+@dataclass(frozen=True)
+class KeyStyle:
+    """How files write keys.
+
+    Args:
+        inner: what comes before the path of a module.
+        shared: what comes before the suffix of a tensor that belongs to no module.
+    """
+
+    inner: str
+    shared: str
+
+    @staticmethod
+    def of(config: PeftConfig) -> KeyStyle:
+        """The style of an adapter's file: a prompt's has no layer of the library's in its paths."""
+        return KeyStyle("base_model.", "") if config.is_prompt_learning else KeyStyle(PREFIX, "base_model.")
+
+
+def file_key(key: str, style: KeyStyle) -> str:
     """A key as files write it: what layers share lies beside the model's modules."""
-    outer = "base_model." if prefix else ""
-    return f"{outer}{key.removeprefix(SHARED)}" if key.startswith(SHARED) else f"{prefix}{key}"
+    return f"{style.shared}{key.removeprefix(SHARED)}" if key.startswith(SHARED) else f"{style.inner}{key}"
 
 
-def plain_key(key: str, shared: Collection[str] = ()) -> str:
-    """The inverse of ``file_key``; ``shared`` are the suffixes that a method's layers share."""
-    if key.startswith(PREFIX):
-        return key.removeprefix(PREFIX)
-    bare = key.removeprefix("base_model.")
+def plain_key(key: str, style: KeyStyle, shared: Collection[str] = ()) -> str:
+    """The inverse of ``file_key``; ``shared`` are the suffixes of tensors that belong to no module."""
+    if key.startswith(style.inner):
+        return key.removeprefix(style.inner)
+    if not style.shared:
+        return f"{SHARED}{key}"
+    bare = key.removeprefix(style.shared)
     return f"{SHARED}{bare}" if bare != key or bare in shared else key
 
 
@@ -161,6 +183,7 @@ def save_adapter(
     held, state = adapter_state(adapters, name, state_dict)
     _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     model_config = getattr(adapters.model, "config", None)
+    held = _with_folders(held, Path(folder))
     config = replace(
         held,
         inference_mode=True,
@@ -168,26 +191,36 @@ def save_adapter(
         or getattr(model_config, "_name_or_path", None)
         or None,
         modules_to_save=_modules_to_save(adapters, name),
-        target_modules=_target_modules(adapters, name),
+        target_modules=_target_modules(adapters, name, held),
     )
     metadata = {"format": "pt"}
     base = fingerprint(adapters, name)
     if base is not None:
         metadata[_FINGERPRINT] = base
-    tensors = _for_file(state)
+    style = KeyStyle.of(config)
+    tensors = _for_file(state, style)
     files: dict[str, Callable[[Path], object]] = {
         CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
         WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
     }
-    passing = _for_file(training_state(adapters, name))
+    passing = _for_file(training_state(adapters, name), style)
     _refuse_not_finite(passing, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     if passing:
         files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
     return write_files(folder, files)
 
 
-def _for_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _unshared({file_key(key): value.cpu().contiguous() for key, value in sorted(state.items())})
+def _with_folders(config: PeftConfig, folder: Path) -> PeftConfig:
+    """The config of a mixture with the folders into which its experts are saved beside it."""
+    method = method_of(config.peft_type)
+    if not isinstance(method, MixtureMethod):
+        return config
+    mixed: PeftConfig = method.mixing(config, {name: str(folder / name) for name in method.experts(config)})
+    return mixed
+
+
+def _for_file(state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]:
+    return _unshared({file_key(key, style): value.cpu().contiguous() for key, value in sorted(state.items())})
 
 
 def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
@@ -198,13 +231,14 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
     """
     config = PeftConfig.from_pretrained(source, **hub) if config is None else config
     path = locate(source, WEIGHTS_NAME, **hub)
-    state, metadata = _read(path)
-    folder = Path(path).parent / TRAINING_NAME
-    passing = _read(folder)[0] if folder.is_file() else {}
+    style = KeyStyle.of(config)
+    state, metadata = _read(path, style)
+    training = Path(path).parent / TRAINING_NAME
+    passing = _read(training, style)[0] if training.is_file() else {}
     return StoredAdapter(config, state, metadata.get(_FINGERPRINT), str(source), passing)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, by key without the prefix, and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -215,7 +249,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
             f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
         ) from error
     _refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
-    return {plain_key(key): value for key, value in state.items()}, metadata
+    return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 
 def load_state(
@@ -239,7 +273,7 @@ def load_state(
         _key(path, suffix)
         for method, config, paths in _parts(adapters, name)
         for path in paths
-        for suffix in method.rebuilt(config) | method.passing(config)
+        for suffix in method.rebuilt(config) | method.passing(config) | method.scaffold(config)
     }
     own = {key: value for key, value in adapters.parameters(name) if key not in left_out}
     grouped = _by_layer(adapters, name, stored.state)
@@ -248,6 +282,8 @@ def load_state(
         restored = method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped})
         state |= _flat(restored)
     state |= _flat(grouped)
+    made = _made_by_scaffold(adapters, name, state, stored)
+    state = {key: value for key, value in state.items() if key not in made}
     state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
     state = _without_copies(adapters, name, state)
     there = {id(own[key]): value for key, value in state.items() if key in own}
@@ -281,6 +317,55 @@ def load_state(
                 parameter.copy_(stored.passing[key].to(parameter.device))
 
 
+def _made_by_scaffold(
+    adapters: AdapterSet, name: str, state: Mapping[str, Tensor], stored: StoredAdapter
+) -> dict[str, Tensor]:
+    """What the file holds of what the adapter's scaffold computes: the scaffold itself is read instead.
+
+    Raises:
+        PeanutError: training's own file is not there, or does not belong to the adapter's.
+    """
+    scaffold = {
+        _key(path, suffix): dict(adapters.parameters(name))[_key(path, suffix)]
+        for method, config, paths in _parts(adapters, name)
+        for path in paths
+        for suffix in method.scaffold(config)
+        if any(key == _key(path, suffix) for key, _ in adapters.parameters(name))
+    }
+    if not scaffold:
+        return {}
+    missing = sorted(
+        key for key, value in scaffold.items() if getattr(stored.passing.get(key), "shape", None) != value.shape
+    )
+    if missing:
+        raise PeanutError(
+            f"'{stored.source}' has no {missing[0]} in {TRAINING_NAME}",
+            "the tensors that the training went on with",
+            "load it with is_trainable=False, or give it the file that was saved beside it",
+        )
+    before = {key: value.detach().clone() for key, value in scaffold.items()}
+    with torch.no_grad():
+        for key, value in scaffold.items():
+            value.copy_(stored.passing[key].to(value.device))
+    own = dict(adapters.parameters(name))
+    made = {key: value for key, value in adapter_state(adapters, name)[1].items() if key not in own}
+    apart = [
+        key
+        for key, value in made.items()
+        if key not in state or not torch.allclose(value.cpu(), state[key].to(value.dtype), rtol=1e-3, atol=1e-4)
+    ]
+    if apart:
+        with torch.no_grad():
+            for key, value in scaffold.items():
+                value.copy_(before[key])
+        raise PeanutError(
+            f"{TRAINING_NAME} in '{stored.source}' computes another '{apart[0]}' than the adapter's file holds",
+            "files that were saved together",
+            "delete it and load with is_trainable=False, or save the adapter again",
+        )
+    return made
+
+
 def _without_copies(adapters: AdapterSet, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without what the peer writes of a trained module twice (its biases, under bias="all")."""
     parts = ("modules_to_save", "original_module")
@@ -296,6 +381,7 @@ def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
 
 
 _CIRCUMSTANCES = {
+    "adapters",
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -309,15 +395,17 @@ _CIRCUMSTANCES = {
 
 def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
     """Replaces a tensor without storage by ``value``, on the layer's device."""
-    device = next((layer.weight.device for _, layer in adapters.layers(name)), value.device)
-    if key.startswith(SHARED):
-        bank = adapters.bank(name)
-        assert bank is not None  # it has such a key
-        bank.assign(key.removeprefix(SHARED), value.to(device))
+    device = next((parameter.device for parameter in adapters.model.parameters()), value.device)
+    bank = adapters.bank(name)
+    if key.startswith(SHARED) and bank is not None:
+        holder = next(layer for _, layer in adapters.layers(name) if name in layer.banks)
+        bank.assign(key.removeprefix(SHARED), value.to(holder.weight.device))
         return
-    for path, layer in adapters.layers(name):
-        if key.startswith(f"{path}.") and key[len(path) + 1 :] in layer.adapters[name].suffixes:
-            layer.adapters[name].assign(key[len(path) + 1 :], value.to(layer.weight.device))
+    for place in adapters.places(name):
+        start = SHARED if place.path == SHARED else f"{place.path}."
+        if key.startswith(start) and key[len(start) :] in place.adapters[name].suffixes:
+            beside = next((own for own in place.parameters() if own.device.type != "meta"), None)
+            place.adapters[name].assign(key[len(start) :], value.to(device if beside is None else beside.device))
             return
     raise PeanutError(f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded")
 
@@ -329,13 +417,20 @@ def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:
     return sorted({*(config.modules_to_save or []), *HEADS.get(task, ())}) or None
 
 
-def _target_modules(adapters: AdapterSet, name: str) -> list[str] | str | None:
-    """The config's targets; where it left them open, the layers that were adapted."""
+def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[str] | str | None:
+    """The config's targets; where it left them open, the layers whose weight is changed."""
+    if not isinstance(method_of(held.peft_type), WeightMethod):
+        return held.target_modules
     targets = adapters.configs[name].target_modules
     if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return targets
     main = method_of(adapters.configs[name].peft_type)
-    return sorted(path for path, layer in adapters.layers(name) if layer.method_of(name)[0] == main) or None
+    return (
+        sorted(
+            place.path for place in adapters.places(name) if place.method_of(name)[0] == main and place.path != SHARED
+        )
+        or None
+    )
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
-from .adapter_set import AdapterSet
-from .checkpoint import PREFIX, StoredAdapter, adapter_state, file_key, load_state, plain_key
+from .adapter_set import AdapterSet, experts_of
+from .checkpoint import KeyStyle, StoredAdapter, adapter_state, file_key, load_state, plain_key
+from .mixtures import all_or_none, ready, whole_name
+from .surgery import SHARED
 
 __all__ = [
     "AdaptedModel",
@@ -90,9 +92,14 @@ def inject_adapter_in_model(
         state_dict: the adapter's tensors, by the keys that its file has.
     """
     adapters = AdapterSet.of(model)
-    adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+    adapter_name = whole_name(adapters, peft_config, adapter_name)
+    with all_or_none(adapters):
+        peft_config = ready(adapters, peft_config)
+        adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
     model.requires_grad_(False)
-    adapters.activate([*adapters.state.active, adapter_name], trainable=not peft_config.inference_mode)
+    silent = experts_of(peft_config)  # a mixture lets them speak
+    others = [name for name in adapters.state.active if name not in silent]
+    adapters.activate([*others, adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)
     return model
@@ -113,9 +120,10 @@ def get_peft_model_state_dict(
         state_dict: full state dict of the model to take the values from.
         adapter_name: which adapter.
     """
-    prefix = PREFIX if isinstance(getattr(model, "base_model", None), AdaptedModel) else ""
-    _, state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
-    return {file_key(key, prefix): value for key, value in state.items()}
+    config, state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
+    wrapped = isinstance(getattr(model, "base_model", None), AdaptedModel)
+    style = KeyStyle.of(config) if wrapped else KeyStyle("", "")
+    return {file_key(key, style): value for key, value in state.items()}
 
 
 def set_peft_model_state_dict(
@@ -128,8 +136,8 @@ def set_peft_model_state_dict(
     """
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
-    bank = adapters.bank(adapter_name)
-    shared = () if bank is None else bank.suffixes
-    state = {plain_key(key, shared): value for key, value in peft_model_state_dict.items()}
+    shared = [key.removeprefix(SHARED) for key, _ in adapters.parameters(adapter_name) if key.startswith(SHARED)]
+    style = KeyStyle.of(adapters.configs[adapter_name])
+    state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     load_state(adapters, adapter_name, stored, check=False, assign=True)

@@ -14,7 +14,8 @@ from ..operators import Operator
 from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
 from ..weights.kind import recomputed
-from .parameters import NamedModules, Parameters
+from .adapted import Adapted
+from .parameters import Parameters
 from .state import BASE, AdapterState
 
 __all__ = ["BIAS", "AdaptedLayer"]
@@ -26,7 +27,7 @@ Groups = dict[str, tuple[Tensor, list[Change]]]
 """For each adapter among a batch's samples: their rows, and its change."""
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Adapted):
     """A frozen layer and the adapters that change it: y = W' x + b', W' and b' as ``Change.together`` says.
 
     It knows how adapters live (which act, which are merged, how their changes combine); what a change is, the
@@ -34,15 +35,9 @@ class AdaptedLayer(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
-        super().__init__()
+        super().__init__(path, state)
         self.base_layer = base_layer
-        self.adapters: NamedModules[Parameters] = NamedModules()
-        self.banks: NamedModules[Parameters] = NamedModules()
         self.frozen = FrozenLayer(base_layer, kind)
-        self.path = path
-        self.state = state
-        self._methods: dict[str, tuple[WeightMethod[Any], PeftConfig]] = {}
-        self._shared: dict[str, tuple[Parameters, ...]] = {}  # in tuples, so that they are no modules of the layer
         self._known: dict[str, tuple[Any, Change]] = {}
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
@@ -50,39 +45,21 @@ class AdaptedLayer(nn.Module):
     def add(
         self,
         name: str,
-        method: WeightMethod[Any],
+        method: Any,
         config: PeftConfig,
         parameters: Parameters,
         shared: Parameters | None = None,
         holds: bool = False,
     ) -> None:
-        """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
-
-        Args:
-            name: its name.
-            method: its method.
-            config: its config for this layer.
-            parameters: its tensors in this layer.
-            shared: those that it shares with other layers.
-            holds: whether this layer, the first of them, is where the model keeps them.
-        """
-        if shared is not None and holds:
-            self.banks[name] = shared
-        self.adapters[name] = parameters
-        self._methods[name] = (method, config)
-        self._shared[name] = () if shared is None else (shared,)
+        super().add(name, method, config, parameters, shared, holds)
         self._known.pop(name, None)
 
     def configure(self, name: str, config: PeftConfig) -> None:
-        """Gives an adapter another config of its method."""
-        self._methods[name] = (self._methods[name][0], config)
+        super().configure(name, config)
         self._known.pop(name, None)
 
     def delete(self, name: str) -> None:
-        """Removes an adapter."""
-        del self.adapters[name], self._methods[name], self._shared[name]
-        if name in self.banks:
-            del self.banks[name]
+        super().delete(name)
         self._known.pop(name, None)
 
     @property
@@ -93,11 +70,6 @@ class AdaptedLayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters that this layer has."""
-        return [name for name in self.state.active if name in self.adapters]
 
     @property
     def disable_adapters(self) -> bool:
@@ -117,18 +89,7 @@ class AdaptedLayer(nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    def method_of(self, name: str) -> tuple[WeightMethod[Any], Any]:
-        """The method of an adapter and its config for this layer."""
-        return self._methods[name]
-
-    def values(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter here by suffix, those that it shares with other layers among them."""
-        own = self.adapters[name].values_by_suffix()
-        for shared in self._shared[name]:
-            own.update(shared.values_by_suffix())
-        return own
-
-    def change(self, name: str, *, sample: bool = False) -> Change:
+    def change(self, name: str, *, sample: bool = False, tasks: Tensor | None = None) -> Change:
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
         Without gradients and outside training it is computed once and kept while no parameter and no weight changes,
@@ -137,9 +98,12 @@ class AdaptedLayer(nn.Module):
         Args:
             name: the adapter.
             sample: draw what the method draws at random.
+            tasks: the task of each row, for methods that mix by task.
         """
         method, config = self._methods[name]
         values = self.values(name)
+        if method.mixes and (sample or tasks is not None):
+            return self._changed_by(method, config, method.routed(config, values, tasks, sample))
         if sample:
             return self._changed_by(method, config, method.sampled(config, values))
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
@@ -179,7 +143,11 @@ class AdaptedLayer(nn.Module):
         Raises:
             PeanutError: what is merged would be turned, or turned in another order than that of activation.
         """
-        changes = {name: self.change(name) for name in active if name in self.adapters}
+        # What is not merged may have another change for each task: any of them tells.
+        task = torch.zeros(1, dtype=torch.long)
+        changes = {
+            name: self.change(name, tasks=None if name in merged else task) for name in active if name in self.adapters
+        }
         inside = [name for name in changes if name in merged]
         outside = [name for name in changes if name not in merged]
         if not inside or not outside:
@@ -225,18 +193,44 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
-        return self._answer(x, self._acting(), *args, **kwargs)
+        return self._answer(x, self._acting(x.shape[0] if x.dim() else 1), *args, **kwargs)
 
-    def _acting(self) -> list[Change]:
-        """The changes that are still to be made of what the layer computes, in the order of activation."""
-        sample = self.training or self.state.sampling
-        names = [name for name in self.state.active if name in self.adapters and name not in self.state.merged]
-        changes = [self.change(name, sample=sample) for name in names]
+    def _acting(self, count: int) -> list[Change]:
+        """The changes that are still to be made of what the layer computes, in the order of activation.
+
+        Args:
+            count: how many rows the batch has.
+        """
+        tasks = self.state.tasks_of(count)
+        changes = [
+            change
+            for name in self.state.active
+            if name not in self.state.merged
+            for change in self._changes_of(name, tasks, None)
+        ]
         if changes and self.merged:
             merged = Change.together([self.change(name) for name in self.merged_adapters])
             if not merged.adds or merged.shift is not None:
                 return [Change.together(changes).after(merged)]
         return changes
+
+    def _changes_of(self, name: str, tasks: Tensor | None, index: Tensor | None) -> list[Change]:
+        """The changes that adapter ``name``, or each expert of a mixture of that name, makes here.
+
+        Args:
+            name: the adapter.
+            tasks: the task of each row that goes through the adapter.
+            index: these rows, ``None`` for all.
+        """
+        sample = self.training or self.state.sampling
+        if name in self.adapters:
+            return [self.change(name, sample=sample, tasks=tasks)]
+        gates = self.state.running.gates.get(name, {}).get(self.path, [])
+        return [
+            replace(self.change(expert, sample=sample), gate=gate if index is None else gate[index])
+            for expert, gate in gates
+            if expert in self.adapters
+        ]
 
     def _answer(self, x: Tensor, changes: list[Change], *args: Any, **kwargs: Any) -> Tensor:
         """What the layer answers with ``changes`` together: the one place where they become a computation."""
@@ -248,15 +242,15 @@ class AdaptedLayer(nn.Module):
         ):
             return self._answer_rebuilt(x, whole, *args, **kwargs)
         if not args and not kwargs and whole.rotation is None and kind.fused(self.base_layer):
-            dropping = self.training and any(change.dropout for change in changes)
-            if whole.delta is not None and not dropping:
+            apart = any(change.gate is not None or (self.training and change.dropout) for change in changes)
+            if whole.delta is not None and not apart:
                 return self._answer_joined(x, whole, whole.delta)
         seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
         turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
         y: Tensor = self.base_layer(turned, *args, **kwargs)
         for change in changes:
             if change.delta is not None:
-                y = y + self._response(seen, change.delta, change.dropout).to(y.dtype)
+                y = y + self._response(seen, change).to(y.dtype)
         if whole.out_scale is not None:
             y = y * kind.along_output(whole.out_scale.to(y.dtype))
         correction = whole.correction(self.bias)
@@ -298,22 +292,33 @@ class AdaptedLayer(nn.Module):
 
         return recomputed(run, x) if kind.multiplies() else run(x)
 
-    def _response(self, x: Tensor, delta: Operator, dropout: float) -> Tensor:
-        """What Δ adds to the layer's output."""
+    def _response(self, x: Tensor, change: Change) -> Tensor:
+        """What the Δ of a change adds to the layer's output."""
         kind = self.frozen.kind
+        assert change.delta is not None  # else there is nothing to ask for
         dtype = x.dtype if kind.takes_activations() else self.weight.dtype
-        if dropout and self.training and kind.takes_activations():
-            x = nn.functional.dropout(x, dropout)
-        return kind.respond(self.base_layer, x, delta.to(dtype))
+        if change.dropout and self.training and kind.takes_activations():
+            x = nn.functional.dropout(x, change.dropout)
+        response = kind.respond(self.base_layer, x, change.delta.to(dtype))
+        if change.gate is None:
+            return response
+        if response.dim() != 3 or response.shape[:2] != change.gate.shape[:2]:
+            raise PeanutError(
+                f"'{self.path}' answers with {tuple(response.shape)} where a mixture's gates are for (batch, tokens) = "
+                f"{tuple(change.gate.shape[:2])}",
+                "experts of layers that see every token",
+                "leave this layer out of the experts",
+            )
+        return response * change.gate.to(response.dtype)
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Row by row: each sample's rows with its own adapter's change."""
-        sample = self.training or self.state.sampling
-        groups = {
-            name: (torch.tensor(rows, device=x.device), [self.change(name, sample=sample)] if acts else [])
-            for name, rows in self.state.groups(x.shape[0]).items()
-            for acts in [name != BASE and name in self.adapters]
-        }
+        tasks = self.state.tasks_of(x.shape[0])
+        groups: Groups = {}
+        for name, rows in self.state.groups(x.shape[0]).items():
+            index = torch.tensor(rows, device=x.device)
+            own = None if tasks is None else tasks[rows]
+            groups[name] = (index, [] if name == BASE else self._changes_of(name, own, index))
         if self.frozen.kind.multiplies() and all(change.adds for _, changes in groups.values() for change in changes):
             return self._added_per_sample(x, groups, *args, **kwargs)
         y: Tensor | None = None
@@ -330,7 +335,7 @@ class AdaptedLayer(nn.Module):
         for index, changes in groups.values():
             for change in changes:
                 if change.delta is not None:
-                    y = y.index_add(0, index, self._response(x[index], change.delta, change.dropout).to(y.dtype))
+                    y = y.index_add(0, index, self._response(x[index], change).to(y.dtype))
                 if change.shift is not None:
                     shift = self.frozen.kind.along_output(change.shift.to(y.dtype))
                     y = y.index_add(0, index, shift.expand(len(index), *y.shape[1:]))
@@ -343,9 +348,6 @@ class AdaptedLayer(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

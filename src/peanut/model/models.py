@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from ..protocols import PeftType
 from .injection import AdaptedModel
+from .xlora_model import XLoraModel
 
 __all__ = [
     "MODELS",
     "AdaLoraModel",
+    "AdaptionPromptModel",
     "BOFTModel",
     "BitFitModel",
     "BoneModel",
+    "BottleneckModel",
     "C3AModel",
     "DiffPruningModel",
+    "DireftModel",
     "FourierFTModel",
     "FullModel",
     "HRAModel",
@@ -20,12 +24,14 @@ __all__ = [
     "LNTuningModel",
     "LinearProbingModel",
     "LoraModel",
+    "LoreftModel",
     "MissModel",
     "MultiplicativeLoraModel",
     "NonlinearLoraModel",
     "OFTModel",
     "PartialModel",
     "PeanutModel",
+    "PolyModel",
     "REDModel",
     "RandLoraModel",
     "ShiraModel",
@@ -33,6 +39,7 @@ __all__ = [
     "VBLoRAModel",
     "VariationalLoraModel",
     "VeraModel",
+    "XLoraModel",
 ]
 
 
@@ -191,6 +198,36 @@ class VeraModel(AdaptedModel):
     """A model adapted by VeRA."""
 
     method = PeftType.VERA
+
+
+class AdaptionPromptModel(AdaptedModel):
+    """A model adapted by adaption prompts."""
+
+    method = PeftType.ADAPTION_PROMPT
+
+
+class BottleneckModel(AdaptedModel):
+    """A model adapted by bottleneck adapters."""
+
+    method = PeftType.BOTTLENECK
+
+
+class DireftModel(AdaptedModel):
+    """A model adapted by DiReFT."""
+
+    method = PeftType.DIREFT
+
+
+class LoreftModel(AdaptedModel):
+    """A model adapted by LoReFT."""
+
+    method = PeftType.LOREFT
+
+
+class PolyModel(AdaptedModel):
+    """A model adapted by Poly."""
+
+    method = PeftType.POLY
 
 
 MODELS: dict[PeftType, type[AdaptedModel]] = {

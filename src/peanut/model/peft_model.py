@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,11 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import PeftConfig, PeftType
+from ..protocols import PeftConfig, PeftType, method_of
 from .adapter_set import AdapterSet
-from .checkpoint import load_state, read_adapter, same_form, save_adapter
+from .checkpoint import TRAINING_NAME, StoredAdapter, load_state, read_adapter, same_form, save_adapter
 from .injection import AdaptedModel
+from .mixtures import all_or_none, gathered, ready, save_experts, whole_name
 from .models import MODELS
 from .routing import per_sample
 
@@ -49,9 +51,13 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(model))
         adapters = AdapterSet.of(model)
-        adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
+        adapter_name = whole_name(adapters, peft_config, adapter_name)
+        with all_or_none(adapters):
+            peft_config = ready(adapters, peft_config, wide=autocast_adapter_dtype)
+            adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
         base = MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
         self.base_model = base(model, {})
         model.requires_grad_(False)
@@ -104,25 +110,40 @@ class PeftModel(nn.Module):
 
     # Running
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's forward.
 
         Args:
             adapter_names: for each sample the adapter that it goes through, ``"__base__"`` for none.
+            task_ids: for each sample its task, for mixtures by task.
         """
-        with per_sample(self.adapters, adapter_names):
+        with per_sample(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's ``generate``; ``adapter_names`` as in ``forward``."""
-        with per_sample(self.adapters, adapter_names):
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's ``generate``; ``adapter_names`` and ``task_ids`` as in ``forward``."""
+        with per_sample(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     # Which adapters act
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
-        self.adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+        with all_or_none(self.adapters):
+            peft_config = ready(self.adapters, peft_config)
+            self.adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and silent."""
@@ -205,6 +226,7 @@ class PeftModel(nn.Module):
             if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 save_adapter(folder, self.adapters, name, state_dict)
+                save_experts(folder, self.adapters, name)
 
     @classmethod
     def from_pretrained(
@@ -235,14 +257,18 @@ class PeftModel(nn.Module):
         Raises:
             PeanutError: a file is missing or broken, or does not fit the model, which is then unchanged.
         """
-        stored = read_adapter(model_id, config, **hub)
-        stored = replace(stored, config=replace(stored.config, inference_mode=not is_trainable))
+        stored = gathered(read_adapter(model_id, config, **hub))
+        stored = replace(stored, config=_opened(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        adapted = cls(model, stored.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        own = AdapterSet.of(model)
         try:
-            load_state(adapted.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
+            with all_or_none(own):
+                folder = model_id if config is None else None  # a config that is given says where experts lie
+                found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
+                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+                name = adapted.active_adapter
+                load_state(adapted.adapters, name, stored, check=check_base, assign=low_cpu_mem_usage)
         except PeanutError:
-            adapted.delete_adapter(adapter_name)
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
@@ -263,17 +289,14 @@ class PeftModel(nn.Module):
 
         Args and errors: see ``from_pretrained``.
         """
-        stored = read_adapter(model_id, **hub)
+        stored = gathered(read_adapter(model_id, **hub))
         fresh = adapter_name not in self.peft_config
-        if fresh:
-            config = replace(stored.config, inference_mode=not is_trainable)
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage)
-        try:
-            load_state(self.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
-        except PeanutError:
+        with all_or_none(self.adapters):
             if fresh:
-                self.delete_adapter(adapter_name)
-            raise
+                stored = replace(stored, config=_opened(stored, is_trainable))
+                found = ready(self.adapters, stored.config, model_id, check_base=check_base)
+                self.add_adapter(adapter_name, found, low_cpu_mem_usage)
+            load_state(self.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             kept = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
@@ -291,17 +314,40 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
 
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many samples a model is called with, if the call tells."""
+    names = ("input_ids", "inputs", "inputs_embeds")
+    given = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
+    return len(given) if isinstance(given, Tensor) and given.dim() else None
+
+
+def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
+    """The config under which a stored adapter is used: what only training needs is left out where it is not there."""
+    config = replace(stored.config, inference_mode=not is_trainable)
+    method = method_of(config.peft_type)
+    needed = method.scaffold(config) if is_trainable else frozenset()
+    if needed and not stored.passing:
+        warnings.warn(
+            f"'{stored.source}' has no {TRAINING_NAME}, so {method.name} is trained on without {sorted(needed)[0]} and "
+            "the like: what they compute is trained itself",
+            stacklevel=3,
+        )
+        return method.without_scaffold(config)  # type: ignore[no-any-return]
+    return config
+
+
 def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
     """``PeftModel`` with the parameters of the base's forward, by which Trainers know a model's columns and labels."""
     if (own, base) in _SHOWN:
         return _SHOWN[own, base]
 
-    def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        return PeftModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return PeftModel.forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
-    named = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = {**signature.parameters, named.name: named}
+    ours = ("adapter_names", "task_ids", "input_type_mask")
+    named = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ours}
+    parameters = {**signature.parameters, **named}
     order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
     forward.__doc__ = PeftModel.forward.__doc__

@@ -1,68 +1,62 @@
-"""Per-sample adapters that survive gradient checkpointing, which runs a block's forward again during the backward."""
+"""Adapters and tasks per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..errors import PeanutError
 from .adapter_set import AdapterSet
-from .state import BASE, AdapterState
+from .replay import put_back, replayed
+from .state import BASE
 
 __all__ = ["per_sample"]
 
 
 @contextmanager
-def per_sample(adapters: AdapterSet, samples: Sequence[str] | None) -> Iterator[None]:
-    """Within the context each sample of a batch goes through the adapter named for it.
+def per_sample(
+    adapters: AdapterSet,
+    samples: Sequence[str] | None,
+    tasks: Tensor | Sequence[int] | None = None,
+    rows: int | None = None,
+) -> Iterator[None]:
+    """Within the context each sample of a batch goes through the adapter, or is of the task, named for it.
+
+    Args:
+        adapters: the model's adapters.
+        samples: a name for each sample.
+        tasks: a task for each sample.
+        rows: how many samples the user gave, if that is known.
 
     Raises:
-        PeanutError: a name is unknown, or adapters are merged.
+        PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples.
     """
-    if samples is None:
+    if samples is None and tasks is None:
         yield
         return
-    adapters.known([name for name in samples if name != BASE])
-    if adapters.state.merged:
-        raise PeanutError(
-            f"adapter_names given while {adapters.state.merged[0]!r} is merged",
-            "an unmerged model",
-            "call unmerge_adapter() first",
-        )
-    restored = _replayed(adapters.model, adapters.state) if torch.is_grad_enabled() else []
+    # Layers may see a multiple of the samples (beams), so they do not notice every wrong number.
+    for what, of, given in (("adapter_names", "name", samples), ("task_ids", "task", tasks)):
+        if given is not None and rows is not None and len(given) != rows:
+            raise PeanutError(
+                f"{what} has {len(given)} {of}s and a layer sees a batch of {rows}",
+                f"one {of} for each sample",
+                f"give one {of} a sample",
+            )
+    if samples is not None:
+        adapters.known([name for name in samples if name != BASE])
+        if adapters.state.merged:
+            raise PeanutError(
+                f"adapter_names given while {adapters.state.merged[0]!r} is merged",
+                "an unmerged model",
+                "call unmerge_adapter() first",
+            )
+    restored = replayed(adapters.model, adapters.state) if torch.is_grad_enabled() else []
     try:
-        with adapters.state.per_sample(samples):
+        # On the CPU, where each layer may look at them without waiting for a device.
+        with adapters.state.during(samples, None if tasks is None else torch.as_tensor(tasks).cpu()):
             yield
     finally:
-        for module, function in restored:
-            module._gradient_checkpointing_func = function
-
-
-def _replayed(model: nn.Module, state: AdapterState) -> list[tuple[Any, Callable[..., Any]]]:
-    """Makes each checkpointed block of a transformers model run again under the names of its first run."""
-    changed: list[tuple[Any, Callable[..., Any]]] = []
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and getattr(module, "gradient_checkpointing", False):
-            changed.append((module, function))
-            module._gradient_checkpointing_func = _under_names_of_now(function, state)  # type: ignore[assignment]
-    return changed
-
-
-def _under_names_of_now(checkpoint: Callable[..., Any], state: AdapterState) -> Callable[..., Any]:
-    @wraps(checkpoint)
-    def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        samples = state.samples
-
-        def run(*inputs: Any, **options: Any) -> Any:
-            with state.per_sample(samples):
-                return block(*inputs, **options)
-
-        return checkpoint(run, *args, **kwargs)
-
-    return checkpointed
+        put_back(restored)

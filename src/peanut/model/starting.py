@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..protocols import PeftConfig, WeightMethod
+from ..protocols import Method, PeftConfig, WeightMethod
 from ..weights import FrozenLayer
 from .layer import BIAS
 from .parameters import Parameters
 
-__all__ = ["Place", "shared_start", "started"]
+__all__ = ["Place", "kept", "made_here", "shared_start", "started", "starting"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ class Place:
 def started(place: Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
     """A layer's tensors at their start, where and as precise as they are kept."""
     method, config, frozen = place.method, place.config, place.frozen
-    # What is not in the file has to be made now.
-    meta = meta and not method.rebuilt(config) and not method.passing(config)
-    with _starting(seed, meta or frozen.weight.is_meta) as generator:
+    meta = meta and not made_here(method, config)
+    with starting(seed, meta or frozen.weight.is_meta) as generator:
         values = method.start(config, frozen, generator)
         bias = frozen.bias()
         if getattr(config, "bias", "none") != "none" and bias is not None:
             values[BIAS] = bias.detach().clone()
-    return _kept(method, config, values, [frozen], meta=meta, wide=wide)
+    return kept(method, config, values, frozen.weight, meta=meta, wide=wide)
 
 
 def shared_start(
@@ -47,13 +46,18 @@ def shared_start(
 ) -> Parameters | None:
     """The tensors that an adapter's layers share, or ``None`` if there are none."""
     meta = meta and not method.rebuilt(config)
-    with _starting(seed, meta) as generator:
+    with starting(seed, meta) as generator:
         values = method.shared(config, layers, generator)
-    return _kept(method, config, values, layers, meta=meta, wide=wide) if values else None
+    return kept(method, config, values, layers[0].weight, meta=meta, wide=wide) if values else None
+
+
+def made_here(method: Method[Any], config: PeftConfig) -> bool:
+    """Whether some tensors are not in the file, so that they have to be made where others wait to be loaded."""
+    return bool(method.rebuilt(config) | method.passing(config) | method.scaffold(config))
 
 
 @contextmanager
-def _starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
+def starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
     """A generator for a method's start, seeded from one number drawn from torch's generator and the layer's path.
 
     So the same seed gives the same adapter on every device and in every order of layers.
@@ -63,19 +67,12 @@ def _starting(seed: str, meta: bool) -> Iterator[torch.Generator]:
         yield generator
 
 
-def _kept(
-    method: WeightMethod[Any],
-    config: PeftConfig,
-    values: dict[str, Tensor],
-    layers: list[FrozenLayer],
-    *,
-    meta: bool,
-    wide: bool,
+def kept(
+    method: Method[Any], config: PeftConfig, values: dict[str, Tensor], beside: Tensor, *, meta: bool, wide: bool
 ) -> Parameters:
-    """Started tensors as an adapter keeps them: on the layers' device, floating-point ones as precise as asked."""
-    weight = layers[0].weight
-    device = torch.device("meta") if meta else weight.device
-    dtype = torch.promote_types(weight.dtype, torch.float32) if wide else weight.dtype
+    """Started tensors as an adapter keeps them: on the device of the base's weight ``beside``, as precise as asked."""
+    device = torch.device("meta") if meta else beside.device
+    dtype = torch.promote_types(beside.dtype, torch.float32) if wide else beside.dtype
     if not dtype.is_floating_point:  # codes of a quantised weight
         dtype = torch.float32
     rebuilt = method.rebuilt(config)

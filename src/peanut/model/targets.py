@@ -10,22 +10,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import PeanutError, nearest
-from ..protocols import PeftConfig, WeightMethod, method_of
+from ..protocols import Method, PeftConfig, WeightMethod, method_of
 from ..weights import kind_of
 from .defaults import DEFAULT_TARGETS, FEED_FORWARD_OUTPUTS, HEADS
 from .layer import AdaptedLayer
 from .saved_modules import SavedModule
+from .tree import module_tree
 
 __all__ = [
     "ALL_LINEAR",
+    "HOLDERS",
     "bare",
     "biased_paths",
     "modules_by_path",
+    "named_paths",
+    "narrowed",
     "saved_paths",
     "target_paths",
 ]
 
 ALL_LINEAR = "all-linear"
+HOLDERS = ("adapted_output", "adapted_input", "adapted_mixture")
+"""Names under which a model's modules hold the adapters that change no weight."""
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
@@ -39,6 +45,8 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
             return
         inner = module.original_module if isinstance(module, SavedModule) else module
         for name, child in inner.named_children():
+            if name in HOLDERS:
+                continue
             visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
@@ -110,7 +118,8 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
     paths = list(modules)
     found = _whole(model, config, modules)
     for name in [*(config.modules_to_save or []), *heads]:
-        hits = [path for path in paths if path == name or path.endswith(f".{name}")]
+        # Of a task's heads the end of the name counts, as in the peer: DistilBERT's has a pre_classifier too.
+        hits = [path for path in paths if path.endswith(name) if name in heads or _ends_in(path, name)]
         if not hits and name not in heads:
             raise PeanutError(
                 f"modules_to_save names {name!r}, which no module of {type(model).__name__} is called",
@@ -124,7 +133,7 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
 def _whole(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
     """The modules that a method which trains whole modules takes."""
     method = method_of(config.peft_type)
-    if method.trains == "named":
+    if isinstance(method, WeightMethod) and method.trains == "named":
         if config.target_modules is None:
             raise PeanutError(
                 f"{method.name} without target_modules",
@@ -146,7 +155,7 @@ def _whole(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) 
     return []
 
 
-def _no_layer(config: PeftConfig, method: WeightMethod[Any], saved: list[str]) -> list[str]:
+def _no_layer(config: PeftConfig, method: Method[Any], saved: list[str]) -> list[str]:
     """The layers of a method that changes none: it trains whole modules or nothing."""
     if config.target_modules is not None and method.trains != "named":
         raise PeanutError(
@@ -160,10 +169,50 @@ def _no_layer(config: PeftConfig, method: WeightMethod[Any], saved: list[str]) -
 
 
 def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modules: dict[str, nn.Module]) -> list[str]:
-    """The paths that ``target_modules`` names, before anything is taken away."""
-    targets = config.target_modules
-    if targets is None:
+    """The paths that ``target_modules`` names or, if it is open, the method's own, before anything is taken away."""
+    if config.target_modules is None:
         return _default(model, config, method, modules)
+    return _matching(model, config, method, modules)
+
+
+def named_paths(model: nn.Module, config: PeftConfig, method: Method[Any], modules: dict[str, nn.Module]) -> list[str]:
+    """The paths of the modules, of any kind, that ``target_modules`` names.
+
+    Raises:
+        PeanutError: a name, pattern or index names nothing, or nothing is left.
+    """
+    return narrowed(model, _matching(model, config, method, modules), config, modules)
+
+
+def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """The paths that exclude_modules, layers_to_transform and the modules that are trained whole leave.
+
+    Raises:
+        PeanutError: an excluded name or an index names nothing, or nothing is left.
+    """
+    saved = saved_paths(model, config)
+    kept = [path for path in paths if not any(path == head or path.startswith(f"{head}.") for head in saved)]
+    left = _within_layers(_without_excluded(kept, config, modules), config)
+    for path in left:
+        if _inside_attention(path, modules):
+            raise PeanutError(
+                f"'{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it",
+                "a module that is called",
+                "exclude it",
+            )
+    if not left:
+        raise PeanutError(
+            f"target_modules={config.target_modules!r} leaves no module once modules_to_save, exclude_modules and "
+            "layers_to_transform are taken away",
+            "at least one module",
+            "change one of them",
+        )
+    return left
+
+
+def _matching(model: nn.Module, config: PeftConfig, method: Method[Any], modules: dict[str, nn.Module]) -> list[str]:
+    targets = config.target_modules
+    assert targets is not None  # the callers have looked
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return _all_linear(model, config, modules)
     if isinstance(targets, str):
@@ -208,7 +257,8 @@ def _default(
         raise PeanutError(
             f"no default target_modules of {method.name} for {type(model).__name__} (model_type {model_type!r})",
             "target_modules",
-            f"name some of {', '.join(sorted(_adaptable_names(modules, method))[:12])}{all_linear}",
+            f"name some of {', '.join(sorted(_adaptable_names(modules, method))[:12])}{all_linear}, out of this tree:",
+            detail=module_tree(model),
         )
     return hits
 
@@ -267,10 +317,10 @@ def _within_layers(paths: list[str], config: PeftConfig) -> list[str]:
 
 
 def _block_index(path: str, pattern: list[str] | str | None) -> int | None:
-    """The index of the block that ``path`` lies in: the first number after a list called as the pattern says."""
+    """The index of the block that ``path`` is or lies in: the first number after a list called as the pattern says."""
     lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
     for name in lists:
-        match = re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", path)
+        match = re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", f"{path}.")
         if match:
             return int(match.group(1))
     return None
@@ -310,5 +360,7 @@ def _names(paths: Iterable[str]) -> set[str]:
     return {path.rpartition(".")[2] for path in paths}
 
 
-def _adaptable_names(modules: dict[str, nn.Module], method: WeightMethod[Any]) -> set[str]:
+def _adaptable_names(modules: dict[str, nn.Module], method: Method[Any]) -> set[str]:
+    if not method.kinds:
+        return _names(modules)
     return _names(path for path, module in modules.items() if _kind_name(module) in method.kinds)

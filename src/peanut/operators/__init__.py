@@ -4,6 +4,7 @@ from .combined import Chain, Gained, Sum
 from .dense import Dense
 from .low_rank import LowRank
 from .operator import Operator
+from .per_sample import PerSample
 from .spectrum import effective_rank, singular_values
 
-__all__ = ["Chain", "Dense", "Gained", "LowRank", "Operator", "Sum", "effective_rank", "singular_values"]
+__all__ = ["Chain", "Dense", "Gained", "LowRank", "Operator", "PerSample", "Sum", "effective_rank", "singular_values"]

@@ -1,16 +1,28 @@
-"""What a fine-tuning method is: a config, and a change of a layer written as operators."""
+"""What a fine-tuning method is: a config, and a change of a weight, of an output, of the input, or a mixture."""
 
 from .change import Change
 from .config import FORMAT_VERSION, PeftConfig, PeftType, TaskType
-from .method import Values, WeightMethod
+from .input_method import InputMethod, ModelShape, PromptConfig
+from .method import Method, Values, WeightMethod
+from .mixture_method import MixtureMethod
+from .output_method import Call, OutputMethod, PlaceName, Site
 from .registry import METHODS, get_peft_config, method_of, register
 
 __all__ = [
     "FORMAT_VERSION",
     "METHODS",
+    "Call",
     "Change",
+    "InputMethod",
+    "Method",
+    "MixtureMethod",
+    "ModelShape",
+    "OutputMethod",
     "PeftConfig",
     "PeftType",
+    "PlaceName",
+    "PromptConfig",
+    "Site",
     "TaskType",
     "Values",
     "WeightMethod",

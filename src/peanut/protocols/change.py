@@ -31,6 +31,7 @@ class Change:
         bias_scale: gains of the bias, (out).
         shift: what is added to the bias, (out).
         dropout: probability with which, in training, an entry of Δ's input is zeroed.
+        gate: (batch, tokens, 1), what a mixture multiplies Δ's answer by, token by token.
     """
 
     delta: Operator | None = None
@@ -40,6 +41,7 @@ class Change:
     bias_scale: Tensor | None = None
     shift: Tensor | None = None
     dropout: float = 0.0
+    gate: Tensor | None = None
 
     @property
     def adds(self) -> bool:
@@ -62,7 +64,7 @@ class Change:
         """Several changes of one layer as one: the definition of several active adapters.
 
         Deltas and shifts add, gains multiply, rotations compose in the order given, the first next to the weight:
-        W' = diag(Π out_scale) · (W · R₁ R₂ … + Σ Δ) · diag(Π in_scale). Dropout is not carried over.
+        W' = diag(Π out_scale) · (W · R₁ R₂ … + Σ Δ) · diag(Π in_scale). Dropout and gates are not carried over.
         """
         if len(changes) == 1:
             return changes[0]

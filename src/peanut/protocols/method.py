@@ -1,4 +1,4 @@
-"""The protocol of a weight method: the parameters it trains in a layer, and the change they make."""
+"""The protocol of every method, and that of the methods that change a weight."""
 
 from __future__ import annotations
 
@@ -13,48 +13,28 @@ from ..weights import FrozenLayer
 from .change import Change
 from .config import PeftConfig
 
-__all__ = ["Values", "WeightMethod"]
+__all__ = ["Method", "Values", "WeightMethod"]
 
 C = TypeVar("C", bound=PeftConfig)
 
 Values = Mapping[str, Tensor]
-"""An adapter's tensors in one layer by suffix, those that layers share among them."""
+"""An adapter's tensors in one place by suffix, those that places share among them."""
 
 
-class WeightMethod(ABC, Generic[C]):
-    """A method that changes a layer's weight or bias.
+class Method(ABC, Generic[C]):
+    """What all methods have in common: a config, tensors by suffix, and how files keep them.
 
-    Laws, checked for every registered method on every kind of layer it names: see ``tests/test_laws.py``. A method
-    keeps no state: all it knows is in its arguments, so that one instance serves every layer of every model.
+    A method keeps no state: all it knows is in its arguments, so that one instance serves every model. Where it acts
+    and what it computes there, its kind says: ``WeightMethod``, ``OutputMethod``, ``InputMethod``, ``MixtureMethod``.
     """
 
     config_class: ClassVar[type[PeftConfig]]
-    kinds: ClassVar[tuple[str, ...]]
-    """Names of the kinds of layer (``LayerKind.name``) on which the mathematics makes sense."""
     size: ClassVar[str]
-    """How many parameters it trains in a layer: an expression of d_in, d_out and the config's fields, or words."""
-    targets: ClassVar[Literal["attention", "norms", "biases", "embedding", "outputs"]] = "attention"
-    """Which layers it changes where the config names none: see ``model/defaults.py``."""
+    """How many parameters it trains in one place: an expression of sizes and the config's fields, or words."""
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """Names of the kinds of layer (``LayerKind.name``) whose weight it changes."""
     trains: ClassVar[Literal["layers", "named", "all"]] = "layers"
-    """What it trains: a change of layers; the modules that ``target_modules`` names, whole; or the whole model."""
-    follows_ties: ClassVar[bool] = False
-    """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
-
-    @abstractmethod
-    def start(self, config: C, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors' first values in a layer, by the suffix under which files keep them.
-
-        Args:
-            config: the method's config, with its patterns resolved for this layer.
-            layer: the layer to be changed.
-            generator: the source of all randomness that the config does not seed itself.
-        """
-
-    @abstractmethod
-    def change(self, config: C, parameters: Values, layer: FrozenLayer) -> Change:
-        """The change that ``parameters`` (the layer's own and the shared ones) make of ``layer``."""
-
-    # What some methods need beyond that
+    """What it trains: tensors of its own; the modules that ``target_modules`` names, whole; or the whole model."""
 
     def companions(self, config: C) -> list[tuple[WeightMethod[Any], PeftConfig]]:
         """Methods of other layers that belong to the same adapter, each with its config."""
@@ -64,25 +44,28 @@ class WeightMethod(ABC, Generic[C]):
         """The config with what it leaves open filled in for an architecture."""
         return config
 
-    def shared(self, config: C, layers: Sequence[FrozenLayer], generator: torch.Generator) -> dict[str, Tensor]:
-        """Tensors that all layers of an adapter share, by suffix; kept once on the model."""
-        return {}
-
     def fixed(self, config: C) -> frozenset[str]:
-        """Suffixes of tensors, own or shared, that are saved but not trained."""
+        """Suffixes of tensors that are saved but not trained."""
         return frozenset()
 
     def rebuilt(self, config: C) -> frozenset[str]:
-        """Suffixes of tensors that are neither trained nor saved: ``start`` and ``shared`` make them again."""
+        """Suffixes of tensors that are neither trained nor saved: they are made again."""
         return frozenset()
 
     def passing(self, config: C) -> frozenset[str]:
         """Suffixes of tensors that only training needs: not trained, kept in a file of their own to go on from."""
         return frozenset()
 
-    def sampled(self, config: C, parameters: Values) -> Values:
-        """What stands for ``parameters`` in one forward of training, for methods with randomness of their own."""
-        return parameters
+    def scaffold(self, config: C) -> frozenset[str]:
+        """Suffixes of trained tensors for which files hold what they compute (``stored``).
+
+        They are kept in training's own file to go on from.
+        """
+        return frozenset()
+
+    def without_scaffold(self, config: C) -> C:
+        """The config of the same adapter once it is trained on without its scaffold."""
+        return config
 
     def planned(self, config: C, steps: int, rows: int) -> C:
         """The config with what it leaves open about training filled in, once a Trainer knows it.
@@ -95,15 +78,15 @@ class WeightMethod(ABC, Generic[C]):
         return config
 
     def penalty(self, config: C, layers: Sequence[Values]) -> Tensor | None:
-        """What is added to the loss in training, a number, over all layers of an adapter."""
+        """What is added to the loss in training, a number, over all places of an adapter."""
         return None
 
     def after_step(self, config: C, layers: Sequence[Values]) -> None:
         """Runs after each optimizer step, gradients still there: for schedules that change tensors in place."""
 
     def stored(self, config: C, layers: Mapping[str, Values]) -> tuple[C, dict[str, dict[str, Tensor]]]:
-        """What files hold: the config and, by layer path, the tensors by suffix (all but the rebuilt and passing)."""
-        left_out = self.rebuilt(config) | self.passing(config)
+        """What files hold: the config and, by path, the tensors by suffix (all but what only training needs)."""
+        left_out = self.rebuilt(config) | self.passing(config) | self.scaffold(config)
         return config, {
             path: {suffix: value for suffix, value in values.items() if suffix not in left_out}
             for path, values in layers.items()
@@ -124,6 +107,55 @@ class WeightMethod(ABC, Generic[C]):
     def name(self) -> str:
         """The method's name in ``adapter_config.json``."""
         return self.config_class.method.value
+
+
+class WeightMethod(Method[C]):
+    """A method that changes a layer's weight or bias.
+
+    Laws, checked for every registered method on every kind of layer it names: see ``tests/test_laws.py``.
+    """
+
+    targets: ClassVar[Literal["attention", "norms", "biases", "embedding", "outputs"]] = "attention"
+    """Which layers it changes where the config names none: see ``model/defaults.py``."""
+    follows_ties: ClassVar[bool] = False
+    """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
+    mixes: ClassVar[bool] = False
+    """Whether each sample has a change of its own, by its task (``routed``)."""
+
+    @abstractmethod
+    def start(self, config: C, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors' first values in a layer, by the suffix under which files keep them.
+
+        Args:
+            config: the method's config, with its patterns resolved for this layer.
+            layer: the layer to be changed.
+            generator: the source of all randomness that the config does not seed itself.
+        """
+
+    @abstractmethod
+    def change(self, config: C, parameters: Values, layer: FrozenLayer) -> Change:
+        """The change that ``parameters`` (the layer's own and the shared ones) make of ``layer``."""
+
+    # What some methods need beyond that
+
+    def shared(self, config: C, layers: Sequence[FrozenLayer], generator: torch.Generator) -> dict[str, Tensor]:
+        """Tensors that all layers of an adapter share, by suffix; kept once on the model."""
+        return {}
+
+    def sampled(self, config: C, parameters: Values) -> Values:
+        """What stands for ``parameters`` in one forward of training, for methods with randomness of their own."""
+        return parameters
+
+    def routed(self, config: C, parameters: Values, tasks: Tensor | None, training: bool) -> Values:
+        """What stands for ``parameters`` where each sample has a task, for methods that mix by task.
+
+        Args:
+            config: the method's config.
+            parameters: the layer's tensors.
+            tasks: the task of each sample (batch,), or ``None`` if the caller names none.
+            training: whether the layer is being trained.
+        """
+        return parameters
 
     def check(self, config: C, layer: FrozenLayer, path: str) -> None:
         """Refuses a config that does not fit the ``layer`` at ``path``, naming both.

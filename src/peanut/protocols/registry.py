@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .config import CONFIG_CLASSES, PeftConfig, config_class_of
-from .method import WeightMethod
+from .method import Method
 
 __all__ = ["METHODS", "get_peft_config", "method_of", "register"]
 
-METHODS: dict[str, WeightMethod[Any]] = {}
+METHODS: dict[str, Method[Any]] = {}
 """Every method by its name in ``adapter_config.json``; ``methods/`` fills it."""
 
-M = TypeVar("M", bound=type[WeightMethod[Any]])
+M = TypeVar("M", bound=type[Method[Any]])
 
 
 def register(method: M) -> M:
@@ -24,7 +24,7 @@ def register(method: M) -> M:
     return method
 
 
-def method_of(peft_type: Any, source: str = "the config") -> WeightMethod[Any]:
+def method_of(peft_type: Any, source: str = "the config") -> Method[Any]:
     """The method called ``peft_type``.
 
     Raises:

@@ -52,7 +52,7 @@ class Plan:
         train_rows, eval_rows: rows of data (pieces, where text is packed).
         steps: optimiser steps.
         classes: the classes, for classification.
-        modules: paths of the adapted layers.
+        modules: paths of the adapted places, "/" for the input.
         heads: paths of the modules trained whole.
         adapter_parameters, head_parameters, all_parameters: how many there are.
         memory: what training needs.
@@ -99,7 +99,7 @@ def make_plan(config: RunConfig, task: Task, processor: Any, train_rows: int, ev
         eval_rows=eval_rows,
         steps=steps,
         classes=task.labels,
-        modules=[path for path, _ in adapters.layers()],
+        modules=[place.path for place in adapters.places()],
         heads=[path for path, _ in adapters.saved_modules()],
         adapter_parameters=_count(trained) - _count(head),
         head_parameters=_count(head),

@@ -39,13 +39,16 @@ class AdapterTrainerMixin(_Base):
     files. A model that is no ``PeftModel`` of ours is treated as transformers always does.
 
     Args:
-        args, kwargs: those of the Trainer.
+        args, kwargs: those of the Trainer; ``tokenizer``, the name that ``processing_class`` had before transformers 5,
+            is taken too.
         head_learning_rate: learning rate of the modules trained whole (``modules_to_save``, the classifier); the
             adapter's, ``TrainingArguments.learning_rate``, if not given.
     """
 
     def __init__(self, *args: Any, head_learning_rate: float | None = None, **kwargs: Any) -> None:
         self.head_learning_rate = head_learning_rate
+        if "tokenizer" in kwargs:
+            kwargs.setdefault("processing_class", kwargs.pop("tokenizer"))
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, PeftModel):
             # The sign by which transformers lets a quantised base through: something trainable is attached to it.

@@ -1,0 +1,44 @@
+"""Hooks on a model's modules that can be found again: taken off, or moved when a module is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Hooking", "hook", "move_hooks", "unhook"]
+
+
+class Hooking:
+    """Whose bound methods hang on modules."""
+
+
+def hook(module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:
+    """Hangs a bound method of a ``Hooking`` on a module's forward, once."""
+    hooks = module._forward_pre_hooks if before else module._forward_hooks
+    if function in hooks.values():
+        return
+    register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+    register(function, with_kwargs=True)
+
+
+def unhook(module: nn.Module, owner: Hooking | None = None) -> list[tuple[Callable[..., Any], bool]]:
+    """Takes off what hangs on a module, of one owner or of any; returns it, each with whether it runs before."""
+    taken: list[tuple[Callable[..., Any], bool]] = []
+    for before in (True, False):
+        hooks: Any = module._forward_pre_hooks if before else module._forward_hooks
+        flags: Any = module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
+        for key, function in list(hooks.items()):
+            holder = getattr(function, "__self__", None)
+            if isinstance(holder, Hooking) and (owner is None or holder is owner):
+                del hooks[key]
+                flags.pop(key, None)
+                taken.append((function, before))
+    return taken
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Moves what hangs on ``old`` to ``new``, which takes its place."""
+    for function, before in unhook(old):
+        hook(new, function, before=before)

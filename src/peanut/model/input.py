@@ -1,0 +1,110 @@
+"""Where a model's own adapters are kept: those that change its input, and mixtures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapted import Adapted
+from .state import BASE, AdapterState
+
+__all__ = ["AdaptedInput", "AdaptedMixture", "Front"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is put before the tokens of a batch.
+
+    Args:
+        values: (batch, p, width) of virtual tokens, or (batch, layers, 2, heads, p, head_size) of keys and values.
+        there: (batch, p), which of them are there: samples with fewer have theirs at the right; ``None`` for all.
+    """
+
+    values: Tensor
+    there: Tensor | None
+
+
+class AdaptedInput(Adapted):
+    """The adapters that change what the model is given. Those that are active stand one after the other."""
+
+    def acting(self, kind: str) -> list[str]:
+        """The names of the adapters of a kind (``InputMethod.prepends``) that act on some sample of the batch now."""
+        names = self.state.active if self.state.samples is None else list(dict.fromkeys(self.state.samples))
+        return [name for name in names if name in self.adapters and self.method_of(name)[0].prepends == kind]
+
+    def width(self, kind: str) -> int:
+        """p: how many places are taken before the user's tokens by what is of a kind."""
+        counts = [self.method_of(name)[1].num_virtual_tokens for name in self.acting(kind)]
+        if self.state.samples is None:
+            return sum(counts)
+        return max(counts, default=0)
+
+    def there(self, kind: str, batch: int) -> Tensor | None:
+        """(batch, p), which places are taken for which row, ``None`` for all."""
+        if self.state.samples is None:
+            return None
+        width = self.width(kind)
+        there = torch.zeros(batch, width, dtype=torch.bool)
+        for name, rows in self.state.groups(batch).items():
+            if name != BASE and name in self.acting(kind):
+                there[rows, width - self.method_of(name)[1].num_virtual_tokens :] = True
+        return None if bool(there.all()) else there
+
+    def front(self, kind: str, batch: int) -> Front | None:
+        """What is put before the tokens of a batch of so many rows, ``None`` for nothing."""
+        names = self.acting(kind)
+        if not names:
+            return None
+        along = -2  # p, of both kinds
+        made = {name: self._made(name) for name in names}
+        if self.state.samples is None:
+            whole = torch.cat(list(made.values()), dim=along)
+            return Front(whole.expand(batch, *whole.shape), None)
+        width = self.width(kind)
+        one = next(iter(made.values()))
+        table = [one.new_zeros(*one.shape[:along], width, one.shape[-1])]
+        for value in made.values():
+            room = one.new_zeros(*one.shape[:along], width - value.shape[along], one.shape[-1])
+            table.append(torch.cat([room, value], dim=along))
+        order = torch.zeros(batch, dtype=torch.long)
+        for name, rows in self.state.groups(batch).items():
+            order[rows] = 0 if name not in made else 1 + names.index(name)
+        return Front(torch.stack(table)[order.to(one.device)], self.there(kind, batch))
+
+    def _made(self, name: str) -> Tensor:
+        method, config = self.method_of(name)
+        made: Tensor = method.prepended(config, self.values(name), self.training)
+        return made
+
+
+class AdaptedMixture(Adapted):
+    """The gates of mixtures, each over experts that are adapters of the same model.
+
+    ``layers`` has, for each mixture, the paths of the layers that its experts change, in the order of its gates;
+    ``latest`` its gates of the last batch, (batch, tokens, layers, experts), and ``log``, while ``logging``, those of
+    every batch.
+    """
+
+    def __init__(self, path: str, state: AdapterState) -> None:
+        super().__init__(path, state)
+        self.layers: dict[str, list[str]] = {}
+        self.latest: dict[str, Tensor] = {}
+        self.log: dict[str, list[Tensor]] = {}
+        self.logging = False
+
+    def delete(self, name: str) -> None:
+        super().delete(name)
+        del self.layers[name]
+        self.latest.pop(name, None)
+        self.log.pop(name, None)
+
+    def experts(self, name: str) -> list[str]:
+        """The names of the adapters that mixture ``name`` mixes, in the order of its gates."""
+        return list(self.method_of(name)[0].experts(self.method_of(name)[1]))
+
+    def acting(self) -> list[str]:
+        """The names of the mixtures that act on some sample of the batch now."""
+        names = self.state.active if self.state.samples is None else list(dict.fromkeys(self.state.samples))
+        return [name for name in names if name in self.adapters]

@@ -1,0 +1,49 @@
+"""Δ = s · up · down with factors of its own for each sample of a batch: what a mixture by task makes of its factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import PeanutError
+from .operator import Operator
+
+__all__ = ["PerSample"]
+
+
+@dataclass(frozen=True)
+class PerSample(Operator):
+    """Δ_i = s · up_i · down_i for sample i, up (batch, out, r), down (batch, r, in); applied as s (x_i down_iᵀ) up_iᵀ.
+
+    There is no one matrix, so ``dense`` and ``rows`` are errors.
+    """
+
+    up: Tensor
+    down: Tensor
+    scaling: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[1], self.down.shape[2]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(batch, …, in) → (batch, …, out); where there are more rows than samples, each sample has a run of them."""
+        each = x.reshape(self.down.shape[0], -1, x.shape[-1])
+        return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], -1)
+
+    def dense(self) -> Tensor:
+        self._refuse()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise PeanutError(
+            "the weight of a layer that has another one for each sample", "one task for all", "see task_ids"
+        )
+
+    def to(self, dtype: torch.dtype) -> PerSample:
+        return PerSample(self.up.to(dtype), self.down.to(dtype), self.scaling)
