@@ -9,13 +9,16 @@ TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)$(shell \
 	[ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1 || echo +cpu)
 BIN := .venv/bin
 
-.PHONY: demo methods test bench docs lint format types check lock clean
+.PHONY: demo methods instructions test bench docs lint format types check lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m peanut.lab.demo $(ARGS)
 
 methods: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.every_method $(ARGS)
+
+instructions: .venv/installed
+	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.instructions $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)

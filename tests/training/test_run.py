@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.training.config import load_config
 from peanut.training.evaluation import evaluate
-from peanut.training.generation import Generator
+from peanut.training.generation import Generator, end_tokens
 from peanut.training.model import load_trained
 from peanut.training.run import plan, train
 from peanut.training.tasks import CausalLM
@@ -226,6 +227,42 @@ def test_instructions_are_learned_and_answered(
         Generator(result.output, seed=seed).stream("Say", max_new_tokens=4, temperature=2.0) for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_answers_end_where_the_template_ends_them(
+    tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model's own end token is often not the one that its chat template puts after an answer."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny_llm)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+    shutil.copytree(tiny_llm, tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "Say yes.", "completion": "yes"}] * 4))
+    result = train(
+        {
+            "model": {"path": str(tmp_path / "base")},
+            "task": "instruction",
+            "data": {"train": str(tmp_path / "rows.json"), "max_length": 32, "eval_fraction": 0},
+            "adapter": {"peft_type": "LORA", "r": 4},
+            "training": {"batch_size": 4, "steps": 1},
+            "output": str(tmp_path / "run"),
+        },
+        quiet=True,
+    )
+    generator = Generator(result.output)
+    assert generator.tokenizer.eos_token_id == generator.model.generation_config.eos_token_id == 2
+    generate, given = generator.model.generate, []
+
+    def watched(**options: Any) -> Any:
+        given.append(options["eos_token_id"])
+        return generate(**options)
+
+    monkeypatch.setattr(generator.model, "generate", watched)
+    generator.stream("Say yes.", max_new_tokens=1)
+    assert given == [[0, 2]]
+    assert end_tokens(generator.model, CausalLM(generator.task.data), generator.tokenizer) == [2]
+    generator.model.generation_config.eos_token_id = [2, 5]
+    assert end_tokens(generator.model, generator.task, generator.tokenizer) == [0, 2, 5]
 
 
 def test_images(digits: Path, vit: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,23 @@ def test_answering_begins_where_learning_began(llama_tokenizer: Any) -> None:
         assert encoded["input_ids"][: len(prompt)] == prompt
         assert encoded["labels"][: len(prompt)] == [-100] * len(prompt)
         assert encoded["labels"][len(prompt)] != -100
+
+
+def test_an_answer_ends_with_the_special_token_that_the_template_puts_there(llama_tokenizer: Any) -> None:
+    ends = {
+        "chat": llama_tokenizer.chat_template,
+        "other": "{% for m in messages %}{{ m['content'] }} <|endoftext|>\n{% endfor %}",
+        "none": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+        "rewritten": "{{ messages[-1]['content'] }}<|endoftext|>",
+    }
+    tokens = {}
+    for name, template in ends.items():
+        tokenizer = copy.copy(llama_tokenizer)
+        tokenizer.chat_template = template
+        tokens[name] = Instruction(DataSection(train="")).end_token(tokenizer)
+    end = llama_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert tokens == {"chat": end[0], "other": end[1], "none": None, "rewritten": None}
+    assert Instruction(DataSection(train="", template="plain")).end_token(llama_tokenizer) == end[0]
 
 
 def test_a_tokenizer_without_a_template_takes_the_plain_one(bert_tokenizer: Any) -> None:

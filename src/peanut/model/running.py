@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,23 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 
 from ..errors import PeanutError
-from .aligning import aligned, arranged, order_of, padding_first, with_loss, without_cache
+from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of
 from .hooks import Hooking, hook, unhook
 from .input import AdaptedInput, AdaptedMixture, Front
 from .output import AdaptedOutput
 from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
+from .reader import IGNORED, Reader, names_of, there_of, with_front
 from .replay import put_back, replayed
-from .shape import longest, position_padding, reading_stack, virtual_id
+from .shape import reading_stack
 from .state import AdapterState, Running
 
 __all__ = ["Runner"]
-
-IGNORED = -100
-"""The label of a token that has none."""
 
 
 class Runner(Hooking):
@@ -43,15 +40,12 @@ class Runner(Hooking):
     def __init__(self, model: nn.Module, state: AdapterState) -> None:
         self.model = model
         self.state = state
-        self._stack: PreTrainedModel | None = None
+        self._reader: Reader | None = None
         self._names: dict[type, tuple[str, ...]] = {}
         self._kept: dict[int, tuple[Running, Any]] = {}
         self._uncached: set[int] = set()
         self._pending: tuple[Tensor, Tensor | None] | None = None
         self._after: tuple[Any, ...] | None = None
-        self._virtual = 0
-        self._longest: int | None = None
-        self._padding: int | None = None
 
     # Being there
 
@@ -68,23 +62,21 @@ class Runner(Hooking):
         if not any(reads) and inputs is None and mixtures is None:
             return
         try:
-            self._stack = reading_stack(self.model)
+            stack = reading_stack(self.model)
         except PeanutError:
             if inputs is None and mixtures is None:
                 return  # a model that tells nothing of its tokens, or has none
             raise
-        self._listen(self._stack, self.before, self.after)
+        self._reader = Reader.of(self.model, stack)
+        self._listen(stack, self.before, self.after)
         if inputs is None:
             return
-        self._virtual = virtual_id(self._stack)
-        self._longest = longest(self._stack)
-        self._padding = position_padding(self._stack)
-        hook(self._stack.get_input_embeddings(), self.embed)
+        hook(stack.get_input_embeddings(), self.embed)
         kinds = {inputs.method_of(name)[0].prepends for name in inputs.adapters}
-        if self._stack is not self.model:
+        if stack is not self.model:
             self._listen(self._decoder(), self.before_decoder, self.after)
         if "keys_values" in kinds:
-            for module in holds_prefix(self.model if self._stack is self.model else self._decoder()):
+            for module in holds_prefix(self.model if stack is self.model else self._decoder()):
                 hook(module, self.see_prefix, before=True)
 
     def leave(self) -> None:
@@ -126,29 +118,31 @@ class Runner(Hooking):
                 "use a method that changes weights or outputs",
             )
         rows, count = read.shape[0], read.shape[1]
-        own = stack is self.model  # else keys and values are for the decoder
+        reader = self._reader
+        assert reader is not None  # it is running
+        own = reader.reads_alone  # else keys and values are for the decoder
         tokens, past = self._front("tokens", rows), arguments.get("past_key_values") if own else None
         prefix = self._front("keys_values", rows) if own else None
         begun = length_of(past) > 0
         width = sum(0 if front is None else front.values.shape[-2] for front in (prefix, tokens))
-        prompt = self._prompt(arguments, rows, count, begun, read.device)
+        prompt = reader.prompt(arguments, rows, count, begun, read.device)
         if width:
             check_grows(past)
-            self._check_length(width, count, past, begun)
-            there = self._there(prefix, tokens, rows, read.device)
-            self._fit_mask(arguments, there, count + (length_of(past) - width if begun else 0), rows, width)
-            self._fit_positions(
-                stack, arguments, there, rows, 0 if begun or tokens is None else tokens.values.shape[-2]
-            )
+            inserted = 0 if begun or tokens is None else tokens.values.shape[-2]
+            there = there_of(prefix, tokens, rows, read.device)
+            reader.check_length(width, count, past, begun)
+            reader.fit_mask(arguments, there, count + (length_of(past) - width if begun else 0), rows, width)
+            reader.fit_positions(arguments, there, rows, width, inserted)
             if prefix is not None and not begun:
                 self._begin(stack, arguments, prefix, past)
             if tokens is not None and not begun:
-                order = self._insert(stack, arguments, tokens, rows)
-                prompt = torch.cat([prompt.new_zeros(rows, tokens.values.shape[-2]), prompt], dim=1)
-                prompt = arranged(prompt, order)
-                self._after = (tokens.values.shape[-2], count, self._objective(arguments, extra), order)
+                order = reader.insert(arguments, tokens, rows)
+                if arguments.get("input_ids") is not None:
+                    self._pending = tokens.values.to(read.device), order
+                prompt = arranged(torch.cat([prompt.new_zeros(rows, inserted), prompt], dim=1), order)
+                self._after = (inserted, count, self._objective(arguments, extra), order)
             if prefix is not None and prefix.there is not None and not begun:
-                self._skip_prefix(stack, arguments, prefix.there)
+                reader.skip_prefix(arguments, prefix.there)
         running = Running(prompt, begun, None if prefix is None else PrefixView(prefix.values))
         mixtures = self._mixtures()
         if mixtures is not None and mixtures.acting():
@@ -189,8 +183,8 @@ class Runner(Hooking):
         self._leave(decoder)
         self._pending = None
         arguments = dict(zip(self._known(decoder), args, strict=False)) | kwargs
-        inputs = self._inputs()
-        if self.state.disabled or inputs is None:
+        inputs, reader = self._inputs(), self._reader
+        if self.state.disabled or inputs is None or reader is None:
             return (), arguments
         read = arguments.get("input_ids")
         read = arguments["inputs_embeds"] if read is None else read
@@ -201,13 +195,13 @@ class Runner(Hooking):
             seen = states.shape[1] - width
             mask = read.new_ones(rows, seen) if mask is None else mask
             if mask.dim() == 2 and mask.shape[1] == seen:
-                whole = _with_front(mask, there, width)
+                whole = with_front(mask, there, width)
                 arguments["encoder_attention_mask"] = arranged(whole, padding_first(whole, width))
         prefix = self._front("keys_values", rows)
         if prefix is not None:
             past, wide = arguments.get("past_key_values"), prefix.values.shape[-2]
             begun = length_of(past) > 0
-            self._fit_mask(arguments, prefix.there, count + (length_of(past) - wide if begun else 0), rows, wide)
+            reader.fit_mask(arguments, prefix.there, count + (length_of(past) - wide if begun else 0), rows, wide)
             if not begun:
                 if past is None:
                     arguments["past_key_values"] = EncoderDecoderCache(
@@ -232,13 +226,13 @@ class Runner(Hooking):
     def _known(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the parameters of a module's forward."""
         if type(module) not in self._names:
-            self._names[type(module)] = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            self._names[type(module)] = names_of(module)
         return self._names[type(module)]
 
     def _begin(self, stack: nn.Module, arguments: dict[str, Any], prefix: Front, past: Any) -> None:
         """Begins a cache, ``past`` or a new one, with a prefix."""
-        assert self._stack is not None  # it is running
-        embedding: Any = self._stack.get_input_embeddings()
+        assert self._reader is not None  # it is running
+        embedding: Any = self._reader.stack.get_input_embeddings()
         cache = arguments.get("past_key_values")
         arguments["past_key_values"] = filled(cache, prefix.values.to(embedding.weight.dtype), stack.config)
         if past is None and arguments.get("use_cache") is False:
@@ -267,158 +261,6 @@ class Runner(Hooking):
         names = {read for name in inputs.adapters for read in inputs.method_of(name)[0].reads} if inputs else set()
         return {name: arguments.pop(name) for name in names if name in arguments}
 
-    def _there(self, prefix: Front | None, tokens: Front | None, rows: int, device: torch.device) -> Tensor | None:
-        """(batch, p), which of everything that comes before the user's tokens is there, ``None`` for all."""
-        fronts = [front for front in (prefix, tokens) if front is not None]
-        if all(front.there is None for front in fronts):
-            return None
-        parts = [
-            torch.ones(rows, front.values.shape[-2], dtype=torch.bool) if front.there is None else front.there
-            for front in fronts
-        ]
-        return torch.cat(parts, dim=1).to(device)
-
-    def _fit_mask(self, arguments: dict[str, Any], there: Tensor | None, seen: int, rows: int, width: int) -> None:
-        """The attention mask over what comes before, and the ``seen`` tokens of the user."""
-        mask = arguments.get("attention_mask")
-        if mask is None and there is None:
-            return
-        if mask is None:
-            assert there is not None  # as just seen
-            mask = torch.ones(rows, seen, dtype=torch.long, device=there.device)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise PeanutError(
-                f"an attention_mask of shape {shape} beside virtual tokens",
-                "one of shape (batch, tokens)",
-                "give the mask of the padding; in generate, leave cache_implementation open",
-            )
-        if mask.shape[1] != seen:
-            raise PeanutError(
-                f"an attention_mask for {mask.shape[1]} tokens",
-                f"one for the {seen} tokens that the user gave, those in the cache among them",
-                "leave the virtual tokens out of it, and begin the cache with the adapter active",
-            )
-        arguments["attention_mask"] = _with_front(mask, there, width)
-
-    def _fit_positions(
-        self, stack: nn.Module, arguments: dict[str, Any], there: Tensor | None, rows: int, inserted: int
-    ) -> None:
-        """Position ids that count what comes before, and no padding."""
-        if "position_ids" not in self._known(stack):
-            return
-        given, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-        read = arguments.get("input_ids")
-        read = arguments["inputs_embeds"] if read is None else read
-        count = read.shape[1] + inserted
-        inputs = self._inputs()
-        assert inputs is not None  # something comes before
-        width = inputs.width("tokens") + inputs.width("keys_values")
-        if given is None:
-            if mask is not None and self._padding is None and "past_key_values" in self._known(stack):
-                arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
-            return
-        if given.dim() != 2:
-            raise PeanutError(f"position_ids of shape {tuple(given.shape)}", "(batch, tokens)", "leave them out")
-        given = given.expand(rows, -1)
-        front = torch.ones(rows, width, dtype=torch.long, device=given.device) if there is None else there.long()
-        before = (front.cumsum(1) - 1).clamp(min=0)[:, width - inserted :]
-        before = before + (0 if self._padding is None else self._padding + 1)
-        arguments["position_ids"] = torch.cat([before, given + front.sum(1, keepdim=True)], dim=1)
-
-    def _skip_prefix(self, stack: nn.Module, arguments: dict[str, Any], there: Tensor) -> None:
-        """Position ids for a model that gives all rows one past, where some rows have less of a prefix than others."""
-        if "past_key_values" in self._known(stack) or arguments.get("position_ids") is not None:
-            return
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        if ids is None and self._padding is not None:
-            return  # it counts without the past
-        read = embeds if ids is None else ids
-        assert read is not None  # else it had not come here
-        past = there.to(read.device).sum(1, keepdim=True)
-        if self._padding is None:
-            arguments["position_ids"] = torch.arange(read.shape[1], device=read.device) + past
-        elif ids is not None:
-            known = (ids != self._padding).long()
-            arguments["position_ids"] = (known.cumsum(1) + past) * known + self._padding
-
-    def _check_length(self, width: int, count: int, past: Any, begun: bool) -> None:
-        """Refuses more tokens than the model has positions for."""
-        total = count + (length_of(past) if begun else width)
-        if self._longest is not None and total > self._longest:
-            raise PeanutError(
-                f"{width} virtual tokens and {total - width} tokens",
-                f"at most {self._longest} together, for which {type(self.model).__name__} has positions",
-                "cut the texts to fewer tokens",
-            )
-
-    def _insert(self, stack: nn.Module, arguments: dict[str, Any], tokens: Front, rows: int) -> Tensor | None:
-        """Puts virtual tokens before the user's, and what is said of each token; returns the order if it is another.
-
-        Where rows have fewer than others, a model that reads in one go (BERT) is given the empty places last: it
-        answers from the first one, and counts from there. One that writes (GPT) is given them first.
-        """
-        width = tokens.values.shape[1]
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        read = ids if ids is not None else embeds
-        assert read is not None  # else it had not come here
-        assert self._stack is not None
-        if ids is not None:
-            front = ids.new_full((rows, width), self._virtual)
-            padding = getattr(self._stack.config, "pad_token_id", None)
-            if tokens.there is not None:
-                front[~tokens.there.to(ids.device)] = self._virtual if padding is None else padding
-            arguments["input_ids"] = torch.cat([front, ids], dim=1)
-        elif embeds is not None:
-            arguments["inputs_embeds"] = torch.cat([tokens.values.to(embeds), embeds], dim=1)
-        if arguments.get("token_type_ids") is not None:
-            types = arguments["token_type_ids"]
-            arguments["token_type_ids"] = torch.cat([types.new_zeros(rows, width), types], dim=1)
-        labels = arguments.get("labels")
-        if labels is not None and self._labels_tokens(labels, read.shape[1]):
-            arguments["labels"] = torch.cat([labels.new_full((rows, width), IGNORED), labels], dim=1)
-        order = None
-        before: Tensor | int = width
-        if tokens.there is not None and stack is self.model and "past_key_values" not in self._known(stack):
-            order = order_of(tokens.there.to(read.device), read.shape[1])
-            before = tokens.there.to(read.device).sum(1)
-            places = width + read.shape[1]
-            for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels"):
-                value = arguments.get(name)
-                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == places:
-                    arguments[name] = arranged(value, order)
-            mask = arguments["attention_mask"]  # it has a prefix in front
-            parts = mask[:, : mask.shape[1] - places], mask[:, mask.shape[1] - places :]
-            arguments["attention_mask"] = torch.cat([parts[0], arranged(parts[1], order)], dim=1)
-        elif stack is not self.model and arguments.get("attention_mask") is not None:
-            order = padding_first(arguments["attention_mask"], width)
-            for name in ("input_ids", "inputs_embeds", "attention_mask"):
-                if arguments.get(name) is not None:
-                    arguments[name] = arranged(arguments[name], order)
-        for name in ("start_positions", "end_positions"):
-            if arguments.get(name) is not None:
-                arguments[name] = arguments[name].clamp(min=0) + before
-        if ids is not None:
-            self._pending = tokens.values.to(ids.device), order
-        return order
-
-    def _labels_tokens(self, labels: Tensor, count: int) -> bool:
-        """Whether there is a label for each token, not for each sample."""
-        per_sample = type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
-        return self._stack is self.model and not per_sample and labels.dim() == 2 and labels.shape[1] == count
-
-    def _prompt(self, arguments: dict[str, Any], rows: int, count: int, begun: bool, device: torch.device) -> Tensor:
-        """(batch, tokens), which of the tokens belong to the user's prompt: no padding, and no answer."""
-        if begun:
-            return torch.zeros(rows, count, dtype=torch.bool, device=device)
-        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
-        two = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == count
-        known = mask.bool() if two else torch.ones(rows, count, dtype=torch.bool, device=device)  # type: ignore[union-attr]
-        if labels is None or not self._labels_tokens(labels, count):
-            return known
-        asked = known & ~((labels != IGNORED).cumsum(1) > 0)
-        return torch.where(asked.any(1, keepdim=True), asked, known)  # where all is answer, all is prompt
-
     def _objective(self, arguments: dict[str, Any], extra: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
         """The loss of the acting method that has one of its own; the labels are then taken from the model."""
         inputs, labels = self._inputs(), arguments.get("labels")
@@ -443,8 +285,3 @@ def _loss(method: Any, config: Any, labels: Tensor, extra: dict[str, Any], items
     """A method's own loss; where gradients of several batches add up to ``items`` labels, this batch's share of it."""
     loss: Tensor = method.loss(config, logits[:, -(config.num_virtual_tokens + labels.shape[1]) :], labels, extra)
     return loss if items is None else loss * (labels[:, 1:] != IGNORED).sum() / items
-
-
-def _with_front(mask: Tensor, there: Tensor | None, width: int) -> Tensor:
-    front = mask.new_ones(mask.shape[0], width) if there is None else there.to(mask.device, mask.dtype)
-    return torch.cat([front, mask], dim=1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
 
 from ..errors import PeanutError
 from .model import load_trained
-from .tasks import Instruction, LanguageTask
+from .tasks import Instruction, LanguageTask, Task
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "end_tokens"]
 
 
 class Generator:
@@ -60,7 +61,16 @@ class Generator:
             **chosen,
             max_new_tokens=max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=end_tokens(self.model, self.task, self.tokenizer),
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         answer: str = self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answer
+
+
+def end_tokens(model: Any, task: Task, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's, the tokenizer's, and the one that training put after answers."""
+    of_model = model.generation_config.eos_token_id
+    learned = task.end_token(tokenizer) if isinstance(task, Instruction) else None
+    found = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id, learned]
+    return sorted({token for token in found if token is not None})

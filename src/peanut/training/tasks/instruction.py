@@ -99,6 +99,16 @@ class Instruction(LanguageTask):
         )
         return prompt, template is PLAIN
 
+    def end_token(self, processor: Any) -> int | None:
+        """The special token with which the template ends an answer; a base model's own end token is often another."""
+        template = self.template(processor)
+        prompt, _ = self.question("q", processor)
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        text: str = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+        tail = processor(text.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+        special = {token for token, added in processor.added_tokens_decoder.items() if added.special}
+        return next((token for token in tail if text.startswith(prompt) and token in special), None)
+
     def encode(self, rows: Dataset, processor: Any, source: str) -> Dataset:
         import datasets
 
