@@ -21,7 +21,7 @@ instructions: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.instructions $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --cov --cov-report=term:skip-covered $(ARGS)
 
 bench: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/peanut bench $(ARGS)

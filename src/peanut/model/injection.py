@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
 from .adapter_set import AdapterSet, experts_of
-from .checkpoint import KeyStyle, StoredAdapter, adapter_state, file_key, load_state, plain_key
+from .checkpoint import StoredAdapter, adapter_state
+from .keys import KeyStyle, file_key, plain_key
+from .loading import load_state
 from .mixtures import all_or_none, ready, whole_name
 from .surgery import SHARED
 

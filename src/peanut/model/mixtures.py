@@ -16,7 +16,8 @@ from ..errors import PeanutError
 from ..protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
 from ..protocols.config import CONFIG_NAME
 from .adapter_set import AdapterSet, experts_of
-from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, load_state, read_adapter, same_form, save_adapter
+from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
+from .loading import load_state, same_form
 from .surgery import SHARED
 
 __all__ = ["all_or_none", "gathered", "ready", "save_experts", "whole_name"]

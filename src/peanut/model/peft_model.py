@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType, method_of
 from .adapter_set import AdapterSet
-from .checkpoint import TRAINING_NAME, StoredAdapter, load_state, read_adapter, same_form, save_adapter
+from .checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .injection import AdaptedModel
+from .loading import load_state, same_form
 from .mixtures import all_or_none, gathered, ready, save_experts, whole_name
 from .models import MODELS
 from .routing import per_sample
