@@ -174,7 +174,8 @@ def test_experts_that_the_peer_did_not_write_whole(
 # Training
 
 
-def test_gradient_checkpointing(tiny_llama: Builder, experts: dict[str, str]) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(tiny_llama: Builder, experts: dict[str, str], reentrant: bool) -> None:
     model = mixed(tiny_llama(), experts, use_trainable_adapters=True, scaling_pass_value=0.3).train()
 
     def run() -> dict[str, Tensor]:
@@ -184,7 +185,9 @@ def test_gradient_checkpointing(tiny_llama: Builder, experts: dict[str, str]) ->
         return {name: grad.clone() for name, grad in gradients(model).items()}
 
     expected = run()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # as with any adapter on a frozen base
     found = run()
     assert len(found) == 2 + 2 * 2 * 2 * 3
     assert found.keys() == expected.keys()

@@ -15,7 +15,6 @@ from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
 from ..weights.kind import recomputed
 from .adapted import Adapted
-from .parameters import Parameters
 from .state import BASE, AdapterState
 
 __all__ = ["BIAS", "AdaptedLayer"]
@@ -42,24 +41,7 @@ class AdaptedLayer(Adapted):
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
-    def add(
-        self,
-        name: str,
-        method: Any,
-        config: PeftConfig,
-        parameters: Parameters,
-        shared: Parameters | None = None,
-        holds: bool = False,
-    ) -> None:
-        super().add(name, method, config, parameters, shared, holds)
-        self._known.pop(name, None)
-
-    def configure(self, name: str, config: PeftConfig) -> None:
-        super().configure(name, config)
-        self._known.pop(name, None)
-
-    def delete(self, name: str) -> None:
-        super().delete(name)
+    def forget(self, name: str) -> None:
         self._known.pop(name, None)
 
     @property
