@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peanut import PeanutConfig, get_peft_model
-from peanut.model.inspection import inspect_adapter
+from peanut import BottleneckConfig, PeanutConfig, get_peft_model
+from peanut.model.inspection import inspect_adapter, inspect_places
 from peanut.operators import LowRank, effective_rank, singular_values
 
 from ..support import Net, randomised
@@ -26,6 +26,19 @@ def test_report_equals_the_dense_matrices() -> None:
     assert report.delta_norm == pytest.approx(float(values.norm()))
     assert report.relative_norm == pytest.approx(report.delta_norm / report.weight_norm)
     assert report.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-6)
+
+
+def test_places_without_a_weight() -> None:
+    config = BottleneckConfig(bottleneck_size=3, target_modules=["layer"])
+    model = randomised(get_peft_model(Net(nn.Linear(20, 12)), config))
+    assert inspect_adapter(model) == []
+    (report,) = inspect_places(model)
+    values = dict(model.adapters.parameters("default"))
+    assert (report.path, report.method, report.parameters) == ("layer", "BOTTLENECK", 3 * 12 + 3 + 12 * 3 + 12)
+    assert {f"layer.{suffix}" for suffix in report.tensors} == values.keys()
+    for suffix, (shape, norm) in report.tensors.items():
+        assert shape == tuple(values[f"layer.{suffix}"].shape)
+        assert norm == pytest.approx(float(values[f"layer.{suffix}"].detach().norm()))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 9])  # 9 is more than the matrix has

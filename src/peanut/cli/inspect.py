@@ -16,12 +16,15 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or the run's.", show_default=False)],
     base_model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model, if it moved.")] = None,
 ) -> None:
-    """Print an adapter's config and, layer by layer, how large its update is and of what rank."""
+    """Print an adapter's config and, layer by layer, how large its update is and of what rank.
+
+    Of an adapter that changes no weight, its tensors.
+    """
     quiet()
     from rich.console import Console
     from rich.table import Column, Table
 
-    from ..model.inspection import inspect_adapter
+    from ..model.inspection import inspect_adapter, inspect_places
     from ..training.model import load_trained
 
     trained = load_trained(adapter, base_model)
@@ -40,7 +43,13 @@ def inspect(
             f"{report.relative_norm:.2%}",
             f"{report.effective_rank:.1f}",
         )
+    places = Table(Column("place", overflow="fold"), "tensor", Column("shape", justify="right"), "norm", box=None)
+    for place in inspect_places(trained.model):
+        for suffix, (shape, norm) in place.tensors.items():
+            places.add_row(place.path, suffix, " × ".join(map(str, shape)), f"{norm:.3g}")
     console = Console(soft_wrap=True)
     console.print(config)
-    console.print()
-    console.print(layers)
+    for table in (layers, places):
+        if table.row_count:
+            console.print()
+            console.print(table)

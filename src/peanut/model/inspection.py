@@ -1,4 +1,4 @@
-"""What an adapter does to each layer, in numbers."""
+"""What an adapter does to each layer, and what it has in other places, in numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import nn
 
 from ..operators import Dense, effective_rank, singular_values
 from .adapter_set import AdapterSet
+from .layer import AdaptedLayer
 
-__all__ = ["LayerReport", "inspect_adapter"]
+__all__ = ["LayerReport", "PlaceReport", "inspect_adapter", "inspect_places"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,42 @@ class LayerReport:
     def relative_norm(self) -> float:
         """‖ΔW‖ / ‖W⁰‖."""
         return self.delta_norm / self.weight_norm if self.weight_norm else float("inf")
+
+
+@dataclass(frozen=True)
+class PlaceReport:
+    """A place where an adapter changes no weight: an output, the input, the gate of a mixture.
+
+    Args:
+        path: where it is in the model, "/" for the model's input.
+        method: the method that acts there.
+        tensors: the shape and the Frobenius norm of each of its tensors, by suffix.
+        parameters: how many it has.
+    """
+
+    path: str
+    method: str
+    tensors: dict[str, tuple[tuple[int, ...], float]]
+    parameters: int
+
+
+@torch.no_grad()
+def inspect_places(model: nn.Module, name: str = "default") -> list[PlaceReport]:
+    """A report of every place where adapter ``name`` does something else than change a weight.
+
+    Raises:
+        PeanutError: there is no such adapter.
+    """
+    adapters = AdapterSet.of(model)
+    adapters.known(name)
+    reports = []
+    for place in adapters.places(name):
+        if not isinstance(place, AdaptedLayer):
+            values = place.values(name)
+            tensors = {suffix: (tuple(value.shape), float(value.double().norm())) for suffix, value in values.items()}
+            count = sum(value.numel() for value in values.values())
+            reports.append(PlaceReport(place.path, place.method_of(name)[0].name, tensors, count))
+    return reports
 
 
 @torch.no_grad()
