@@ -40,6 +40,16 @@ def test_every_form_is_the_same_matrix(scaling: float) -> None:
     assert distance(up @ down, matrix) < 1e-14
 
 
+def test_weighted_is_the_answer_weighted_token_by_token() -> None:
+    delta = LowRank(torch.randn(OUT, 3).double(), torch.randn(3, IN).double(), 0.3)
+    x, gate = torch.randn(2, 4, IN).double(), torch.rand(2, 4, 1).double().requires_grad_()
+    found, expected = delta.weighted(x, gate), delta.apply(x) * gate
+    assert distance(found, expected) < 1e-14
+    direction = torch.randn_like(found)
+    (ours,), (theirs,) = torch.autograd.grad(found, gate, direction), torch.autograd.grad(expected, gate, direction)
+    assert distance(ours, theirs) < 1e-14
+
+
 def test_gradients_flow_through_a_cast() -> None:
     delta = operator()
     half = delta.to(torch.bfloat16)

@@ -281,17 +281,20 @@ class AdaptedLayer(Adapted):
         dtype = x.dtype if kind.takes_activations() else self.weight.dtype
         if change.dropout and self.training and kind.takes_activations():
             x = nn.functional.dropout(x, change.dropout)
-        response = kind.respond(self.base_layer, x, change.delta.to(dtype))
-        if change.gate is None:
+        delta, gate = change.delta.to(dtype), change.gate
+        early = gate is not None and kind.takes_features()  # else Δ has to answer before it is weighted
+        response = x if early else kind.respond(self.base_layer, x, delta)
+        if gate is None:
             return response
-        if response.dim() != 3 or response.shape[:2] != change.gate.shape[:2]:
+        if response.dim() != 3 or response.shape[:2] != gate.shape[:2]:
             raise PeanutError(
-                f"'{self.path}' answers with {tuple(response.shape)} where a mixture's gates are for (batch, tokens) = "
-                f"{tuple(change.gate.shape[:2])}",
+                f"'{self.path}' deals with {tuple(response.shape)} where a mixture's gates are for (batch, tokens) = "
+                f"{tuple(gate.shape[:2])}",
                 "experts of layers that see every token",
                 "leave this layer out of the experts",
             )
-        return response * change.gate.to(response.dtype)
+        gate = gate.to(response.dtype)
+        return delta.weighted(x, gate) if early else response * gate
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Row by row: each sample's rows with its own adapter's change."""

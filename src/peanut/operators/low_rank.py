@@ -39,6 +39,9 @@ class LowRank(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.scaled_up())
 
+    def weighted(self, x: Tensor, gate: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down) * gate, self.scaled_up())  # keeps r numbers a token, not the output
+
     def rows(self, ids: Tensor) -> Tensor:
         return F.linear(F.embedding(ids, self.down.T), self.scaled_up())
 

@@ -20,6 +20,7 @@ class Operator(ABC):
 
     Laws, checked for every operator in float64, forward and backward:
         ``apply(x)`` is ``x @ dense().T``; ``rows(ids)`` is ``dense().T[ids]``;
+        ``weighted(x, g)`` is ``apply(x) * g``;
         ``joined(x, W, b)`` is ``x @ (W + dense()).T + b`` for a frozen W;
         ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
         the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
@@ -41,6 +42,10 @@ class Operator(ABC):
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
         """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
+
+    def weighted(self, x: Tensor, gate: Tensor) -> Tensor:
+        """gate ⊙ Δ x, gate (…, 1): what a mixture makes of an expert, token by token."""
+        return self.apply(x) * gate
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
