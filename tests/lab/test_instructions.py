@@ -20,6 +20,8 @@ from peanut.training.config import load_config
 from peanut.training.sections import DataSection
 from peanut.training.tasks import Instruction
 
+from ..support import one_thread, save_small_llama  # noqa: F401
+
 ARC, GSM8K = EXAMS["ARC-Easy"], EXAMS["GSM8K"]
 
 
@@ -30,35 +32,11 @@ def arc_question(text: str) -> str:
 QUESTIONS = [arc_question(text) for text in ("Ice", "A long question about the sun and the moon", "Two words")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small random layers, with SmolLM2's tokenizer and its chat template."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = hf.AutoTokenizer.from_pretrained(smollm2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = hf.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=len(tokenizer),
-            initializer_range=0.5,  # else all tokens are nearly as likely
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        hf.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_llama(folder, smollm2, initializer_range=0.5)  # else all tokens are nearly as likely
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers as hf
 
+from ..support import save_small_llama
+
 Config = dict[str, Any]
 
 
@@ -40,25 +42,8 @@ def reviews(movie_reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tiny_llm(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small random layers, with SmolLM2's tokenizer and its chat template."""
-    folder = tmp_path_factory.mktemp("tiny-llm")
-    tokenizer = hf.AutoTokenizer.from_pretrained(smollm2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = hf.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        hf.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    options = {"num_key_value_heads": 2, "max_position_embeddings": 128}
+    return save_small_llama(tmp_path_factory.mktemp("tiny-llm"), smollm2, **options)
 
 
 @pytest.fixture(scope="session")

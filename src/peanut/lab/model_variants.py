@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import METHODS, InputMethod, Method, MixtureMethod, PeftConfig, WeightMethod
 from .measure import now, saved_bytes
-from .variants import Variant, peer_version
+from .variants import Variant, compared, moved, peer_of
 
 __all__ = ["GENERATED", "ModelVariant", "frozen_llama", "model_configs", "model_variants", "needs_model"]
 
@@ -146,17 +145,16 @@ def model_variants(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Mod
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(METHODS[config.method.value], MixtureMethod):
                 config = dataclasses.replace(given, adapters=_experts(build, Path(folder)))  # type: ignore[call-arg]
-            ours = get_peft_model(build(), config)
-            for parameter in ours.parameters():
-                if parameter.requires_grad and not parameter.any():
-                    nn.init.normal_(parameter, std=0.02)  # at zero the two sides would agree whatever they compute
+            ours = moved(get_peft_model(build(), config))
             more = {"task_ids": torch.zeros(1, dtype=torch.long)} if config.method.value == "POLY" else {}
             found.append(ModelVariant(name, "peanut", ours, stack, labels=labels, more=more))
             peer = _peer(name, config, build(), ours)
         if peer is None:
             continue
         variant = ModelVariant(name, "peft", peer, stack, labels=labels, more=more)
-        variant.difference = _difference(name, ours.eval(), peer.eval(), x, more)
+        with torch.no_grad():
+            answers = [side.eval()(inputs_embeds=x, **more).logits for side in (ours, peer)]
+        variant.difference = compared(name, *answers)
         found.append(variant)
     return found
 
@@ -166,55 +164,26 @@ def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
     for number in range(EXPERTS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            model = get_peft_model(build(), METHODS["LORA"].config_class(task_type="CAUSAL_LM"))
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    nn.init.normal_(parameter, std=0.02)
+            model = moved(get_peft_model(build(), METHODS["LORA"].config_class(task_type="CAUSAL_LM")))
         model.save_pretrained(folder / str(number))
     return {str(number): str(folder / str(number)) for number in range(EXPERTS)}
 
 
-def _peer(name: str, config: PeftConfig, model: Any, ours: PeftModel) -> nn.Module | None:
+def _peer(name: str, config: PeftConfig, model: Any, ours: PeftModel) -> Any:
     """The peer's implementation with the parameters of ours, if there is one."""
-    if peer_version() is None:
-        return None
-    peft: Any = importlib.import_module("peft")
     method = METHODS[config.method.value]
-    if config.method not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        return None
-    known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[config.method].__dataclass_fields__
-    values = {key: value for key, value in ours.active_peft_config.to_dict().items() if key in known}
+    values = ours.active_peft_config.to_dict()
     if isinstance(method, MixtureMethod):
         model.config.use_cache = False  # it refuses any other
         values["adapters"] = config.adapters  # type: ignore[attr-defined]
-    try:
-        adapted: Any = peft.get_peft_model(model, peft.get_peft_config(values))
-    except (ValueError, TypeError) as error:
-        raise PeanutError(f"{name}: peft {peer_version()} refuses this config: {error}") from None
+    adapted = peer_of(name, model, values)
+    if adapted is None:
+        return None
     if isinstance(method, InputMethod):
-        own = ours.adapters.parameters("default")
-        encoder = adapted.prompt_encoder["default"]
-        tensors = {key.removeprefix("/"): value.detach() for key, value in own}
+        tensors = {key.removeprefix("/"): value.detach() for key, value in ours.adapters.parameters("default")}
         if "prompt_embeddings" in tensors:
             tensors["embedding.weight"] = tensors.pop("prompt_embeddings")
-        encoder.load_state_dict(tensors)
+        adapted.prompt_encoder["default"].load_state_dict(tensors)
     else:
-        peft.set_peft_model_state_dict(adapted, get_peft_model_state_dict(ours))
-    result: nn.Module = adapted
-    return result
-
-
-@torch.no_grad()
-def _difference(name: str, ours: nn.Module, peer: nn.Module, x: Tensor, more: dict[str, Any]) -> float:
-    """How far the outputs of the two sides are apart, relative to the largest entry."""
-    x = x.detach()
-    y = ours(inputs_embeds=x, **more).logits.double()
-    difference = float((peer(inputs_embeds=x, **more).logits.double() - y).abs().max() / y.abs().max())
-    allowed = max(1e-5, 10 * torch.finfo(x.dtype).eps)
-    if not difference <= allowed:
-        raise PeanutError(
-            f"{name}: the output differs from that of peft {peer_version()} by {difference:.1e} of the largest entry",
-            f"at most {allowed:.1e}, rounding in {x.dtype}",
-            "the two cannot be compared: report this line",
-        )
-    return difference
+        importlib.import_module("peft").set_peft_model_state_dict(adapted, get_peft_model_state_dict(ours))
+    return adapted

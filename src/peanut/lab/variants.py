@@ -15,12 +15,23 @@ from torch import Tensor, nn
 from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
-from ..model.peft_model import get_peft_model
+from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import METHODS, Method, PeftConfig, WeightMethod, method_of
 from ..protocols.config import check_whole
 from .measure import now, peak_bytes, repeated, saved_bytes
 
-__all__ = ["By", "Settings", "Variant", "configs_of", "frozen_stack", "peer_version", "variants_of"]
+__all__ = [
+    "By",
+    "Settings",
+    "Variant",
+    "compared",
+    "configs_of",
+    "frozen_stack",
+    "moved",
+    "peer_of",
+    "peer_version",
+    "variants_of",
+]
 
 By = Literal["frozen", "peanut", "peft"]
 
@@ -238,10 +249,7 @@ def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequen
     for name, untargeted in configs.items():
         config = dataclasses.replace(untargeted, target_modules=targets)
         stack = build()
-        ours = get_peft_model(stack, config)
-        for parameter in ours.parameters():
-            if parameter.requires_grad and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)  # at zero the two sides would agree whatever they compute
+        ours = moved(get_peft_model(stack, config))
         variants.append(Variant(name, "peanut", ours, stack))
         peer = _by_peer(name, config, build(), ours, x)
         if peer is not None:
@@ -251,24 +259,55 @@ def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequen
 
 def _by_peer(name: str, config: PeftConfig, stack: nn.Sequential, ours: nn.Module, x: Tensor) -> Variant | None:
     """The peer's implementation with the parameters of ours, if there is one."""
+    model = peer_of(name, stack, config.to_dict())
+    if model is None:
+        return None
+    importlib.import_module("peft").set_peft_model_state_dict(model, get_peft_model_state_dict(ours))
+    with torch.no_grad():
+        difference = compared(name, ours(x), model(x))
+    return Variant(name, "peft", model, stack, difference)
+
+
+def moved(model: PeftModel) -> PeftModel:
+    """The model with trained parameters that start at zero moved away from it.
+
+    At zero this library and the peer would agree whatever they compute.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def peer_of(name: str, model: nn.Module, config: Mapping[str, Any]) -> Any:
+    """The model adapted by the peer, ``None`` where it is not installed or has no such method.
+
+    Raises:
+        PeanutError: it refuses the config.
+    """
     if peer_version() is None:
         return None
     peft: Any = importlib.import_module("peft")
-    if config.method not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+    if config["peft_type"] not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         return None
     try:
-        model: nn.Module = peft.get_peft_model(stack, peft.get_peft_config(config.to_dict()))
+        return peft.get_peft_model(model, peft.get_peft_config(dict(config)))
     except (ValueError, TypeError) as error:
         raise PeanutError(f"{name}: peft {peer_version()} refuses this config: {error}") from None
-    peft.set_peft_model_state_dict(model, get_peft_model_state_dict(ours))
-    with torch.no_grad():
-        y = ours(x).double()
-        difference = float((model(x).double() - y).abs().max() / y.abs().max())
-    allowed = max(1e-5, 10 * torch.finfo(x.dtype).eps)
+
+
+def compared(name: str, y: Tensor, theirs: Tensor) -> float:
+    """How far the outputs of the two sides are apart, relative to the largest entry.
+
+    Raises:
+        PeanutError: too far for rounding.
+    """
+    difference = float((theirs.double() - y.double()).abs().max() / y.double().abs().max())
+    allowed = max(1e-5, 10 * torch.finfo(y.dtype).eps)
     if not difference <= allowed:
         raise PeanutError(
             f"{name}: the output differs from that of peft {peer_version()} by {difference:.1e} of the largest entry",
-            f"at most {allowed:.1e}, rounding in {x.dtype}",
+            f"at most {allowed:.1e}, rounding in {y.dtype}",
             "the two cannot be compared: report this line",
         )
-    return Variant(name, "peft", model, stack, difference)
+    return difference

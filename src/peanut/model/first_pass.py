@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import Cache, DynamicCache
 from ..errors import PeanutError
 from .input import AdaptedMixture
 from .prefix import filled, length_of
+from .reader import Reader
 from .state import AdapterState, Running
 
 __all__ = ["gates_of"]
@@ -29,14 +29,14 @@ _BARE = ""
 
 
 def gates_of(
-    mixtures: AdaptedMixture, state: AdapterState, stack: nn.Module, arguments: dict[str, Any], running: Running
+    mixtures: AdaptedMixture, state: AdapterState, reader: Reader, arguments: dict[str, Any], running: Running
 ) -> Gates:
     """The gates of every mixture that acts, by layer, for a batch that is about to run.
 
     Args:
         mixtures: the mixtures.
         state: which adapters act.
-        stack: the model.
+        reader: the model.
         arguments: what it is called with; a cache is put there where one is begun.
         running: what is known of the batch.
 
@@ -61,15 +61,15 @@ def gates_of(
             size = (*read.shape[:2], len(paths), len(experts))
             flat = torch.full(size, fixed, device=read.device, dtype=torch.float32)
             constant = {name: _by_path(method.applied(config, flat), paths, experts)}
-            hidden = _hidden(state, stack, arguments, replace(running, gates=constant), name)
+            hidden = _hidden(state, reader, arguments, replace(running, gates=constant), name)
         else:
-            bare = hidden = _hidden(state, stack, arguments, running, _BARE) if bare is None else bare
+            bare = hidden = _hidden(state, reader, arguments, running, _BARE) if bare is None else bare
         gates = method.gates(config, mixtures.values(name), hidden, len(paths), mixtures.training)
         mixtures.latest[name] = gates.detach()
         if mixtures.logging:
             mixtures.log.setdefault(name, []).append(gates.detach())
         found[name] = _by_path(method.applied(config, gates), paths, experts)
-        _for_head(found[name], stack, arguments.get("logits_to_keep"))
+        _for_head(found[name], reader.stack, arguments.get("logits_to_keep"))
     return found
 
 
@@ -90,18 +90,19 @@ def _for_head(gates: dict[str, list[tuple[str, Tensor]]], stack: nn.Module, kept
 
 
 @torch.no_grad()
-def _hidden(state: AdapterState, stack: nn.Module, arguments: dict[str, Any], running: Running, name: str) -> Tensor:
+def _hidden(state: AdapterState, reader: Reader, arguments: dict[str, Any], running: Running, name: str) -> Tensor:
     """The last hidden states of the model without adapters, or with the experts of ``name`` at the gates given."""
-    backbone: Any = stack.base_model
-    known = inspect.signature(type(backbone).forward).parameters
+    backbone: Any = reader.stack.base_model
+    known = reader.inner
     given = {key: value for key, value in arguments.items() if key in known and key not in _NOT_FOR_IT}
-    cache = _twin(stack, arguments, running, name)
+    cache = _twin(reader.stack, arguments, running, name)
     if "past_key_values" in known:
         given |= {"past_key_values": cache, "use_cache": cache is not None}
     before = state.active, state.disabled, state.running
     state.active, state.disabled, state.running = [name], name == _BARE, running
     # Nothing is kept for a backward, and a block that is to be run again would not be given the cache.
-    again = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = backbone.modules() if backbone.training else ()
+    again = [module for module in blocks if getattr(module, "gradient_checkpointing", False)]
     for module in again:
         module.gradient_checkpointing = False
     try:

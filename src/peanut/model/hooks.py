@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Hooking", "hook", "move_hooks", "unhook"]
+__all__ = ["Hooking", "hook", "move_hooks", "names_of", "unhook"]
+
+
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of a module's forward, for arguments that are given by place."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 class Hooking:

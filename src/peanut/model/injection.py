@@ -13,7 +13,7 @@ from .adapter_set import AdapterSet, experts_of
 from .checkpoint import StoredAdapter, adapter_state
 from .keys import KeyStyle, file_key, plain_key
 from .loading import load_state
-from .mixtures import all_or_none, ready, whole_name
+from .mixtures import all_or_none, name_for, ready
 from .surgery import SHARED
 
 __all__ = [
@@ -94,7 +94,7 @@ def inject_adapter_in_model(
         state_dict: the adapter's tensors, by the keys that its file has.
     """
     adapters = AdapterSet.of(model)
-    adapter_name = whole_name(adapters, peft_config, adapter_name)
+    adapter_name = name_for(adapters, peft_config, adapter_name)
     with all_or_none(adapters):
         peft_config = ready(adapters, peft_config)
         adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)

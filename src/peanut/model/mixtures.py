@@ -20,7 +20,7 @@ from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter
 from .loading import load_state, same_form
 from .surgery import SHARED
 
-__all__ = ["all_or_none", "gathered", "ready", "save_experts", "whole_name"]
+__all__ = ["all_or_none", "gathered", "name_for", "ready", "save_experts"]
 
 
 @contextmanager
@@ -162,11 +162,7 @@ def save_experts(folder: Path, adapters: AdapterSet, name: str) -> None:
         save_adapter(folder / expert, adapters, expert)
 
 
-def whole_name(adapters: AdapterSet, config: PeftConfig, name: str) -> str:
+def name_for(adapters: AdapterSet, config: PeftConfig, name: str) -> str:
     """The name of a new adapter: a mixture whose expert has the default name is called after its method."""
-    taken = name == "default" and name in adapters.configs
-    return method_of(config.peft_type).name.lower() if taken and _mixes(config) else name
-
-
-def _mixes(config: PeftConfig) -> bool:
-    return isinstance(method_of(config.peft_type), MixtureMethod)
+    method, taken = method_of(config.peft_type), name == "default" and name in adapters.configs
+    return method.name.lower() if taken and isinstance(method, MixtureMethod) else name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..errors import PeanutError
 from ..protocols import Call, OutputMethod, PeftConfig
 from ..weights import kind_of
 from .adapted import Adapted
-from .hooks import Hooking
+from .hooks import Hooking, names_of
 from .parameters import Parameters
 from .state import BASE, AdapterState
 
@@ -64,7 +63,7 @@ class AdaptedOutput(Adapted, Hooking):
         super().__init__(path, state)
         self.listeners: dict[str, Listener] = {}
         self._listener_of: dict[str, Listener | None] = {}
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._names = names_of(module)
         kind = kind_of(module)
         self._kind = None if kind is None else kind.name
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import PeftConfig, PeftType, method_of
+from ..protocols import METHODS, InputMethod, PeftConfig, PeftType, method_of
 from .adapter_set import AdapterSet
 from .checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .injection import AdaptedModel
 from .loading import load_state, same_form
-from .mixtures import all_or_none, gathered, ready, save_experts, whole_name
+from .mixtures import all_or_none, gathered, name_for, ready, save_experts
 from .models import MODELS
 from .routing import per_sample
 
@@ -55,7 +55,7 @@ class PeftModel(nn.Module):
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(model))
         adapters = AdapterSet.of(model)
-        adapter_name = whole_name(adapters, peft_config, adapter_name)
+        adapter_name = name_for(adapters, peft_config, adapter_name)
         with all_or_none(adapters):
             peft_config = ready(adapters, peft_config, wide=autocast_adapter_dtype)
             adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
@@ -346,8 +346,11 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
         return PeftModel.forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
-    ours = ("adapter_names", "task_ids", "input_type_mask")
-    named = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ours}
+    reads = [read for method in METHODS.values() if isinstance(method, InputMethod) for read in method.reads]
+    named = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("adapter_names", "task_ids", *reads)
+    }
     parameters = {**signature.parameters, **named}
     order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import PeanutError
+from .hooks import names_of
 
 __all__ = ["PrefixView", "check_grows", "filled", "holds_prefix", "length_of", "takes_prefix"]
 
@@ -76,7 +76,7 @@ def length_of(cache: Any) -> int:
 
 def takes_prefix(module: nn.Module) -> bool:
     """Whether a module is given keys and values of earlier tokens."""
-    return "past_key_values" in inspect.signature(type(module).forward).parameters
+    return "past_key_values" in names_of(module)
 
 
 def holds_prefix(model: nn.Module) -> Iterator[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,12 @@ from transformers import PreTrainedModel
 
 from ..errors import PeanutError
 from .aligning import arranged, order_of, padding_first
+from .hooks import names_of
 from .input import Front
 from .prefix import length_of
 from .shape import longest, position_padding, virtual_id
 
-__all__ = ["IGNORED", "Reader", "names_of", "there_of", "with_front"]
+__all__ = ["IGNORED", "Reader", "with_front"]
 
 IGNORED = -100
 """The label of a token that has none."""
@@ -30,6 +30,7 @@ class Reader:
         model: the base model.
         stack: the model itself, or the encoder of two stacks.
         names: of the parameters of its forward.
+        inner: of those of its backbone's, the model without a head.
         virtual: the id that stands in for virtual tokens.
         longest: how many tokens it has positions for, ``None`` for any number.
         padding: the id that it leaves out where it counts positions from the ids, if it does (RoBERTa).
@@ -38,6 +39,7 @@ class Reader:
     model: nn.Module
     stack: PreTrainedModel
     names: tuple[str, ...]
+    inner: tuple[str, ...]
     virtual: int
     longest: int | None
     padding: int | None
@@ -45,7 +47,15 @@ class Reader:
     @classmethod
     def of(cls, model: nn.Module, stack: PreTrainedModel) -> Reader:
         """What is known of a model's reading stack."""
-        return cls(model, stack, names_of(stack), virtual_id(stack), longest(stack), position_padding(stack))
+        return cls(
+            model,
+            stack,
+            names_of(stack),
+            names_of(stack.base_model),
+            virtual_id(stack),
+            longest(stack),
+            position_padding(stack),
+        )
 
     @property
     def reads_alone(self) -> bool:
@@ -186,23 +196,6 @@ class Reader:
             return known
         asked = known & ~((labels != IGNORED).cumsum(1) > 0)
         return torch.where(asked.any(1, keepdim=True), asked, known)  # where all is answer, all is prompt
-
-
-def names_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of a module's forward."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def there_of(prefix: Front | None, tokens: Front | None, rows: int, device: torch.device) -> Tensor | None:
-    """(batch, p), which of everything that comes before the user's tokens is there, ``None`` for all."""
-    fronts = [front for front in (prefix, tokens) if front is not None]
-    if all(front.there is None for front in fronts):
-        return None
-    parts = [
-        torch.ones(rows, front.values.shape[-2], dtype=torch.bool) if front.there is None else front.there
-        for front in fronts
-    ]
-    return torch.cat(parts, dim=1).to(device)
 
 
 def with_front(mask: Tensor, there: Tensor | None, width: int) -> Tensor:

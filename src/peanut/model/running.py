@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 from ..errors import PeanutError
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of
-from .hooks import Hooking, hook, unhook
+from .hooks import Hooking, hook, names_of, unhook
 from .input import AdaptedInput, AdaptedMixture, Front
 from .output import AdaptedOutput
 from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
-from .reader import IGNORED, Reader, names_of, there_of, with_front
+from .reader import IGNORED, Reader, with_front
 from .replay import put_back, replayed
 from .shape import reading_stack
 from .state import AdapterState, Running
@@ -41,7 +41,7 @@ class Runner(Hooking):
         self.model = model
         self.state = state
         self._reader: Reader | None = None
-        self._names: dict[type, tuple[str, ...]] = {}
+        self._written: tuple[str, ...] = ()  # the names of the parameters of the decoder's forward, if there is one
         self._kept: dict[int, tuple[Running, Any]] = {}
         self._uncached: set[int] = set()
         self._pending: tuple[Tensor, Tensor | None] | None = None
@@ -75,6 +75,7 @@ class Runner(Hooking):
         kinds = {inputs.method_of(name)[0].prepends for name in inputs.adapters}
         if stack is not self.model:
             self._listen(self._decoder(), self.before_decoder, self.after)
+            self._written = names_of(self._decoder())
         if "keys_values" in kinds:
             for module in holds_prefix(self.model if stack is self.model else self._decoder()):
                 hook(module, self.see_prefix, before=True)
@@ -105,7 +106,9 @@ class Runner(Hooking):
         """Hook before the stack that reads the user's tokens."""
         self._leave(stack)
         self._after = self._pending = None
-        arguments = dict(zip(self._known(stack), args, strict=False)) | kwargs
+        reader = self._reader
+        assert reader is not None  # it is running
+        arguments = dict(zip(reader.names, args, strict=False)) | kwargs
         extra = self._extra(arguments)
         read = arguments.get("input_ids")
         read = arguments.get("inputs_embeds") if read is None else read
@@ -118,36 +121,35 @@ class Runner(Hooking):
                 "use a method that changes weights or outputs",
             )
         rows, count = read.shape[0], read.shape[1]
-        reader = self._reader
-        assert reader is not None  # it is running
         own = reader.reads_alone  # else keys and values are for the decoder
-        tokens, past = self._front("tokens", rows), arguments.get("past_key_values") if own else None
-        prefix = self._front("keys_values", rows) if own else None
-        begun = length_of(past) > 0
-        width = sum(0 if front is None else front.values.shape[-2] for front in (prefix, tokens))
+        kinds = ("keys_values", "tokens") if own else ("tokens",)  # in the order in which they stand
+        past = arguments.get("past_key_values") if own else None
+        begun = length_of(past) > 0  # then all that comes before is in the cache
+        prefix = self._front("keys_values", rows) if own and not begun else None
+        tokens = self._front("tokens", rows) if not begun else None
+        width, there = self._room(kinds, rows, read.device)
         prompt = reader.prompt(arguments, rows, count, begun, read.device)
         if width:
             check_grows(past)
-            inserted = 0 if begun or tokens is None else tokens.values.shape[-2]
-            there = there_of(prefix, tokens, rows, read.device)
+            inserted = 0 if tokens is None else tokens.values.shape[-2]
             reader.check_length(width, count, past, begun)
             reader.fit_mask(arguments, there, count + (length_of(past) - width if begun else 0), rows, width)
             reader.fit_positions(arguments, there, rows, width, inserted)
-            if prefix is not None and not begun:
+            if prefix is not None:
                 self._begin(stack, arguments, prefix, past)
-            if tokens is not None and not begun:
+            if tokens is not None:
                 order = reader.insert(arguments, tokens, rows)
                 if arguments.get("input_ids") is not None:
                     self._pending = tokens.values.to(read.device), order
                 prompt = arranged(torch.cat([prompt.new_zeros(rows, inserted), prompt], dim=1), order)
                 self._after = (inserted, count, self._objective(arguments, extra), order)
-            if prefix is not None and prefix.there is not None and not begun:
+            if prefix is not None and prefix.there is not None:
                 reader.skip_prefix(arguments, prefix.there)
         running = Running(prompt, begun, None if prefix is None else PrefixView(prefix.values))
         mixtures = self._mixtures()
         if mixtures is not None and mixtures.acting():
             pending = self._pending
-            running = replace(running, gates=gates_of(mixtures, self.state, stack, arguments, running))
+            running = replace(running, gates=gates_of(mixtures, self.state, reader, arguments, running))
             self._pending = pending
         self._enter(stack, running)
         return (), arguments
@@ -182,14 +184,14 @@ class Runner(Hooking):
         """Hook before the decoder of two stacks: the encoder's virtual tokens are there, and a prefix of its own."""
         self._leave(decoder)
         self._pending = None
-        arguments = dict(zip(self._known(decoder), args, strict=False)) | kwargs
+        arguments = dict(zip(self._written, args, strict=False)) | kwargs
         inputs, reader = self._inputs(), self._reader
         if self.state.disabled or inputs is None or reader is None:
             return (), arguments
         read = arguments.get("input_ids")
         read = arguments["inputs_embeds"] if read is None else read
         rows, count = read.shape[0], read.shape[1]
-        width, there = inputs.width("tokens"), inputs.there("tokens", rows)
+        width, there = self._room(("tokens",), rows, read.device)
         states, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
         if width and states is not None and (mask is not None or there is not None):
             seen = states.shape[1] - width
@@ -197,18 +199,19 @@ class Runner(Hooking):
             if mask.dim() == 2 and mask.shape[1] == seen:
                 whole = with_front(mask, there, width)
                 arguments["encoder_attention_mask"] = arranged(whole, padding_first(whole, width))
-        prefix = self._front("keys_values", rows)
-        if prefix is not None:
-            past, wide = arguments.get("past_key_values"), prefix.values.shape[-2]
+        wide, there = self._room(("keys_values",), rows, read.device)
+        if wide:
+            past = arguments.get("past_key_values")
             begun = length_of(past) > 0
-            reader.fit_mask(arguments, prefix.there, count + (length_of(past) - wide if begun else 0), rows, wide)
-            if not begun:
+            reader.fit_mask(arguments, there, count + (length_of(past) - wide if begun else 0), rows, wide)
+            prefix = None if begun else self._front("keys_values", rows)
+            if prefix is not None:
                 if past is None:
                     arguments["past_key_values"] = EncoderDecoderCache(
                         DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
                     )
                 self._begin(decoder, arguments, prefix, past)
-            self._enter(decoder, replace(self.state.running, prefix=PrefixView(prefix.values)))
+                self._enter(decoder, replace(self.state.running, prefix=PrefixView(prefix.values)))
         return (), arguments
 
     def see_prefix(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,12 +225,6 @@ class Runner(Hooking):
         return args, {**kwargs, "past_key_values": prefix}
 
     # Parts of it
-
-    def _known(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the parameters of a module's forward."""
-        if type(module) not in self._names:
-            self._names[type(module)] = names_of(module)
-        return self._names[type(module)]
 
     def _begin(self, stack: nn.Module, arguments: dict[str, Any], prefix: Front, past: Any) -> None:
         """Begins a cache, ``past`` or a new one, with a prefix."""
@@ -254,6 +251,21 @@ class Runner(Hooking):
     def _front(self, kind: str, rows: int) -> Front | None:
         inputs = self._inputs()
         return None if inputs is None else inputs.front(kind, rows)
+
+    def _room(self, kinds: Sequence[str], rows: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """p, the places that are taken before the user's tokens, and (batch, p) which of them are, ``None`` for all."""
+        inputs = self._inputs()
+        if inputs is None:
+            return 0, None
+        widths = [inputs.width(kind) for kind in kinds]
+        there = [inputs.there(kind, rows) for kind in kinds]
+        if all(each is None for each in there):
+            return sum(widths), None
+        parts = [
+            torch.ones(rows, width, dtype=torch.bool) if each is None else each
+            for width, each in zip(widths, there, strict=True)
+        ]
+        return sum(widths), torch.cat(parts, dim=1).to(device)
 
     def _extra(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes out the arguments that are for a method, not for the model."""

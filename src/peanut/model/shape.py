@@ -64,7 +64,6 @@ def shape_of(model: nn.Module) -> ModelShape:
         encoder_decoder=bool(stack.config.is_encoder_decoder),
         vocabulary=int(embedding.num_embeddings),
         embed=embed,
-        tokenizer=getattr(stack.config, "_name_or_path", None) or None,
     )
 
 

@@ -33,7 +33,6 @@ class ModelShape:
         encoder_decoder: whether an encoder reads and a decoder writes.
         vocabulary: how many tokens there are.
         embed: the embeddings (…, width) of token ids (…), as the model makes them.
-        tokenizer: where the model's tokenizer is, if the model knows.
     """
 
     width: int
@@ -44,7 +43,6 @@ class ModelShape:
     encoder_decoder: bool
     vocabulary: int
     embed: Callable[[Tensor], Tensor]
-    tokenizer: str | None = None
 
 
 @dataclass(kw_only=True)
