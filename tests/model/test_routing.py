@@ -49,6 +49,30 @@ def test_each_sample_goes_through_its_own_adapter(fixture: str, request: pytest.
     assert model.adapters.state.samples is None
 
 
+@pytest.mark.parametrize("tokens", [3, 40], ids=["one product", "a product each"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "with gradients"])
+def test_low_rank_adapters_act_side_by_side(tokens: int, kept: bool) -> None:
+    net = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)).double()
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]), "a")
+    model.add_adapter("b", LoraConfig(r=5, target_modules=["0", "1"]))
+    model.add_adapter("c", PeanutConfig(r=3, depth=1, target_modules=["1"]))
+    model = randomised(model.double()).eval()
+    names = ["c", "a", "__base__", "b", "a"]
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(not kept):
+        for _ in range(2):
+            x = torch.randn(5, tokens, 24, dtype=torch.float64)
+            expected = torch.stack([alone(model, name, lambda x=x: model(x))[row] for row, name in enumerate(names)])
+            for _ in range(2):
+                assert distance(model(x, adapter_names=names), expected) < 1e-12
+            with torch.no_grad():
+                for _, parameter in model.adapters.parameters("b"):
+                    parameter.mul_(1.5)
+    names = ["b", "b", "a", "c", "c"]  # another batch, the same layers
+    expected = torch.stack([alone(model, name, lambda: model(x))[row] for row, name in enumerate(names)])
+    assert distance(model(x, adapter_names=names), expected) < 1e-12
+
+
 def gradients(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: parameter.grad.clone() for key, parameter in model.adapters.parameters(name)}
 

@@ -28,13 +28,28 @@ def test_laws(r: int, m: int) -> None:
     check_laws(operator, (block,), dense, x, compiled=r == 3)
 
 
-def test_a_product_keeps_r_numbers_a_token() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("r", [3, 4], ids=lambda r: f"r={r}")
+@pytest.mark.parametrize("m", [2, 6], ids=["mini", "whole"])
+def test_settled_answers_the_same(r: int, m: int) -> None:
+    operator = Blockwise(torch.randn(r, m, dtype=torch.float64), (6, 8))
+    settled = operator.settled(torch.float64)
+    x, W, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 8), (6, 8), (6,)))
+    dense = torch.stack([torch.stack([operator.block[i % r, o % m] for i in range(8)]) for o in range(6)])
+    for some in (x, x[0, 0], x[:0]):
+        expected = some @ (W + dense).T + b
+        assert settled.joined(some, W, b).shape == expected.shape
+        assert torch.allclose(settled.joined(some, W, b), expected, rtol=0, atol=1e-13)
+        assert torch.allclose(settled.apply(some), some @ dense.T, rtol=0, atol=1e-13)
+
+
+def test_a_product_keeps_its_input_and_the_parts() -> None:
     block, weight = torch.randn(2, 6, requires_grad=True), torch.randn(6, 8)
     x = torch.randn(5, 8, requires_grad=True)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
         Blockwise(block, (6, 8)).joined(x, weight, None)
-    assert sorted(tuple(value.shape) for value in kept) == [(2, 6), (5, 2), (6, 8)]
+    assert {value.data_ptr() for value in kept} == {value.data_ptr() for value in (x, weight, block)}
 
 
 def test_a_trained_weight_and_bias_get_their_gradients() -> None:

@@ -112,6 +112,7 @@ def check_laws(
             strict=True,
         ):
             assert distance(one, other) < 20 * torch.finfo(dtype).eps
+    check_gradients(operator, parts, dense, x.detach())
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
         operator.apply(x)
@@ -120,6 +121,24 @@ def check_laws(
     known = {value.data_ptr() for value in (x, weight, *tensors_of(operator))}
     new = [tuple(value.shape) for value in kept if value.data_ptr() not in known]
     assert not {(out, inputs), (inputs, out)} & set(new)
+
+
+def check_gradients(operator: Operator, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor) -> None:
+    """Gradients for more tokens than are dealt with together, and gradients of gradients."""
+    tokens = torch.randn(1100, x.shape[-1], dtype=x.dtype)
+    direction = torch.randn(1100, dense.shape[0], dtype=x.dtype)
+    found = torch.autograd.grad(operator.apply(tokens), parts, direction)
+    expected = torch.autograd.grad(tokens @ dense.T, parts, direction, retain_graph=True)
+    for one, other in zip(found, expected, strict=True):
+        assert distance(one, other) < 1e-12
+
+    def twice(y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad((y.sin() * direction[: len(x)]).sum(), [x, *parts], create_graph=True)
+        return torch.autograd.grad(sum(one.square().sum() for one in first), [x, *parts], retain_graph=True)
+
+    few = tokens[:5].requires_grad_()
+    for one, other in zip(twice(operator.apply(few), few), twice(few @ dense.T, few), strict=True):
+        assert distance(one, other) < 1e-12
 
 
 def test_laws() -> None:

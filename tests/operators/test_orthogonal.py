@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peanut.operators import Operator
-from peanut.operators.orthogonal import BlockDiagonal, Butterfly, Householder, cayley, cayley_neumann
+from peanut.lab.measure import saved_bytes
+from peanut.operators import Operator, orthogonal
+from peanut.operators.householder import Householder
+from peanut.operators.orthogonal import BlockDiagonal, Butterfly, cayley, cayley_neumann
 
 from ..support import distance, one_thread  # noqa: F401
 
@@ -261,5 +263,130 @@ def test_compiles_in_one_graph(name: str) -> None:
         torch.autograd.grad(found, (x, values), direction),
         torch.autograd.grad(expected, (x, values), direction),
         strict=True,
+    ):
+        assert distance(one, other) < TIGHT
+
+
+def turned_written_out(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, matrix: Tensor) -> Tensor:
+    y = x @ matrix.T @ weight.T
+    y = y if gain is None else y * gain
+    return y if bias is None else y + bias
+
+
+@every_case
+@pytest.mark.parametrize(("span", "extras"), [(1, ""), (7, "bias gain"), (1 << 20, "bias"), (1 << 20, "gain")])
+def test_turned_product_equals_its_formula_forward_and_backward(
+    case: Case, span: int, extras: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, written_out, values = case
+    width = make(values).shape[1]
+    monkeypatch.setattr(orthogonal, "SPAN", span * width)  # so many tokens are turned at a time
+    weight, x = drawn(5, width, seed=3), drawn(2, 5, width, seed=2)
+    bias = drawn(5, seed=4) if "bias" in extras else None
+    gain = drawn(5, seed=5) if "gain" in extras else None
+    inputs = [value.clone().requires_grad_() for value in (values, x, bias, gain) if value is not None]
+    rest = iter(inputs[2:])
+    bias, gain = (None if value is None else next(rest) for value in (bias, gain))
+    found = make(inputs[0]).turned(inputs[1], weight, bias, gain)  # type: ignore[attr-defined]
+    expected = turned_written_out(inputs[1], weight, bias, gain, written_out(inputs[0]))
+    assert distance(found, expected) < TIGHT
+    with torch.no_grad():
+        settled: Any = make(values).settled(torch.float64)
+        assert distance(settled.turned(inputs[1], weight, bias, gain), expected) < TIGHT
+        assert distance(settled.apply(x), x @ written_out(values).T) < TIGHT
+        assert distance(settled.dense(), written_out(values)) < TIGHT
+    firsts, twice = [], [value for value in inputs if value is not bias]
+    for y in (found, expected):
+        grads = torch.autograd.grad(y, inputs, drawn(2, 5, 5, seed=6), create_graph=True)
+        seconds = torch.autograd.grad(sum(grad.square().sum() for grad in grads), twice)
+        firsts.append((*grads, *seconds))
+    for one, other in zip(*firsts, strict=True):
+        assert distance(one, other) < 1e-10
+
+
+@every_case
+def test_turned_product_keeps_nothing_of_the_size_of_the_tokens_but_x(case: Case) -> None:
+    make, _, values = case
+    operator: Any = make(values.clone().requires_grad_())
+    x = drawn(4000, operator.shape[1], seed=2).requires_grad_()
+    weight, gain = drawn(6, operator.shape[1]), drawn(6).requires_grad_()
+    gain = None if isinstance(operator, Householder) else gain  # which no method has beside reflections
+    bytes_kept = saved_bytes(lambda: operator.turned(x, weight, None, gain), [], [weight, x])
+    assert 0 < bytes_kept < x.untyped_storage().nbytes() / 2
+
+
+@pytest.mark.parametrize("name", ["blocks", "butterfly 3", "five reflections"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_turned_product_in_16_bits_and_under_autocast(name: str, dtype: torch.dtype) -> None:
+    make, written_out, values = CASES[name]
+    operator, matrix = make(values), written_out(values)
+    x, weight = drawn(20, matrix.shape[0], seed=2), drawn(6, matrix.shape[0], seed=3)
+    bias, gain = drawn(6, seed=4), 1 + 1e-3 * drawn(6, seed=5)
+    expected = turned_written_out(x, weight, bias, gain, matrix)
+    low: Any = operator.to(dtype)
+    found = low.turned(x.to(dtype), weight.to(dtype), bias.to(dtype), gain.float())
+    assert found.dtype == dtype
+    assert distance(found, expected) < 50 * torch.finfo(dtype).eps
+    wide: Any = operator.to(torch.float32)
+    with torch.autocast("cpu", dtype):
+        found = wide.turned(x.float(), weight.float(), bias.float(), gain.float())
+    assert found.dtype == dtype
+    assert distance(found, expected) < 50 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 3, 4, 4), (2, 7, 7)])
+def test_gradient_of_cayley_comes_from_its_result(shape: tuple[int, ...]) -> None:
+    half = drawn(*shape).requires_grad_()
+
+    def turned(half: Tensor) -> Tensor:
+        return cayley(half - half.transpose(-1, -2))
+
+    assert torch.autograd.gradcheck(turned, half)
+    assert torch.autograd.gradgradcheck(turned, half)
+    kept = saved_bytes(lambda: turned(half), [], [])
+    assert kept == half.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("b", [4, 32, 300])
+@pytest.mark.parametrize("size", [1e-4, 0.1, 3.0])
+def test_cayley_has_the_digits_of_its_dtype_also_far_from_zero(b: int, size: float) -> None:
+    S = (size * skew(2, b, b)).float()
+    eye = torch.eye(b, dtype=torch.float64)
+    expected = (eye + S.double()) @ torch.linalg.inv(eye - S.double())
+    R = cayley(S)
+    apart = 1 - torch.eye(b)
+    assert (R.double() @ R.double().mT - eye).abs().max() < 5e-6
+    assert (R - expected).abs().max() < 5e-6
+    assert (apart * (R - expected)).norm() < 5e-6 * (apart * expected).norm()
+
+
+def test_cayley_hands_on_what_is_no_number() -> None:
+    S = torch.zeros(2, 5, 5)
+    S[1, 2, 3], S[1, 3, 2] = torch.nan, -torch.nan
+    R = cayley(S)
+    assert torch.equal(R[0], torch.eye(5))
+    assert R[1].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["many narrow blocks", "butterfly 3", "five reflections"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_turned_product_compiles_in_one_graph(name: str) -> None:
+    make, _, values = CASES[name]
+    torch._dynamo.reset()
+    width = make(values).shape[1]
+    weight = drawn(5, width, seed=3)
+
+    def run(x: Tensor, values: Tensor, gain: Tensor) -> Tensor:
+        operator: Any = make(values)
+        y: Tensor = operator.turned(x, weight, None, gain)
+        return y
+
+    inputs = [value.requires_grad_() for value in (drawn(2, 3, width, seed=2), values.clone(), drawn(5, seed=4))]
+    compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
+    expected, found = run(*inputs), compiled(*inputs)
+    assert distance(found, expected) < TIGHT
+    direction = drawn(*expected.shape, seed=3)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
     ):
         assert distance(one, other) < TIGHT

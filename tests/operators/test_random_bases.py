@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peanut.operators import LowRank
 from peanut.operators.random_bases import RandomBases, rescaled
+from peanut.operators.settled import WrittenOut
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 
@@ -98,6 +99,22 @@ def test_without_gradients_factors_of_low_rank_are_ready(side: str, kind: type) 
         ready = rescaled(*parts)
     assert isinstance(ready, kind)  # at full rank, factors kept for later would take as much memory as Δ
     assert distance(ready.dense(), written_out(operator)) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("side", "kind"), [("up", LowRank), ("down", WrittenOut), ("full up", WrittenOut)])
+def test_settled_answers_the_same(side: str, kind: type, dtype: torch.dtype) -> None:
+    operator, x, W, b = made(side), torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
+    settled, near = operator.settled(dtype), 1e-12 if dtype == torch.float64 else 0.02
+    assert isinstance(settled, kind)
+    x, W, b = x.to(dtype), W.to(dtype), b.to(dtype)
+    dense, wide = written_out(operator), x.double()
+    for rows, exact in ((x, wide), (x.repeat(20, 1, 1), wide.repeat(20, 1, 1))):  # of few tokens W + Δ is kept
+        assert distance(settled.apply(rows), exact @ dense.T) < near
+        assert distance(settled.joined(rows, W, b), exact @ (W.double() + dense).T + b.double()) < near
+    assert distance(settled.dense(), dense) < near
+    assert distance(settled.rows(torch.tensor([4, 0])), dense.T[[4, 0]]) < near
 
 
 @pytest.mark.parametrize("side", ["up", "down"])

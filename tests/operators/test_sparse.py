@@ -13,10 +13,19 @@ from .test_built import check_laws
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-def test_laws() -> None:
+@pytest.mark.parametrize(
+    "rows_and_columns",
+    [
+        [[0, 0, 2, 5], [0, 7, 3, 0]],
+        [[5, 0, 2, 0], [0, 7, 3, 0]],
+        [[5, 0, 2, 0, 1], [0, 7, 3, 0, 1]],  # so many that the gradient is the whole product's
+    ],
+    ids=["in order", "in no order", "many"],
+)
+def test_laws(rows_and_columns: list[list[int]]) -> None:
     torch.manual_seed(1)
-    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    places = torch.tensor([[5, 0, 2, 0], [0, 7, 3, 0]], dtype=torch.int32)
+    values = torch.randn(len(rows_and_columns[0]), dtype=torch.float64, requires_grad=True)
+    places = torch.tensor(rows_and_columns, dtype=torch.int32)
     dense = torch.zeros(6, 8, dtype=torch.float64)
     for k, (row, column) in enumerate(places.T.tolist()):
         spot = torch.zeros_like(dense)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators.orthogonal import Householder
+from ..operators.householder import Householder
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer

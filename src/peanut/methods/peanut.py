@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
@@ -92,32 +91,27 @@ class Peanut(WeightMethod[PeanutConfig]):
         A, B = parameters["peanut_A.weight"], parameters["peanut_B.weight"]
         encoders = [parameters[f"peanut_encoders.{level}.weight"] for level in range(config.depth)]
         decoders = [parameters[f"peanut_decoders.{level}.weight"] for level in range(config.depth)]
-        W, sigma = layer.matrix(), activation(config.act_fn, A.device)
-        if reads_out(config, layer):
-            delta = LowRank(B, tweak(W.T, A, encoders, decoders, sigma).T, config.scaling)
-        else:
-            delta = LowRank(tweak(W, A, encoders, decoders, sigma), B.T, config.scaling)
+        out = reads_out(config, layer)
+        H = tweak(layer.product(A, transposed=out), encoders, decoders, activation(config.act_fn, A.device))
+        delta = LowRank(B, H.T, config.scaling) if out else LowRank(H, B.T, config.scaling)
         return Change(delta=delta, dropout=config.dropout)
 
 
-def tweak(
-    W: Tensor, A: Tensor, encoders: list[Tensor], decoders: list[Tensor], sigma: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """H = f(W Aᵀ), the neural tweaker up to its output projection.
+def tweak(product: Tensor, encoders: list[Tensor], decoders: list[Tensor], sigma: Callable[[Tensor], Tensor]) -> Tensor:
+    """H = f of the product W Aᵀ, the neural tweaker up to its output projection.
 
     h₀ = σ(W Aᵀ);  hᵢ = σ(hᵢ₋₁ Eᵢᵀ) for each encoder;  then for each decoder h ← σ(h Dᵢᵀ) + the state before the encoder
     that mirrors it.
 
     Args:
-        W: (e, d), the frozen weight, read in its own dtype: it is never copied to another.
-        A: (r, d).
+        product: W Aᵀ, (e, r).
         encoders, decoders: each (r, r).
         sigma: the activation.
 
     Returns:
-        H, (e, r), in A's dtype.
+        H, (e, r).
     """
-    h = sigma((W @ A.to(W.dtype).T).to(A.dtype))
+    h = sigma(product)
     states = []
     for encoder in encoders:
         states.append(h)
@@ -138,7 +132,11 @@ def check_activation(name: str) -> None:
     Raises:
         PeanutError: it is neither a key of ``ACT2FN`` nor ``"sine"``.
     """
-    if name != "sine" and name not in ACT2FN:
+    if name in _WRITTEN_HERE:
+        return
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
         raise PeanutError(
             f"act_fn={name!r}",
             "a key of transformers' ACT2FN or 'sine'",
@@ -151,6 +149,8 @@ def activation(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     if name in _WRITTEN_HERE:
         return _WRITTEN_HERE[name]
     if (name, device) not in _ACTIVATIONS:
+        from transformers.activations import ACT2FN
+
         _ACTIVATIONS[name, device] = ACT2FN[name].requires_grad_(False).to(device)
     return _ACTIVATIONS[name, device]
 

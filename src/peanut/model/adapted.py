@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..protocols import PeftConfig
-from .parameters import NamedModules, Parameters
+from .parameters import NamedModules, Parameters, Place
 from .state import AdapterState
 
 __all__ = ["Adapted"]
@@ -86,6 +86,10 @@ class Adapted(nn.Module):
         for shared in self._shared[name]:
             own.update(shared.values_by_suffix())
         return own
+
+    def kept_at(self, name: str) -> list[Place]:
+        """Where the tensors of ``values`` are kept."""
+        return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())

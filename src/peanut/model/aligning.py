@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 __all__ = ["aligned", "arranged", "order_of", "padding_first", "with_loss", "without_cache"]
 
@@ -76,6 +75,8 @@ def aligned(model: nn.Module, output: Any, width: int, count: int, order: Tensor
 def without_cache(output: Any) -> Any:
     """An output without the cache, for callers that asked for none."""
     if isinstance(output, tuple):
+        from transformers import Cache
+
         return tuple(each for each in output if not isinstance(each, Cache))
     return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
 

@@ -31,6 +31,7 @@ __all__ = [
     "StoredAdapter",
     "adapter_state",
     "by_place",
+    "file_config",
     "parts_of",
     "read_adapter",
     "save_adapter",
@@ -136,17 +137,7 @@ def save_adapter(
     """
     held, state = adapter_state(adapters, name, state_dict)
     _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
-    model_config = getattr(adapters.model, "config", None)
-    held = _with_folders(held, Path(folder))
-    config = replace(
-        held,
-        inference_mode=True,
-        base_model_name_or_path=adapters.configs[name].base_model_name_or_path
-        or getattr(model_config, "_name_or_path", None)
-        or None,
-        modules_to_save=_modules_to_save(adapters, name),
-        target_modules=_target_modules(adapters, name, held),
-    )
+    config = file_config(adapters, name, _with_folders(held, Path(folder)))
     metadata = {"format": "pt"}
     base = fingerprint(adapters, name)
     if base is not None:
@@ -162,6 +153,20 @@ def save_adapter(
     if passing:
         files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
     return write_files(folder, files)
+
+
+def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:
+    """The config of adapter ``name`` as files hold it, from what ``adapter_state`` says of it."""
+    model_config = getattr(adapters.model, "config", None)
+    return replace(
+        held,
+        inference_mode=True,
+        base_model_name_or_path=adapters.configs[name].base_model_name_or_path
+        or getattr(model_config, "_name_or_path", None)
+        or None,
+        modules_to_save=_modules_to_save(adapters, name),
+        target_modules=_target_modules(adapters, name, held),
+    )
 
 
 def _with_folders(config: PeftConfig, folder: Path) -> PeftConfig:
@@ -241,7 +246,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
     for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
             raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
 
 

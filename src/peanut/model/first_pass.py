@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
 
 from ..errors import PeanutError
 from .input import AdaptedMixture
 from .prefix import filled, length_of
 from .reader import Reader
 from .state import AdapterState, Running
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 __all__ = ["gates_of"]
 
@@ -117,6 +119,8 @@ def _hidden(state: AdapterState, reader: Reader, arguments: dict[str, Any], runn
 
 def _twin(stack: Any, arguments: dict[str, Any], running: Running, name: str) -> Cache | None:
     """The cache of the first passes that goes with the cache of the batch, ``None`` if nothing is kept."""
+    from transformers import DynamicCache
+
     past, settings = arguments.get("past_key_values"), stack.config
     if past is None:
         uses = arguments.get("use_cache")

@@ -142,4 +142,4 @@ def set_peft_model_state_dict(
     style = KeyStyle.of(adapters.configs[adapter_name])
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
-    load_state(adapters, adapter_name, stored, check=False, assign=True)
+    load_state(adapters, adapter_name, stored, check=False)

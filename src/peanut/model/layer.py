@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators import Operator
+from ..operators import LowRank, Operator
 from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
 from ..weights.kind import recomputed
 from .adapted import Adapted
+from .kept import Beside, Kept, Settled
+from .parameters import Place
 from .state import BASE, AdapterState
 
 __all__ = ["BIAS", "AdaptedLayer"]
@@ -37,12 +39,16 @@ class AdaptedLayer(Adapted):
         super().__init__(path, state)
         self.base_layer = base_layer
         self.frozen = FrozenLayer(base_layer, kind)
-        self._known: dict[str, tuple[Any, Change]] = {}
+        self._known: dict[str, Kept[Change]] = {}
+        self._kept: Kept[Settled] | None = None
+        self._joint: Kept[Beside | None] | None = None
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
+        self._kept = self._joint = None
+        self.frozen.products.forget()
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -90,12 +96,12 @@ class AdaptedLayer(Adapted):
             return self._changed_by(method, config, method.sampled(config, values))
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return self._changed_by(method, config, values)
-        version = _version([*values.values(), self.frozen.weight])
-        known = self._known.get(name)
-        if known is None or version is None or known[0] != version:
-            known = (version, self._changed_by(method, config, values))
-            self._known[name] = known
-        return known[1]
+        weight = self.frozen.weight
+        key, known = (_autocast_dtype(weight.device), weight.data_ptr()), self._known.get(name)
+        if known is None or not known.holds(key):
+            change = self._changed_by(method, config, values)
+            known = self._known[name] = Kept(key, [*self.kept_at(name), ({"": weight}, "")], change)
+        return known.value
 
     def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Change:
         """The method's change, and that of the bias where it is trained beside the method."""
@@ -168,11 +174,18 @@ class AdaptedLayer(Adapted):
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         self._known.clear()
+        self._kept = self._joint = None
+        if not mode:
+            self.frozen.products.forget()
         return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.state.disabled:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not (self.training or args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = self._answer_settled(x)
+            if y is not None:
+                return y
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
         return self._answer(x, self._acting(x.shape[0] if x.dim() else 1), *args, **kwargs)
@@ -223,10 +236,12 @@ class AdaptedLayer(Adapted):
             not kind.takes_features() and (whole.rotation is not None or whole.in_scale is not None)
         ):
             return self._answer_rebuilt(x, whole, *args, **kwargs)
-        if not args and not kwargs and whole.rotation is None and kind.fused(self.base_layer):
+        if not args and not kwargs and kind.fused(self.base_layer):
             apart = any(change.gate is not None or (self.training and change.dropout) for change in changes)
-            if whole.delta is not None and not apart:
+            if whole.rotation is None and whole.delta is not None and not apart:
                 return self._answer_joined(x, whole, whole.delta)
+            if whole.rotation is not None and whole.delta is None and whole.in_scale is None:
+                return self._answer_turned(x, whole, whole.rotation)
         seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
         turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
         y: Tensor = self.base_layer(turned, *args, **kwargs)
@@ -238,20 +253,75 @@ class AdaptedLayer(Adapted):
         correction = whole.correction(self.bias)
         return y if correction is None else y + kind.along_output(correction.to(y.dtype))
 
+    def _answer_settled(self, x: Tensor) -> Tensor | None:
+        """What a plain layer answers in evaluation, from what is kept while nothing changes; else ``None``."""
+        state, module, kind = self.state, self.frozen.module, self.frozen.kind
+        if state.tasks is not None or state.sampling or state.running.gates or not kind.fused(module):
+            return None
+        if module._parameters.get("weight") is None:  # kept in a way of its own (sharded): nobody would see it change
+            return None
+        if state.samples is not None:
+            return self._answer_beside(x)
+        lowered = _autocast_dtype(x.device)
+        dtype = lowered or x.dtype
+        key = (dtype, *state.active, None, *state.merged)
+        kept = self._kept
+        if kept is None or not kept.holds(key):
+            changes, places = self._acting(1), self._places({*state.active, *state.merged})
+            settled = Settled.of(Change.together(changes) if changes else Change(), module.bias, dtype)
+            self._known.clear()  # what is settled need not be kept twice
+            kept = self._kept = Kept(key, places, settled)
+        weight = kind.matrix(module, module._parameters["weight"])
+        if lowered is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+        return kept.value.answer(x, weight)
+
+    def _places(self, names: Collection[str]) -> list[Place]:
+        """Where the tensors are kept from which this layer with the adapters ``names`` computes."""
+        own = self.frozen.module._parameters
+        places: list[Place] = [(own, name) for name in ("weight", "bias") if own.get(name) is not None]
+        return places + [place for name in names if name in self.adapters for place in self.kept_at(name)]
+
+    def _answer_beside(self, x: Tensor) -> Tensor | None:
+        """What a plain layer answers in evaluation to a batch whose samples go through adapters of their own."""
+        state = self.state
+        samples = state.samples or []
+        key = (x.dtype, x.shape[0], *samples, None, *state.merged)
+        kept = self._joint
+        if kept is None or not kept.holds(key):
+            kept = self._joint = Kept(key, self._places({*samples, *state.merged}), self._beside(x, self._groups(x)))
+        beside = kept.value
+        if beside is None or not beside.pays(x):
+            return None
+        y: Tensor = self.base_layer(x)
+        return y + beside.answer(x).to(y.dtype)
+
     def _answer_joined(self, x: Tensor, change: Change, delta: Operator) -> Tensor:
         """The frozen product and the additive change in one go."""
-        weight, bias = self.frozen.kind.matrix(self.base_layer, self.weight), self.bias
-        dtype = _autocast_dtype(x.device)
-        if dtype is not None:
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = self._lowered(x)
         if change.in_scale is not None:
             x = x * change.in_scale.to(x.dtype)
+        if change.out_scale is None:
+            offset = change.offset(bias)
+            return delta.to(x.dtype).joined(x, weight, None if offset is None else offset.to(x.dtype))
+        y = delta.to(x.dtype).joined(x, weight, bias) * change.out_scale.to(x.dtype)
+        correction = change.correction(bias)
+        return y if correction is None else y + correction.to(y.dtype)
+
+    def _answer_turned(self, x: Tensor, change: Change, rotation: Operator) -> Tensor:
+        """The frozen product of the turned input in one go."""
+        x, weight, bias = self._lowered(x)
         offset = change.offset(bias)
         offset = None if offset is None else offset.to(x.dtype)
-        if change.out_scale is None:
-            return delta.to(x.dtype).joined(x, weight, offset)
-        y = delta.to(x.dtype).joined(x, weight, None) * change.out_scale.to(x.dtype)
-        return y if offset is None else y + offset
+        return rotation.to(x.dtype).turned(x, weight, offset, change.out_scale)
+
+    def _lowered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input of a plain layer, its matrix (out, in) and its bias, in autocast's dtype where it is on."""
+        weight, bias = self.frozen.kind.matrix(self.base_layer, self.weight), self.bias
+        dtype = _autocast_dtype(x.device)
+        if dtype is None:
+            return x, weight, bias
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _answer_rebuilt(self, x: Tensor, change: Change, *args: Any, **kwargs: Any) -> Tensor:
         """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
@@ -298,12 +368,7 @@ class AdaptedLayer(Adapted):
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Row by row: each sample's rows with its own adapter's change."""
-        tasks = self.state.tasks_of(x.shape[0])
-        groups: Groups = {}
-        for name, rows in self.state.groups(x.shape[0]).items():
-            index = torch.tensor(rows, device=x.device)
-            own = None if tasks is None else tasks[rows]
-            groups[name] = (index, [] if name == BASE else self._changes_of(name, own, index))
+        groups = self._groups(x)
         if self.frozen.kind.multiplies() and all(change.adds for _, changes in groups.values() for change in changes):
             return self._added_per_sample(x, groups, *args, **kwargs)
         y: Tensor | None = None
@@ -314,12 +379,37 @@ class AdaptedLayer(Adapted):
         assert y is not None  # groups() raises on an empty batch
         return y
 
+    def _groups(self, x: Tensor) -> Groups:
+        tasks = self.state.tasks_of(x.shape[0])
+        groups: Groups = {}
+        for name, index in self.state.placed(x.shape[0], x.device).items():
+            own = None if tasks is None else tasks[index]
+            groups[name] = (index, [] if name == BASE else self._changes_of(name, own, index))
+        return groups
+
+    def _beside(self, x: Tensor, groups: Groups) -> Beside | None:
+        """What a batch's adapters add as one operator, ``None`` where they do not all add by a low-rank Δ alone."""
+        changes = [(index, change) for index, own in groups.values() for change in own]
+        deltas = [(index, change.delta) for index, change in changes if isinstance(change.delta, LowRank)]
+        apart = any(
+            not change.adds or change.shift is not None or change.gate is not None or (self.training and change.dropout)
+            for _, change in changes
+        )
+        if len(deltas) < max(2, len(changes)) or apart or not self.frozen.kind.takes_features():
+            return None
+        return Beside.of(deltas, x)
+
     def _added_per_sample(self, x: Tensor, groups: Groups, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output for all rows at once, and to each sample's rows what its adapter adds."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        beside = self._beside(x, groups)
+        if beside is not None and beside.pays(x):
+            y = y + beside.answer(x).to(y.dtype)
+        else:
+            beside = None
         for index, changes in groups.values():
             for change in changes:
-                if change.delta is not None:
+                if change.delta is not None and beside is None:
                     y = y.index_add(0, index, self._response(x[index], change).to(y.dtype))
                 if change.shift is not None:
                     shift = self.frozen.kind.along_output(change.shift.to(y.dtype))
@@ -337,19 +427,10 @@ class AdaptedLayer(Adapted):
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast has products computed on ``device`` now, or ``None``."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
-
-
-def _version(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """A value that changes whenever one of the tensors does, or ``None`` where torch does not count versions."""
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return (
-        _autocast_dtype(tensors[-1].device),
-        *((tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors),
-    )
 
 
 def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from .adapter_set import AdapterSet
 from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, parts_of
 from .fingerprint import check_base
 from .keys import flat, key_of
+from .parameters import Parameters
 from .surgery import SHARED
 
 __all__ = ["load_state", "same_form"]
 
 
 def load_state(
-    adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, assign: bool = False
+    adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
 ) -> None:
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
 
@@ -28,7 +29,8 @@ def load_state(
         name: the adapter, which is in the model already.
         stored: what was read.
         check: refuse a base whose weights differ from those that the adapter was trained on.
-        assign: put the tensors in place of parameters on the meta device.
+        alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
+            it may lie in the file still.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
@@ -71,11 +73,17 @@ def load_state(
             )
     if check:
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
+    waiting = _without_storage(adapters, name)
     with torch.no_grad():
         for key, parameter in own.items():
             value = state[key]
-            if assign and parameter.device.type == "meta":
-                _assign(adapters, key, name, value.to(parameter.dtype))
+            if key in waiting:
+                holder, suffix, device = waiting[key]
+                holder.assign(suffix, value.to(device, parameter.dtype, copy=not alias))
+            elif parameter.is_meta:
+                raise PeanutError(
+                    f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded"
+                )
             else:
                 parameter.copy_(value.to(parameter.device))
         for key, parameter in adapters.parameters(name):
@@ -159,21 +167,21 @@ _CIRCUMSTANCES = {
 """Fields that say where and on what an adapter was saved, not what it computes."""
 
 
-def _assign(adapters: AdapterSet, key: str, name: str, value: Tensor) -> None:
-    """Replaces a tensor without storage by ``value``, on the layer's device."""
-    device = next((parameter.device for parameter in adapters.model.parameters()), value.device)
-    bank = adapters.bank(name)
-    if key.startswith(SHARED) and bank is not None:
-        holder = next(layer for _, layer in adapters.layers(name) if name in layer.banks)
-        bank.assign(key.removeprefix(SHARED), value.to(holder.weight.device))
-        return
+def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Parameters, str, torch.device]]:
+    """The tensors on the meta device by key: what holds them, under which suffix, and the device where they belong."""
+    first = next((parameter.device for parameter in adapters.model.parameters()), torch.device("cpu"))
+    held: list[tuple[str, Parameters, torch.device]] = []
     for place in adapters.places(name):
-        start = SHARED if place.path == SHARED else f"{place.path}."
-        if key.startswith(start) and key[len(start) :] in place.adapters[name].suffixes:
-            beside = next((own for own in place.parameters() if own.device.type != "meta"), None)
-            place.adapters[name].assign(key[len(start) :], value.to(device if beside is None else beside.device))
-            return
-    raise PeanutError(f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded")
+        beside = next((own.device for own in place.parameters() if own.device.type != "meta"), first)
+        held.append((SHARED if place.path == SHARED else f"{place.path}.", place.adapters[name], beside))
+        if name in place.banks:
+            held.append((SHARED, place.banks[name], beside))
+    return {
+        f"{start}{suffix}": (holder, suffix, device)
+        for start, holder, device in held
+        for suffix, value in holder.values_by_suffix().items()
+        if value.is_meta
+    }
 
 
 def _is_base_copy(key: str, adapters: AdapterSet, value: Tensor) -> bool:

@@ -48,6 +48,9 @@ class AdaLoraModel(AdaptedModel):
 
     method = PeftType.ADALORA
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Accepted for scripts of the peer: here the schedule follows the optimizer's steps by itself."""
+
 
 class BitFitModel(AdaptedModel):
     """A model adapted by BitFit."""

@@ -59,10 +59,17 @@ class PeftModel(nn.Module):
         with all_or_none(adapters):
             peft_config = ready(adapters, peft_config, wide=autocast_adapter_dtype)
             adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
-        base = MODELS.get(cast(PeftType, peft_config.peft_type), AdaptedModel)
-        self.base_model = base(model, {})
+        self.base_model = _inner(model, peft_config)
         model.requires_grad_(False)
         adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
+
+    @classmethod
+    def around(cls, model: nn.Module) -> PeftModel:
+        """A base model that has adapters in it already, wrapped; nothing of it is changed."""
+        self = _blank(cls, type(model))
+        nn.Module.__init__(self)
+        self.base_model = _inner(model, *AdapterSet.of(model).configs.values())
+        return self
 
     # What there is
 
@@ -251,7 +258,7 @@ class PeftModel(nn.Module):
             is_trainable: whether its parameters are trained further.
             config: to be used instead of the folder's.
             autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
-            low_cpu_mem_usage: do not initialise parameters before filling them.
+            low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
             hub: ``subfolder``, ``revision``, ``token`` and the like.
 
@@ -266,9 +273,9 @@ class PeftModel(nn.Module):
             with all_or_none(own):
                 folder = model_id if config is None else None  # a config that is given says where experts lie
                 found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
-                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
                 name = adapted.active_adapter
-                load_state(adapted.adapters, name, stored, check=check_base, assign=low_cpu_mem_usage)
+                load_state(adapted.adapters, name, stored, check=check_base, alias=low_cpu_mem_usage)
         except PeanutError:
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -296,8 +303,8 @@ class PeftModel(nn.Module):
             if fresh:
                 stored = replace(stored, config=_opened(stored, is_trainable))
                 found = ready(self.adapters, stored.config, model_id, check_base=check_base)
-                self.add_adapter(adapter_name, found, low_cpu_mem_usage)
-            load_state(self.adapters, adapter_name, stored, check=check_base, assign=low_cpu_mem_usage)
+                self.add_adapter(adapter_name, found, low_cpu_mem_usage=True)
+            load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             kept = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
@@ -313,6 +320,11 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _inner(model: nn.Module, *configs: PeftConfig) -> AdaptedModel:
+    """A base model in the class that the last of its adapters' configs asks for."""
+    return MODELS.get(cast(PeftType, configs[-1].peft_type), AdaptedModel)(model, {})
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

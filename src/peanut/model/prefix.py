@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import PeanutError
 from .hooks import names_of
@@ -50,6 +48,8 @@ def filled(cache: Any, values: Tensor, settings: Any) -> Any:
     Raises:
         PeanutError: the cache has its size fixed.
     """
+    from transformers import DynamicCache, EncoderDecoderCache
+
     if cache is None:
         cache = DynamicCache(config=settings.get_text_config(decoder=True))
     check_grows(cache)
@@ -81,6 +81,8 @@ def takes_prefix(module: nn.Module) -> bool:
 
 def holds_prefix(model: nn.Module) -> Iterator[nn.Module]:
     """The modules inside checkpointed blocks that are given keys and values of earlier tokens."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
             for module in block.modules():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import PeanutError
 from .aligning import arranged, order_of, padding_first
@@ -15,6 +14,9 @@ from .hooks import names_of
 from .input import Front
 from .prefix import length_of
 from .shape import longest, position_padding, virtual_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["IGNORED", "Reader", "with_front"]
 

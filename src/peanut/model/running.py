@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
 
 from ..errors import PeanutError
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
@@ -207,6 +206,8 @@ class Runner(Hooking):
             prefix = None if begun else self._front("keys_values", rows)
             if prefix is not None:
                 if past is None:
+                    from transformers import DynamicCache, EncoderDecoderCache
+
                     arguments["past_key_values"] = EncoderDecoderCache(
                         DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
                     )

@@ -68,10 +68,9 @@ class SavedModule(nn.Module):
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows through its own adapter's copy."""
         y: Tensor | None = None
-        for name, rows in self.state.groups(x.shape[0]).items():
+        for name, index in self.state.placed(x.shape[0], x.device).items():
             own = name != BASE and name in self.modules_to_save
             module = self.modules_to_save[name] if own else self.original_module
-            index = torch.tensor(rows, device=x.device)
             part = self._answer(module, x[index], *args, **kwargs)
             if y is not None and part.shape[1:] != y.shape[1:]:
                 raise PeanutError(

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import PeanutError
 from ..protocols import ModelShape
 
-__all__ = ["longest", "position_padding", "reading_stack", "shape_of", "virtual_id"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import TypeIs
+
+__all__ = ["is_pretrained", "longest", "position_padding", "reading_stack", "shape_of", "virtual_id"]
+
+
+def is_pretrained(model: object) -> TypeIs[PreTrainedModel]:
+    """Whether it is a model of transformers, which is not imported for the question."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def reading_stack(model: nn.Module) -> PreTrainedModel:
@@ -19,7 +29,7 @@ def reading_stack(model: nn.Module) -> PreTrainedModel:
     Raises:
         PeanutError: it is no transformers model, or reads no tokens.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not is_pretrained(model):
         raise PeanutError(
             f"a {type(model).__name__}, of which nothing tells where it reads tokens",
             "a model of transformers (a PreTrainedModel)",

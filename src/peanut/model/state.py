@@ -59,6 +59,7 @@ class AdapterState:
     samples: list[str] | None = None
     tasks: Tensor | None = None
     running: Running = field(default_factory=Running)
+    _placed: tuple[Any, dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @contextmanager
     def during(
@@ -88,6 +89,15 @@ class AdapterState:
         for index, name in enumerate(samples):
             rows.setdefault(name, []).extend(range(index * share, (index + 1) * share))
         return rows
+
+    def placed(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """``groups`` as indices on ``device``, made once for all layers that see the same batch."""
+        key = (tuple(self.samples or ()), count, device)
+        known = self._placed
+        if known is None or known[0] != key or torch.compiler.is_compiling():
+            known = (key, {name: torch.tensor(rows, device=device) for name, rows in self.groups(count).items()})
+            self._placed = known
+        return known[1]
 
     def tasks_of(self, count: int) -> Tensor | None:
         """The task of each row of a batch of ``count``, or ``None`` if no tasks are given."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import PeanutError, nearest
 from ..protocols import Method, PeftConfig, WeightMethod, method_of
@@ -15,6 +14,7 @@ from ..weights import kind_of
 from .defaults import DEFAULT_TARGETS, FEED_FORWARD_OUTPUTS, HEADS
 from .layer import AdaptedLayer
 from .saved_modules import SavedModule
+from .shape import is_pretrained
 from .tree import module_tree
 
 __all__ = [
@@ -245,7 +245,7 @@ def _default(
     elif method.targets == "biases":
         hits = biased_paths(model, method, saved_paths(model, config))
     elif method.targets == "embedding":
-        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        embedding = model.get_input_embeddings() if is_pretrained(model) else None
         hits = [path for path, module in modules.items() if embedding is not None and bare(module) is bare(embedding)]
     elif method.targets == "outputs":
         hits = [path for path in modules if re.fullmatch(FEED_FORWARD_OUTPUTS.get(str(model_type), "(?!)"), path)]
@@ -265,7 +265,7 @@ def _default(
 
 def _all_linear(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
     """Every linear layer but the output layer of a language model, or else the task's head."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = model.get_output_embeddings() if is_pretrained(model) else None
     head = [path for path, module in modules.items() if output is not None and module is output]
     if not head:
         head = saved_paths(model, config)

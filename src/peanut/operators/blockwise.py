@@ -36,15 +36,20 @@ class Blockwise(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        return _Folded.apply(x.to(dtype), None, None, self.block.to(dtype), self.size)  # type: ignore[no-any-return, no-untyped-call]
+        return self._product(x.to(dtype), None, None, self.block.to(dtype))
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps r numbers a token and not x."""
+        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps x, as that of other methods does."""
         dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.linear(x, weight, bias) + self.apply(x)
-        return _Folded.apply(x, weight, bias, self.block.to(dtype), self.size)  # type: ignore[no-any-return, no-untyped-call]
+        return self._product(x, weight, bias, self.block.to(dtype))
+
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return _Folded.apply(x, weight, bias, block, self.size)  # type: ignore[no-any-return, no-untyped-call]
+        return _joined(x, weight, bias, block, self.size)
 
     def rows(self, ids: Tensor) -> Tensor:
         r, m = self.block.shape
@@ -66,33 +71,26 @@ class Blockwise(Operator):
 
 
 class _Folded(torch.autograd.Function):
-    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps fold(x), (tokens, r), W and the block."""
+    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps x, which is folded again in the backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        r, m = block.shape
-        folded = _fold(x.reshape(-1, size[1]), r)
-        ctx.save_for_backward(folded, weight, block)
-        ctx.size, ctx.shape = size, x.shape
-        if weight is None:
-            return (folded @ block).repeat(1, size[0] // m).view(*x.shape[:-1], size[0])
-        y = F.linear(x, weight, bias)
-        if m == size[0]:
-            y.view(-1, m).addmm_(folded, block)
-        else:
-            y.view(-1, size[0] // m, m).add_((folded @ block).unsqueeze(1))
-        return y
+        ctx.save_for_backward(x, weight, block)
+        ctx.size = size
+        return _joined(x, weight, bias, block, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        folded, weight, block = ctx.saved_tensors
+        x, weight, block = ctx.saved_tensors
         r, m = block.shape
         out, inputs = ctx.size
         grads = grad.reshape(-1, out)
         summed = grads.view(-1, out // m, m).sum(1) if m < out else grads
         grad_x = grad_block = None
+        if ctx.needs_input_grad[3]:  # first, so that what it takes is gone when the input's gradient is made
+            grad_block = _fold(x.reshape(-1, inputs), r).T @ summed
         if ctx.needs_input_grad[0]:
             spread = summed @ block.T
             blocks = inputs // r
@@ -100,10 +98,22 @@ class _Folded(torch.autograd.Function):
             grad_x[:, : blocks * r].view(-1, blocks, r).add_(spread.unsqueeze(1))
             if blocks * r < inputs:
                 grad_x[:, blocks * r :].add_(spread[:, : inputs - blocks * r])
-            grad_x = grad_x.view(ctx.shape)
-        if ctx.needs_input_grad[3]:
-            grad_block = folded.T @ summed
+            grad_x = grad_x.view(x.shape)
         return grad_x, None, None, grad_block, None
+
+
+def _joined(x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]) -> Tensor:
+    tokens, m = x.reshape(-1, size[1]), block.shape[1]
+    folded = _fold(tokens, len(block))
+    if weight is None:
+        y = (folded @ block).repeat(1, size[0] // m)
+    else:
+        y = F.linear(tokens, weight, bias)
+        if m == size[0]:
+            y.addmm_(folded, block)
+        else:
+            y.view(-1, size[0] // m, m).add_((folded @ block).unsqueeze(1))
+    return y.view(*x.shape[:-1], size[0])
 
 
 def _fold(x: Tensor, r: int) -> Tensor:

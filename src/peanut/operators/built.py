@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Operator
+from .settled import WrittenOut
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +27,8 @@ class Built(Operator):
     gives three things: ``parts()``, ``dense()`` in ordinary differentiable torch, and ``pull``, its backward.
 
     Laws, besides those of every operator: ``pull(g)`` is the gradient of ``(dense() * g).sum()`` with respect to
-    ``parts()``; both work in any floating dtype, and ``dense()`` is in that of the parts.
+    ``parts()``; both work in any floating dtype, and ``dense()`` is in that of the parts. ``pulled(g, x)`` is
+    ``pull(gᵀ x)``, and differentiable where gradients are on.
     """
 
     @abstractmethod
@@ -37,9 +39,9 @@ class Built(Operator):
     def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The gradients of ``parts()`` given that of the dense Δ, (out, in)."""
 
-    def onto(self, weight: Tensor) -> Tensor:
-        """W + Δ, a new tensor."""
-        return weight + self.dense()
+    def pulled(self, grads: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of ``parts()`` given (tokens, out) and (tokens, in), whose product would be that of Δ."""
+        return self.pull(grads.T @ tokens)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._product(x, None, None)
@@ -60,6 +62,9 @@ class Built(Operator):
     def to(self, dtype: torch.dtype) -> Self:
         cast = {name: value.to(dtype) for name, value in self._tensors().items() if value.is_floating_point()}
         return replace(self, **cast)
+
+    def settled(self, dtype: torch.dtype) -> Operator:
+        return WrittenOut(self.to(dtype), dtype)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -128,13 +133,12 @@ class _Product(torch.autograd.Function):
         pulled: tuple[Tensor | None, ...] = (None,) * len(trained)
         if ctx.needs_input_grad[0]:
             grad_x = (grads @ (operator.dense() if weight is None else operator.onto(weight))).view(x.shape)
-        if ctx.needs_input_grad[1] or any(ctx.needs_input_grad[7:]):
+        if ctx.needs_input_grad[1]:
             grad_weight = grads.T @ tokens
-            pulled = operator.pull(grad_weight)
+        if any(ctx.needs_input_grad[7:]):
+            pulled = operator.pulled(grads, tokens) if grad_weight is None else operator.pull(grad_weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grads.sum(0)
-        if not ctx.needs_input_grad[1]:
-            grad_weight = None
         return grad_x, grad_weight, grad_bias, None, None, None, None, *pulled, *(None for _ in other)
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .built import product_dtype
+from .built import Built
 from .operator import Operator
+from .settled import Settled
 
 __all__ = ["Circulant"]
 
+_AT_ONCE = 256  # tokens that are transformed together
+
 
 @dataclass(frozen=True)
-class Circulant(Operator):
+class Circulant(Built):
     """Δ of blocks (b, b), the block at (i, j) being scaling · kernel[i, j, (column − row) mod b].
 
     Each block correlates: y_i[t] = scaling · Σ_j Σ_u kernel[i, j, u] · x_j[(t + u) mod b], a product of real Fourier
-    transforms.
+    transforms. Building a block is one copy, so that many tokens take one product with W + Δ; few tokens and the
+    gradient of the kernel go through the transforms.
 
     Args:
         kernel: (out/b, in/b, b), the blocks' first rows.
@@ -35,11 +37,39 @@ class Circulant(Operator):
         rows, columns, b = self.kernel.shape
         return rows * b, columns * b
 
-    def apply(self, x: Tensor) -> Tensor:
-        dtype = product_dtype(x)
-        if x.numel() == 0:  # of which there is no transform
-            return F.linear(x.to(dtype), self.dense().to(dtype))
-        return _Correlation.apply(x.to(dtype), self.kernel.to(dtype), self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.kernel,)
+
+    def dense(self) -> Tensor:
+        return self._blocks().reshape(self.shape)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        rows, columns, b = self.kernel.shape
+        apart: Tensor = weight.unflatten(1, (columns, b)).unflatten(0, (rows, b))
+        return (apart + self._blocks()).reshape(self.shape)
+
+    def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
+        rows, columns, b = self.kernel.shape
+        blocks = grad.reshape(rows, b, columns, b).transpose(1, 2)
+        # Each row twice, so that a diagonal that leaves a block on the right goes on: from row to row one more.
+        diagonals = torch.cat([blocks, blocks], -1).flatten(2).unfold(2, b, 2 * b + 1)[:, :, :b]
+        return (self.scaling * diagonals.sum(2),)
+
+    def pulled(self, grads: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """By transforms, where the blocks are wide enough for them and torch has them in the dtype."""
+        rows, columns, b = self.kernel.shape
+        if b < 32 or torch.finfo(grads.dtype).bits < 32 or not len(tokens):
+            return super().pulled(grads, tokens)
+        step = len(tokens) if torch.compiler.is_compiling() else _AT_ONCE
+        total = None
+        for some, seen in zip(grads.split(step), tokens.split(step), strict=True):
+            high = torch.fft.rfft(some.view(-1, rows, b)).permute(2, 0, 1).contiguous()
+            low = torch.fft.ihfft(seen.view(-1, columns, b), norm="forward").permute(2, 1, 0).contiguous()
+            products = low @ high  # the frequency first: a product of (columns, tokens) and (tokens, rows) for each
+            total = products if total is None else total + products
+        assert total is not None  # there are tokens
+        kernel: Tensor = torch.fft.irfft(total.conj().permute(2, 1, 0), n=b)
+        return (self.scaling * kernel,)
 
     def rows(self, ids: Tensor) -> Tensor:
         b = self.kernel.shape[-1]
@@ -48,52 +78,26 @@ class Circulant(Operator):
         columns = self.kernel[:, at // b, (at - place) % b].movedim(0, -2)  # (…, out/b, b)
         return self.scaling * columns.flatten(-2)
 
-    def dense(self) -> Tensor:
-        b = self.kernel.shape[-1]
-        place = torch.arange(b, device=self.kernel.device)
-        blocks = self.kernel[..., (place - place[:, None]) % b]
-        return self.scaling * blocks.transpose(1, 2).reshape(self.shape)
+    def settled(self, dtype: torch.dtype) -> Operator:
+        wide = self.kernel.to(dtype).to(torch.promote_types(dtype, torch.float32))
+        return _SettledCirculant(self.to(dtype), dtype, (self.scaling * torch.fft.rfft(wide)).conj_physical())
 
-    def to(self, dtype: torch.dtype) -> Circulant:
-        return Circulant(self.kernel.to(dtype), self.scaling)
-
-
-class _Correlation(torch.autograd.Function):
-    """Keeps x and the kernel; every transform is made again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, kernel)
-        ctx.scaling = scaling
-        y = torch.einsum("tjf,ijf->tif", _waves(x, kernel), _transform(kernel).conj())
-        return _back(y, kernel, scaling, x).reshape(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernel = ctx.saved_tensors
-        waves = _waves(grad, kernel)
-        grad_x = grad_kernel = None
-        if ctx.needs_input_grad[0]:
-            into = torch.einsum("tif,ijf->tjf", waves, _transform(kernel))
-            grad_x = _back(into, kernel, ctx.scaling, x).reshape(x.shape)
-        if ctx.needs_input_grad[1]:
-            into = torch.einsum("tif,tjf->ijf", waves.conj(), _waves(x, kernel))
-            grad_kernel = _back(into, kernel, ctx.scaling, kernel)
-        return grad_x, grad_kernel, None
+    def _blocks(self) -> Tensor:
+        """Δ as (out/b, b, in/b, b): a kernel b times in line, read in rows that begin b − 1 apart."""
+        rows, columns, b = self.kernel.shape
+        line = (self.scaling * self.kernel).unsqueeze(2).expand(rows, columns, b, b).flatten(2)
+        return line.unfold(2, b, max(b - 1, 1))[:, :, :b].transpose(1, 2)
 
 
-def _waves(values: Tensor, kernel: Tensor) -> Tensor:
-    """The transforms of the blocks of activations: (…, blocks·b) → (tokens, blocks, b/2 + 1)."""
-    b = kernel.shape[-1]
-    return _transform(values.reshape(-1, values.shape[-1] // b, b))
+@dataclass(frozen=True)
+class _SettledCirculant(Settled):
+    """Keeps the blocks' transforms, (out/b, in/b, b/2 + 1)."""
 
+    origin: Circulant
+    waves: Tensor
 
-def _transform(blocks: Tensor) -> Tensor:
-    """In at least 32 bits: there is no Fourier transform in 16."""
-    waves: Tensor = torch.fft.rfft(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
-    return waves
-
-
-def _back(waves: Tensor, kernel: Tensor, scaling: float, like: Tensor) -> Tensor:
-    values: Tensor = torch.fft.irfft(waves, n=kernel.shape[-1])
-    return values.mul_(scaling).to(like.dtype)
+    def answer(self, tokens: Tensor) -> Tensor:
+        _, columns, b = self.origin.kernel.shape
+        blocks = tokens.view(-1, 1, columns, b).to(self.waves.real.dtype)  # there is no Fourier transform in 16 bits
+        y: Tensor = torch.fft.irfft((torch.fft.rfft(blocks) * self.waves).sum(-2), n=b)
+        return y.flatten(1).to(tokens.dtype)

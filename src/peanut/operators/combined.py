@@ -39,6 +39,9 @@ class Sum(Operator):
     def to(self, dtype: torch.dtype) -> Sum:
         return Sum(tuple(term.to(dtype) for term in self.terms))
 
+    def settled(self, dtype: torch.dtype) -> Sum:
+        return Sum(tuple(term.settled(dtype) for term in self.terms))
+
 
 @dataclass(frozen=True)
 class Chain(Operator):
@@ -66,6 +69,9 @@ class Chain(Operator):
     def to(self, dtype: torch.dtype) -> Chain:
         return Chain(tuple(link.to(dtype) for link in self.links))
 
+    def settled(self, dtype: torch.dtype) -> Chain:
+        return Chain(tuple(link.settled(dtype) for link in self.links))
+
 
 @dataclass(frozen=True)
 class Gained(Operator):
@@ -90,5 +96,11 @@ class Gained(Operator):
         return matrix if self.in_scale is None else matrix * self.in_scale
 
     def to(self, dtype: torch.dtype) -> Gained:
+        return self._around(self.inner.to(dtype), dtype)
+
+    def settled(self, dtype: torch.dtype) -> Gained:
+        return self._around(self.inner.settled(dtype), dtype)
+
+    def _around(self, inner: Operator, dtype: torch.dtype) -> Gained:
         scales = [None if scale is None else scale.to(dtype) for scale in (self.out_scale, self.in_scale)]
-        return Gained(self.inner.to(dtype), *scales)
+        return Gained(inner, *scales)

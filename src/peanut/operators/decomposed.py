@@ -60,6 +60,10 @@ class Decomposed(Operator):
     def to(self, dtype: torch.dtype) -> Decomposed:
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 
+    def settled(self, dtype: torch.dtype) -> _Settled:
+        up = (self.gain[:, None] * self.up * self.scaling).to(dtype)
+        return _Settled(self, up, self.down.to(dtype), (self.gain - 1).to(dtype))
+
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) -> Tensor:
         dtype = product_dtype(x)
         x, weight, up, down = (value.to(dtype) for value in (x, weight, self.up, self.down))
@@ -67,11 +71,56 @@ class Decomposed(Operator):
         return _GainedProduct.apply(x, weight, bias, up, down, self.gain, self.scaling, whole)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@dataclass(frozen=True)
+class _Settled(Operator):
+    """A ``Decomposed`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
+
+    inner: Decomposed
+    up: Tensor
+    down: Tensor
+    less_one: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        tokens, weight = x.reshape(-1, x.shape[-1]), self.inner.weight.to(x.dtype)
+        y = F.linear(tokens, weight).mul_(self.less_one)
+        return y.addmm_(tokens @ self.down.T, self.up.T).view(*x.shape[:-1], y.shape[-1])
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.inner.whole:
+            return F.linear(x, weight, bias) + self.apply(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = _gained(tokens, weight, bias, self.up, self.down, self.less_one)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.inner.rows(ids).to(self.up.dtype)
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().to(self.up.dtype)
+
+    def to(self, dtype: torch.dtype) -> _Settled:
+        return self.inner.settled(dtype)
+
+
+def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, less_one: Tensor) -> Tensor:
+    """g ⊙ (x Wᵀ) + (x downᵀ) upᵀ + b, of an ``up`` with the gain in it, in one buffer."""
+    # With the bias in the product, a gain of one gives the bits that the layer itself gives.
+    y = F.linear(tokens, weight, bias)
+    y.addcmul_(y, less_one).addmm_(tokens @ down.T, up.T)
+    return y if bias is None else y.sub_(less_one * bias)
+
+
 class _GainedProduct(torch.autograd.Function):
     """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
 
-    Keeps x. The output before the gain, which the gain's gradient needs, is computed again in the backward: kept, it
-    would be as large as the layer's output.
+    Keeps x. The gain's gradient needs the output before the gain, as large as the output, or the gradient of W', which
+    takes a product as large as W's and gives those of the factors by products with no tokens in them. On a CPU, where
+    that product is what the backward waits for, the output of a part of the tokens is kept.
+    Where tokens are many, passes over them are dear too: then W' is made, in the forward and again in the backward.
     """
 
     @staticmethod
@@ -86,45 +135,66 @@ class _GainedProduct(torch.autograd.Function):
         scaling: float,
         whole: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, up, down, gain)
         ctx.scaling, ctx.whole = scaling, whole
-        tokens, less_one = x.reshape(-1, x.shape[-1]), (gain - 1).to(x.dtype)
-        hidden = tokens @ down.T
-        if whole:
-            # With the bias in the product, a gain of one gives the bits that the layer itself gives.
-            y = F.linear(x, weight, bias)
-            flat = y.view(-1, y.shape[-1]).addmm_(hidden, up.T, alpha=scaling)
-            flat.addcmul_(flat, less_one)
-            if bias is not None:
-                flat.sub_(less_one * bias)
-            return y
-        low = (hidden @ up.T).mul_(scaling)
-        low.addcmul_(torch.addmm(low, tokens, weight.T), less_one)
-        return low.view(*x.shape[:-1], low.shape[-1])
+        kept = None
+        tokens, gained_up = x.reshape(-1, x.shape[-1]), (gain[:, None] * up * scaling).to(up.dtype)
+        less_one = (gain - 1).to(x.dtype)
+        if not whole:
+            y = F.linear(tokens, weight).mul_(less_one).addmm_(tokens @ down.T, gained_up.T)
+        elif _written_out(tokens):
+            y = F.linear(tokens, _changed(weight, gain, gained_up, down), bias)
+            kept = _part(y, gain) if ctx.needs_input_grad[5] else None
+        else:
+            y = _gained(tokens, weight, bias, gained_up, down, less_one)
+        ctx.save_for_backward(x, weight, up, down, gain, bias, kept)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, up, down, gain = ctx.saved_tensors
-        need_x, _, need_bias, need_up, need_down, need_gain, *_ = ctx.needs_input_grad
+        x, weight, up, down, gain, bias, kept = ctx.saved_tensors
+        need_x, _, need_bias, *need_parts = ctx.needs_input_grad[:6]
         grads, tokens = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        less_one = (gain - 1).to(x.dtype)
+        gained_up = (gain[:, None] * up * ctx.scaling).to(up.dtype)
         grad_x = grad_bias = grad_up = grad_down = grad_gain = None
-        hidden = tokens @ down.T if need_up or need_gain else None
-        if hidden is not None and need_gain:
-            before = (tokens @ weight.T).addmm_(hidden, up.T, alpha=ctx.scaling)
-            grad_gain = before.mul_(grads).sum(0, dtype=gain.dtype)
         if need_bias:
             grad_bias = grads.sum(0)
-        gained = torch.addcmul(grads, grads, less_one)
-        grad_hidden = (gained @ up).mul_(ctx.scaling) if need_x or need_down else None
-        if hidden is not None and need_up:
-            grad_up = (gained.T @ hidden).mul_(ctx.scaling)
-        if grad_hidden is not None and need_down:
-            grad_down = grad_hidden.T @ tokens
-        if grad_hidden is not None and need_x:
-            through = gained if ctx.whole else grads * less_one
-            grad_x = (through @ weight).addmm_(grad_hidden, down).view(x.shape)
+        if any(need_parts):
+            # Where the backward is itself differentiated, what is kept must not pass for a constant.
+            n = 0 if kept is None or torch.is_grad_enabled() else len(kept)
+            of_weight = grads[n:].T @ tokens[n:]
+            of_up, grad_down = of_weight @ down.T, gained_up.T @ of_weight
+            grad_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
+            grad_gain = grad_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
+            if n:
+                early, first = grads[:n], tokens[:n]
+                of_up = of_up.addmm_(early.T, first @ down.T)
+                grad_down = grad_down.addmm_((early @ gained_up).T, first)
+                grad_gain += ((kept if bias is None else kept - bias) * early).sum(0) / gain
+            grad_up = (of_up * (gain * ctx.scaling)[:, None]).to(up.dtype)
+        if need_x and ctx.whole and _written_out(tokens):
+            grad_x = (grads @ _changed(weight, gain, gained_up, down)).view(x.shape)
+        elif need_x:
+            less_one = (gain - 1).to(x.dtype)
+            through = torch.addcmul(grads, grads, less_one) if ctx.whole else grads * less_one
+            grad_x = (through @ weight).addmm_(grads @ gained_up, down).view(x.shape)
         return grad_x, None, grad_bias, grad_up, grad_down, grad_gain, None, None
+
+
+def _written_out(tokens: Tensor) -> bool:
+    """Whether W' costs less than passes over the tokens, and the dtype is wide enough to hold a small change."""
+    return tokens.shape[0] >= tokens.shape[1] and torch.finfo(tokens.dtype).bits >= 32
+
+
+def _part(y: Tensor, gain: Tensor) -> Tensor | None:
+    """The output of the first quarter of the tokens, if no gain is near zero and so each can be divided away again."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or not gain.abs().min() > 0.1:
+        return None  # on a GPU, asking for the least gain would cost more than the product
+    return y[: len(y) // 4].clone()
+
+
+def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """W' = diag(g) W + up · down, of an ``up`` with the gain in it."""
+    return (weight * gain.to(weight.dtype)[:, None]).addmm_(up, down)
 
 
 class _GainedRows(torch.autograd.Function):

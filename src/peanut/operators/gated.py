@@ -40,30 +40,38 @@ class Gated(Built):
         return (self.values, self.logits) if self.group is None else (self.values, self.logits, self.group)
 
     def dense(self) -> Tensor:
-        delta = gate(self.logits, self.low, self.high) * self.values
-        if self.group is not None:
-            delta = gate(self.group, self.low, self.high) * delta
+        delta = self._opening() * self.values
         return delta if self.dtype is None else delta.to(self.dtype)
+
+    def onto(self, weight: Tensor) -> Tensor:
+        if weight.dtype != self.values.dtype:
+            return super().onto(weight)
+        return torch.addcmul(weight, self._opening(), self.values)
 
     def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
         grad = grad.to(self.values.dtype)
-        opening = gate(self.logits, self.low, self.high)
+        opening, slope = self._opened(self.logits)
         through = grad * self.values
         if self.group is None:
-            return grad * opening, through * self._slope(self.logits)
-        whole = gate(self.group, self.low, self.high)
-        own = (through * opening).sum() * self._slope(self.group)
-        return grad * opening * whole, through * self._slope(self.logits) * whole, own
+            return grad * opening, through * slope
+        whole, rise = self._opened(self.group)
+        own = (through * opening).sum() * rise
+        return grad * opening * whole, through * slope * whole, own
 
     def to(self, dtype: torch.dtype) -> Gated:
         return replace(self, dtype=dtype)
 
-    def _slope(self, logits: Tensor) -> Tensor:
-        """The derivative of a gate; zero where it is cut."""
+    def _opening(self) -> Tensor:
+        opening = gate(self.logits, self.low, self.high)
+        return opening if self.group is None else gate(self.group, self.low, self.high) * opening
+
+    def _opened(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A gate and its derivative, zero where it is cut."""
         share = torch.sigmoid(logits)
         stretched = self.low + (self.high - self.low) * share
-        inside = (stretched >= 0) & (stretched <= 1)  # as the derivative of clamp has it
-        return (self.high - self.low) * share * (1 - share) * inside
+        opening = torch.clamp(stretched, 0, 1)
+        slope = torch.addcmul(share, share, share, value=-1) * (self.high - self.low)
+        return opening, slope * (opening == stretched)  # as the derivative of clamp has it
 
 
 def gate(logits: Tensor, low: float, high: float) -> Tensor:

@@ -56,6 +56,8 @@ class LowRank(Operator):
         return self.up if self.scaling == 1.0 else self.up * self.scaling
 
     def to(self, dtype: torch.dtype) -> LowRank:
+        if self.up.dtype == self.down.dtype == dtype:
+            return self
         return LowRank(self.up.to(dtype), self.down.to(dtype), self.scaling)
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,7 +72,9 @@ class LowRank(Operator):
             (…, out). The backward keeps x, which it needs for the factors' gradient, and nothing else that grows
             with the number of tokens.
         """
-        return _JoinedProduct.apply(x, weight, bias, self.up, self.down, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+        if torch.is_grad_enabled():
+            return _JoinedProduct.apply(x, weight, bias, self.up, self.down, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+        return _joined(x, weight, bias, self.up, self.down, self.scaling)
 
     @staticmethod
     def sum(operators: Sequence[LowRank]) -> LowRank:
@@ -81,6 +85,12 @@ class LowRank(Operator):
             torch.cat([operator.scaled_up() for operator in operators], dim=1),
             torch.cat([operator.down for operator in operators], dim=0),
         )
+
+
+def _joined(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    y = F.linear(tokens, weight, bias)
+    return y.addmm_(tokens @ down.T, up.T, alpha=scaling).view(*x.shape[:-1], y.shape[-1])
 
 
 class _JoinedProduct(torch.autograd.Function):
@@ -95,12 +105,9 @@ class _JoinedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        tokens = x.reshape(-1, x.shape[-1])
-        y.view(-1, y.shape[-1]).addmm_(tokens @ down.T, up.T, alpha=scaling)
         ctx.save_for_backward(x, weight, up, down)
         ctx.scaling = scaling
-        return y
+        return _joined(x, weight, bias, up, down, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ class Operator(ABC):
         ``apply(x)`` is ``x @ dense().T``; ``rows(ids)`` is ``dense().T[ids]``;
         ``weighted(x, g)`` is ``apply(x) * g``;
         ``joined(x, W, b)`` is ``x @ (W + dense()).T + b`` for a frozen W;
+        ``turned(x, W, b, g)`` is ``x @ (W @ dense()).T * g + b`` for a rotation and a frozen W;
         ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
         the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
     """
@@ -51,9 +52,21 @@ class Operator(ABC):
         """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
         return F.linear(x, weight, bias) + self.apply(x)
 
+    def onto(self, weight: Tensor) -> Tensor:
+        """W + Δ, a new tensor."""
+        return weight + self.dense()
+
     def rotated(self, weight: Tensor) -> Tensor:
         """W · R for a rotation R of the input: (out, in) → (out, in)."""
         return weight @ self.dense()
+
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
+        """g ⊙ (x Rᵀ) Wᵀ + b for a rotation R of the input and a frozen W (out, in), in one go: (…, in) → (…, out).
+
+        A gain of one leaves the bits of the product with the bias in it.
+        """
+        y = F.linear(self.apply(x), weight, bias)
+        return y if gain is None else y + (y if bias is None else y - bias) * (gain - 1).to(y.dtype)
 
     def beyond_identity(self) -> tuple[Tensor, Tensor] | None:
         """(up, down) of shapes (in, r) and (r, in) if a rotation R is I + up · down, else ``None``."""
@@ -66,3 +79,10 @@ class Operator(ABC):
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up, down) of shapes (out, r) and (r, in) if Δ is their product, else ``None``."""
         return None
+
+    def settled(self, dtype: torch.dtype) -> Operator:
+        """The same operator, without gradients, as it answers one token of dtype ``dtype`` fastest.
+
+        Called once and kept while nothing changes, for evaluation; so what can be computed beforehand is.
+        """
+        return self.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .low_rank import LowRank
 from .operator import Operator
+from .settled import WrittenOut
 
 __all__ = ["RandomBases", "rescaled"]
 
@@ -69,6 +70,13 @@ class RandomBases(Operator):
     def to(self, dtype: torch.dtype) -> RandomBases:
         return replace(self, dtype=dtype)
 
+    def settled(self, dtype: torch.dtype) -> Operator:
+        operator, rank = self.to(dtype), self.fixed.shape[0 if self.side == "up" else 1]
+        if rank >= min(self.shape):
+            return WrittenOut(operator, dtype)
+        up, down = operator._factors()
+        return LowRank(up * self.scaling, down)
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         return _factors(self.basis, self.left, self.right, self.fixed, self.side, self.dtype)
 
@@ -101,7 +109,8 @@ def _factors(
 class _Product(torch.autograd.Function):
     """y = x Wᵀ + b + s (x downᵀ) upᵀ for a frozen W, or without W; whole numbers x stand for one-hot vectors.
 
-    Kept for the backward: x, W, and the tensors that the factors are made of, as they are.
+    Kept for the backward: x, W, and the tensors that the factors are made of, as they are. Of high rank the factors
+    cost more than W with their product in it: then that is made instead, here and again in the backward.
     """
 
     @staticmethod
@@ -124,6 +133,8 @@ class _Product(torch.autograd.Function):
         if weight is None:
             places = x.shape[:-1] if x.is_floating_point() else x.shape
             return F.linear(_hidden(x, down), up).mul_(scaling).view(*places, len(up))
+        if _written_out(x, up, down):
+            return F.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
         y = F.linear(x, weight, bias)
         y.view(-1, len(up)).addmm_(_hidden(x, down), up.T, alpha=scaling)
         return y
@@ -135,17 +146,23 @@ class _Product(torch.autograd.Function):
         need_x, need_weight, need_bias, _, need_left, need_right, *_ = ctx.needs_input_grad
         up, down = _factors(basis, left, right, fixed, side, dtype)
         grads = grad.reshape(-1, grad.shape[-1]).to(up.dtype)
-        grad_x = grad_weight = grad_bias = grad_left = grad_right = None
-        grad_hidden = (grads @ up).mul_(scaling) if need_x or side == "down" else None
-        if grad_hidden is not None and need_x:
-            grad_tokens = grad_hidden @ down if weight is None else (grads @ weight).addmm_(grad_hidden, down)
-            grad_x = grad_tokens.view(x.shape)
-        if need_weight:
+        grad_x = grad_weight = grad_bias = grad_left = grad_right = grad_hidden = None
+        need_factor, whole = need_left or need_right, weight is not None and _written_out(x, up, down)
+        if need_weight or (need_factor and whole):
             grad_weight = grads.T @ x.reshape(-1, x.shape[-1])
         if need_bias:
             grad_bias = grads.sum(0)
-        if need_left or need_right:
-            if grad_hidden is not None and side == "down":
+        if need_x and whole:
+            grad_x = (grads @ torch.addmm(weight, up, down, alpha=scaling)).view(x.shape)
+        elif not whole and (need_x or side == "down"):
+            grad_hidden = (grads @ up).mul_(scaling)
+        if grad_hidden is not None and need_x:
+            grad_tokens = grad_hidden @ down if weight is None else (grads @ weight).addmm_(grad_hidden, down)
+            grad_x = grad_tokens.view(x.shape)
+        if need_factor:
+            if grad_weight is not None:
+                grad_scaled = (grad_weight @ down.T if side == "up" else up.T @ grad_weight).mul_(scaling)
+            elif grad_hidden is not None and side == "down":
                 grad_scaled = grad_hidden.T @ x.reshape(-1, x.shape[-1])
             else:
                 grad_scaled = (grads.T @ _hidden(x, down)).mul_(scaling)
@@ -153,7 +170,18 @@ class _Product(torch.autograd.Function):
             weighted = grad_scaled.to(left.dtype).view(full) * basis
             grad_left = (weighted * right).sum_to_size(left.shape)
             grad_right = (weighted * left).sum_to_size(right.shape)
+        if not need_weight:
+            grad_weight = None
         return grad_x, grad_weight, grad_bias, None, grad_left, grad_right, None, None, None, None
+
+
+def _written_out(x: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether W + Δ takes fewer multiplications in a step than the factors, in a dtype wide enough to hold the sum."""
+    (out, rank), inputs = up.shape, down.shape[1]
+    tokens = x.numel() // x.shape[-1]
+    if torch.finfo(up.dtype).bits < 32:
+        return False
+    return out * inputs * (3 * rank + tokens) < 2 * tokens * rank * (out + inputs)
 
 
 def _hidden(x: Tensor, down: Tensor) -> Tensor:

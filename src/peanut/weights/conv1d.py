@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .kind import LayerKind, LinearMap, unhooked
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 __all__ = ["Conv1DKind"]
 
@@ -16,7 +21,8 @@ class Conv1DKind(LayerKind):
     name = "conv1d"
 
     def matches(self, module: object) -> bool:
-        return isinstance(module, Conv1D)
+        made = _class()
+        return made is not None and isinstance(module, made)
 
     def shape(self, module: Conv1D) -> tuple[int, int]:
         inputs, outputs = module.weight.shape
@@ -32,7 +38,14 @@ class Conv1DKind(LayerKind):
         return delta.apply(x)
 
     def fused(self, module: nn.Module) -> bool:
-        return unhooked(module, Conv1D.forward)
+        made = _class()
+        return made is not None and unhooked(module, made.forward)
 
     def takes_features(self) -> bool:
         return True
+
+
+def _class() -> Any:
+    """transformers' class, ``None`` where nobody has imported it, so that there is no such layer."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from .kind import LayerKind
+from .product import Products, product
 
 __all__ = ["FrozenLayer"]
 
@@ -23,6 +24,7 @@ class FrozenLayer:
     def __init__(self, module: nn.Module, kind: LayerKind) -> None:
         self.module: Any = module
         self.kind = kind
+        self.products = Products()
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._shared: nn.Parameter | None = None
@@ -54,6 +56,16 @@ class FrozenLayer:
     def matrix(self) -> Tensor:
         """W before any merge, (out, in)."""
         return self.kind.matrix(self.module, self.weight)
+
+    def product(self, A: Tensor, *, transposed: bool = False) -> Tensor:
+        """W Aᵀ for A (r, in), or transposed Wᵀ Aᵀ for A (r, out): (out, r) or (in, r) in A's dtype.
+
+        W is read in its own dtype and never copied to another. The product is made no more often than A changes.
+        """
+        matrix = self.matrix().T if transposed else self.matrix()
+        if self.kind.quantised:  # the numbers are made of codes each time, and are not to be held on to
+            return product(matrix, A)
+        return self.products.of(matrix, A)
 
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""

@@ -117,5 +117,5 @@ def unhooked(module: nn.Module, forward: Any) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not torch.nn.utils.parametrize.is_parametrized(module)
+        and "parametrizations" not in module._modules
     )

@@ -1,0 +1,121 @@
+"""Products of Householder reflections of a layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .built import product_dtype
+from .low_rank import LowRank
+from .operator import Operator
+from .orthogonal import in_full
+
+__all__ = ["Householder"]
+
+
+@dataclass(frozen=True)
+class Householder(Operator):
+    """R = I − V K Vᵀ with V (in, r) and K (r, r), a product of r reflections in compact form: two thin products.
+
+    The backward keeps x, V and K.
+    """
+
+    vectors: Tensor
+    core: Tensor
+
+    @staticmethod
+    def reflections(directions: Tensor) -> Householder:
+        """H₁ H₂ … H_r with H_i = I − 2 u_i u_iᵀ for the directions u_i/‖u_i‖, the columns (in, r).
+
+        The columns of V are u₁, u₂−u₁, u₃, u₄−u₃, …: of two equal reflections nothing is left, exactly and in every
+        dtype, where I − U T Uᵀ would leave the rounding of a difference. With E the inner products of V between
+        different pairs (upper triangle) and D those within them, K = (D + E)⁻¹; D⁻¹ is known in closed form,
+        [[2q, 2q−2], [2, 2]] with q = ‖u₂−u₁‖² for a pair and 2 for a reflection that is left over.
+        """
+        r, device = directions.shape[1], directions.device
+        # One row for each direction, so that equal directions are normalised to equal bits.
+        units = F.normalize(directions.T.contiguous(), dim=1, eps=torch.finfo(directions.dtype).tiny)
+        place = torch.arange(r, device=device)
+        rows = torch.where(place[:, None] % 2 == 1, units - units.roll(1, 0), units)
+        first = torch.arange(0, r - 1, 2, device=device)
+        eye = torch.eye(r, dtype=units.dtype, device=device)
+        with in_full(device):
+            products = rows @ rows.T
+            q = products[first + 1, first + 1]
+            inverse = 2 * eye
+            inverse[first, first] = 2 * q
+            inverse[first, first + 1] = 2 * q - 2
+            inverse[first + 1, first] = 2.0
+            between = products * (place[:, None] // 2 < place // 2)
+            core = torch.linalg.solve_triangular(eye + inverse @ between, inverse, upper=True, unitriangular=True)
+        return Householder(rows.T, core)
+
+    @staticmethod
+    def orthogonal(directions: Tensor) -> Householder:
+        """I − 2 Q Qᵀ, the reflections in an orthonormal basis Q of the directions' span, (in, r)."""
+        with in_full(directions.device):
+            basis = torch.linalg.qr(directions).Q
+        return Householder(basis, 2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.vectors.shape[0], self.vectors.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        arguments = x.to(dtype), self.vectors.to(dtype), self.core.to(dtype)
+        if torch.is_grad_enabled():
+            return _Reflected.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return _reflected(*arguments)
+
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
+        """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x is neither turned nor copied."""
+        dtype = product_dtype(x)
+        x, weight, vectors, core = (value.to(dtype) for value in (x, weight, self.vectors, self.core))
+        bias = None if bias is None else bias.to(dtype)
+        y = LowRank(weight @ vectors @ core, vectors.T, -1.0).joined(x, weight, bias)
+        return y if gain is None else y + (y if bias is None else y - bias) * (gain - 1).to(dtype)
+
+    def beyond_identity(self) -> tuple[Tensor, Tensor]:
+        """I − V K Vᵀ is I plus a product of rank r."""
+        return -self.vectors @ self.core, self.vectors.T
+
+    def rotated(self, weight: Tensor) -> Tensor:
+        """W · R for W (…, in), R never written out."""
+        return Householder(self.vectors, self.core.T).apply(weight)
+
+    def dense(self) -> Tensor:
+        eye = torch.eye(self.shape[0], dtype=self.vectors.dtype, device=self.vectors.device)
+        return eye - self.vectors @ self.core @ self.vectors.T
+
+    def to(self, dtype: torch.dtype) -> Householder:
+        return Householder(self.vectors.to(dtype), self.core.to(dtype))
+
+
+def _reflected(x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
+    """x − x V Kᵀ Vᵀ."""
+    tokens = x.reshape(-1, vectors.shape[0])
+    return torch.addmm(tokens, tokens @ vectors @ core.T, vectors.T, alpha=-1).view(x.shape)
+
+
+class _Reflected(torch.autograd.Function):
+    """``_reflected``; x V, r numbers a token, is computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
+        ctx.save_for_backward(x, vectors, core)
+        return _reflected(x, vectors, core)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, vectors, core = ctx.saved_tensors
+        tokens, grads = (tensor.reshape(-1, vectors.shape[0]) for tensor in (x, grad))
+        hidden, seen = tokens @ vectors, grads @ vectors
+        grad_hidden = seen @ core
+        grad_x = torch.addmm(grads, grad_hidden, vectors.T, alpha=-1).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_vectors = -(tokens.T @ grad_hidden).addmm_(grads.T, hidden @ core.T)
+        return grad_x, grad_vectors, -(seen.T @ hidden)
