@@ -1,0 +1,67 @@
+"""Modules of a model exchanged for others: hooks and modes carried over, everything put back if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["as_before", "carry_hooks", "modes_of", "only_whole"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hangs what users hung on a layer on the one in its place; where that has none, handles still take them off."""
+    for kind in _HOOKS:
+        hung, there = old.__dict__[kind], new.__dict__[kind]
+        if hung and there:
+            there.update(hung)
+        elif hung:
+            new.__dict__[kind] = hung
+
+
+def modes_of(base: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Which modules are in training."""
+    return [(module, module.training) for module in base.modules()]
+
+
+def as_before(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Each module in the mode that it was in: making wrappers has set those inside them."""
+    for module, training in modes:
+        module.__dict__["training"] = training
+
+
+@contextmanager
+def only_whole(model: nn.Module) -> Iterator[None]:
+    """Within the context modules are exchanged; if that fails, every module is put back as it was.
+
+    Which modules a module has, its parameters, hooks and modes, and what is trained; no value of a tensor. Either way
+    torch's source of randomness is left as it was, so that training goes on as it would have.
+    """
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    inner = [(value, dict(value)) for _, own in modules for value in own.values() if isinstance(value, dict)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except BaseException:
+        for module, own in modules:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+        for value, entries in inner:
+            value.clear()
+            value.update(entries)
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        raise
