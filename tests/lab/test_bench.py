@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 import peanut
 from peanut.errors import PeanutError
 from peanut.lab import bench, measure, variants
-from peanut.lab.measure import Spread, interleaved, peak_bytes, ratio, repeated, saved_bytes
+from peanut.lab.bench_report import Row, summary
+from peanut.lab.measure import Spread, interleaved, peak_bytes, ratio, repeated, saved_bytes, within_memory
 
 CPU = torch.device("cpu")
 TINY = ["--tokens", "8", "--dims", "16", "24", "--rank", "2", "--blocks", "1", "--repeats", "3", "--threads", "1"]
@@ -217,7 +220,7 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
     threads = torch.get_num_threads()
     found = run(tmp_path, "--methods", "peanut", "lora", "--depth", "0", "1")
     assert torch.get_num_threads() == threads
-    assert set(found) == {"hardware", "settings", "variants", "versions", "wait_policy"}
+    assert set(found) == {"hardware", "settings", "summary", "variants", "versions", "wait_policy"}
     assert found["versions"] == {"peanut": peanut.__version__, "torch": torch.__version__, "peft": "0.21.2"}
     assert found["settings"] == {
         "stack": "layers", "methods": ["LORA", "PEANUT"], "tokens": 8, "rank": 2, "depth": [0, 1], "dims": [16, 24],
@@ -229,9 +232,11 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
     frozen, ours, theirs = rows["", "frozen"], rows["PEANUT depth 1", "peanut"], rows["PEANUT depth 1", "peft"]
     for row in rows.values():
         assert set(row) == {
-            "method", "by", "trained_parameters", "saved_bytes", "peak_bytes", "difference", "seconds", "ratios",
+            "method", "by", "trained_parameters", "saved_bytes", "peak_bytes", "evaluation_bytes", "file_bytes",
+            "difference", "note", "seconds", "ratios",
         }  # fmt: skip
-        assert set(row["seconds"]) == {"forward", "backward", "step", "token"}
+        lived = {"inject", "save", "load"} if row["method"] else set()
+        assert set(row["seconds"]) == {"forward", "backward", "step", "token"} | lived
         for spread in row["seconds"].values():
             assert 0 < spread["least"] <= spread["low"] <= spread["median"] <= spread["high"]
     assert frozen["ratios"] == {}
@@ -246,6 +251,11 @@ def test_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixt
             if quantity in row["seconds"]:
                 least = ours["seconds"][quantity]["least"] / row["seconds"][quantity]["least"]
                 assert spread["least"] == pytest.approx(least)
+    assert frozen["file_bytes"] is None
+    assert ours["file_bytes"] > 4 * ours["trained_parameters"] < theirs["file_bytes"]
+    assert ours["evaluation_bytes"] >= frozen["evaluation_bytes"] >= 8 * 24 * 4
+    assert found["summary"]["compared"] == 3
+    assert set(found["summary"]["speed_up"]) == set(ours["seconds"])
     [plot] = tmp_path.glob("*.png")
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert plot.stem == next(tmp_path.glob("*.json")).stem
@@ -275,22 +285,6 @@ def test_half_precision_is_measured_too(tmp_path: Path) -> None:
     assert next(tmp_path.glob("*.json")).stem.endswith("-dtype-bfloat16-repeats-3")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # both are the peer's
-@pytest.mark.filterwarnings("ignore:Position ids are not supported")
-def test_methods_that_need_a_model_are_measured_in_one(tmp_path: Path) -> None:
-    found = run(tmp_path, "--stack", "transformer")
-    methods = {row["method"] for row in found["variants"]}
-    names = {"ADAPTION_PROMPT", "CPT", "DIREFT", "LORA", "LOREFT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
-    styles = {f"BOTTLENECK {style}" for style in ("houlsby", "pfeiffer", "parallel")}
-    assert methods == {"", "XLORA", *names, *styles}
-    alone = {"DIREFT", "LOREFT", *styles}  # the peer has none of these
-    theirs = [row for row in found["variants"] if row["by"] == "peft"]
-    assert {row["method"] for row in theirs} == methods - {""} - alone
-    assert all(row["difference"] < 1e-5 for row in theirs)
-    assert all(row["seconds"]["token"]["least"] > 0 for row in found["variants"])
-    assert "-stack-transformer-" in next(tmp_path.glob("*.json")).stem
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -301,6 +295,8 @@ def test_methods_that_need_a_model_are_measured_in_one(tmp_path: Path) -> None:
         (["--depth", "0", "-1"], "--depth=-1; expected a whole number of at least 0"),
         (["--dims", "0", "3"], "--dims=0; expected a whole number of at least 1"),
         (["--device", "toaster"], "--device toaster: "),
+        (["--stack", "minilm"], "--dims with --stack minilm; expected its own sizes; leave --dims out"),
+        (["--stack", "llama-3.2-3b", "--methods", "bitfit"], "BITFIT cannot run on blocks of the shape of Llama"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_nothing_is_written(
@@ -313,6 +309,107 @@ def test_a_wrong_option_is_one_line_and_nothing_is_written(
     assert told.err.count("\n") == 1
     assert told.out == ""
     assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_stack_for_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--stack", "llama-3.2-3b", "--output", str(tmp_path / "results")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --device cuda: ")
+    assert told.endswith("; expected a GPU for --stack llama-3.2-3b; try --device cpu\n")
+
+
+# What is said of it
+
+
+def row(method: str, by: variants.By, step: list[float], saved: int, file: int = 100) -> Row:
+    return Row(method, by, 1, saved, 1000, 1000, file, seconds={"step": step, "forward": step})
+
+
+def test_the_summary_is_a_geometric_mean_and_names_what_is_worse() -> None:
+    rows = [
+        row("", "frozen", [1.0, 1.0, 1.0], 0),
+        row("A", "peanut", [1.0, 1.0, 1.0], 5),
+        row("A", "peft", [8.0, 8.0, 8.0], 10),
+        row("B", "peanut", [2.0, 2.2, 2.4], 40, file=101),
+        row("B", "peft", [1.0, 1.0, 1.0], 10),
+        row("C", "peanut", [1.0, 1.2, 1.2], 0),
+        row("C", "peft", [1.1, 1.1, 1.1], 10),
+        row("D", "peanut", [9.0, 9.0, 9.0], 90),  # the peer has none
+    ]
+    found = summary(rows)
+    assert found is not None
+    assert found["compared"] == 3
+    assert found["speed_up"]["step"] == pytest.approx((8 / 2.2 * 1.1 / 1.2) ** (1 / 3))
+    assert found["bytes"]["saved_bytes"] == pytest.approx((2 / 4) ** (1 / 2))  # C keeps nothing
+    worse = {(each["method"], each["quantity"]): each for each in found["worse"]}
+    assert set(worse) == {("B", "step"), ("C", "step"), ("B", "saved_bytes"), ("B", "file_bytes")}
+    assert (worse["B", "step"]["clear"], worse["C", "step"]["clear"]) == (True, False)
+    assert worse["B", "saved_bytes"]["ratio"]["median"] == 4
+    assert summary(rows[:2]) is None
+
+
+def test_a_peer_that_refuses_or_lacks_memory_or_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, step = variants.peer_of, variants.Variant.step
+
+    def peer_of(name: str, *rest: Any) -> Any:
+        if name == "VERA":
+            raise PeanutError("VERA: the peer refuses")
+        return original(name, *rest)
+
+    def greedy(self: variants.Variant, x: Tensor, grad: Tensor) -> dict[str, float]:
+        if (self.method, self.by) == ("IA3", "peft"):
+            torch.empty(2**60)
+        return step(self, x, grad)
+
+    def never(self: Any, *rest: Any, **more: Any) -> None:
+        raise KeyError("no file")
+
+    monkeypatch.setattr(variants, "peer_of", peer_of)
+    monkeypatch.setattr(variants.Variant, "step", greedy)
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", never)
+    found = run(tmp_path, "--methods", "vera", "ia3")
+    notes = {(row["method"], row["by"]): row["note"] for row in found["variants"]}
+    assert notes == {
+        ("", "frozen"): "",
+        ("IA3", "peanut"): "peft 0.21.2 wants more memory than is free",
+        ("LORA", "peanut"): "",
+        ("LORA", "peft"): "it cannot be saved and loaded: 'no file'",
+        ("VERA", "peanut"): "VERA: the peer refuses",
+    }
+    told = capsys.readouterr().out
+    assert "IA3 peanut: peft 0.21.2 wants more memory than is free" in told
+
+
+def test_a_slow_variant_sits_out_and_its_rounds_still_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PATIENCE", 0.05)
+    rows = [row("A", "peanut", [], 0), row("B", "peanut", [], 0)]
+    calls = [0, 0]
+
+    def probe(index: int) -> dict[str, float]:
+        calls[index] += 1
+        if index == 1:
+            time.sleep(0.06)
+        return {"token": float(calls[index] + index)}
+
+    bench._rounds(rows, "token", [functools.partial(probe, index) for index in range(2)], 4)
+    assert rows[0].seconds["token"] == [1.0, 2.0, 3.0, 4.0]
+    assert rows[1].seconds["token"] == [2.0]
+    assert rows[1].note == "token in 1 of 4 rounds, being slow"
+    assert rows[0].note == ""
+    assert ratio(rows[1].seconds["token"], rows[0].seconds["token"]).median == 2.0
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="only Linux is limited")
+def test_memory_that_is_not_there_is_refused_and_the_limit_taken_back() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with within_memory(share=0.001), pytest.raises(RuntimeError, match="allocate memory"):
+        torch.ones(2**32)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_measuring(

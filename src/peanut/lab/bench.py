@@ -1,10 +1,37 @@
-"""``peanut bench``: what a method costs in a stack of layers or a model, against it frozen and Hugging Face PEFT.
+"""``peanut bench``: what a method costs in layers or in a model, against it frozen and against Hugging Face PEFT.
 
 All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
-quartiles, and a ratio is taken within each round before the median.
+quartiles, and a ratio is taken within each round before the median. What is compared holds the same parameters and
+gives the same output.
 
 On a machine that does other work too, set ``OMP_WAIT_POLICY=passive``: otherwise a thread that waits for another one
 keeps its processor busy, and what is measured is mostly that waiting.
+
+The JSON file:
+
+- ``versions`` of ``peanut``, ``torch`` and ``peft`` (``null`` where it is not installed), ``hardware`` (the processor's
+  name), ``wait_policy`` (the environment's), ``settings`` (``Settings``, by name);
+- ``variants``, the frozen stack first, each with
+
+  - ``method`` (empty for the frozen stack) and ``by``: ``frozen``, ``peanut`` or ``peft``;
+  - ``trained_parameters``; ``difference`` of the peer's output from ours, relative to the largest entry; ``note``, why
+    a peer's row is missing, lacks a figure or comes from fewer rounds (one that has taken a minute sits out the rest);
+  - ``saved_bytes``: kept by a forward for the backward beyond parameters and layers' inputs, and beyond what the
+    frozen model keeps, whose own row tells that; ``peak_bytes``: the most that a training step holds beyond weights,
+    optimiser state and input; ``evaluation_bytes``: the most that the first forward in evaluation holds, with what is
+    kept for those that follow; ``file_bytes``: the saved tensors, ``null`` for the frozen stack;
+  - ``seconds``: ``forward``, ``backward`` and the whole training ``step``; of evaluation one ``token`` through layers,
+    ``generate`` (seconds a token of a model that writes with a cache, its prompt of 32 tokens included) or one row's
+    ``answer``; ``inject``, ``save`` and ``load``. Each with ``median``, ``low`` and ``high`` (quartiles) and ``least``;
+  - ``ratios`` to the ``frozen`` stack, to the ``peer``'s same method and to ``peer_lora``: for each of ``seconds`` the
+    same four (``least`` is the ratio of the least values), for each count of bytes a number, ``null`` where the other
+    has none;
+
+- ``summary``, without the peer ``null``: ``compared``, how many contestants both sides have; ``speed_up``, for each of
+  ``seconds`` the geometric mean of the peer's time over ours; ``bytes``, for each count the geometric mean of the
+  peer's over ours, where both have some; ``worse``, each ``method`` and ``quantity`` (bytes from half a percent on,
+  times except ``forward`` and ``backward``, which the step tells) in which we take more than the peer, with the
+  ``ratio``'s ``median``, ``low``, ``high`` and ``least``, and ``clear`` where the lower quartile is above 1.
 """
 
 from __future__ import annotations
@@ -13,20 +40,33 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import PeanutError
 from ..files import make_folder
+from ..training.terminal import quiet
 from .bench_report import Row, print_tables, write_report
-from .measure import interleaved
-from .model_variants import frozen_llama, model_configs, model_variants
-from .variants import Settings, configs_of, frozen_stack, variants_of
+from .measure import interleaved, within_memory
+from .model_variants import batch_of, frozen_model, model_configs, model_variants
+from .settings import STACKS, Settings, settings_of
+from .storage import file_bytes, life_probe
+from .variants import Variant, configs_of, frozen_stack, peer_version, twin, variants_of
 
 __all__ = ["Settings", "main", "measure"]
+
+LIVES = 5
+"""The most rounds of injecting, saving and loading."""
+PATIENCE = 60.0
+"""Seconds after which a variant sits out the remaining rounds: some of the peer's take minutes for a few tokens."""
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -35,35 +75,124 @@ def measure(settings: Settings) -> list[Row]:
     Raises:
         PeanutError: a method's output differs from the peer's, so that a comparison would mean nothing.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    narrow, wide = settings.dims
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(1, settings.tokens, narrow, generator=generator).to(device, dtype) for _ in range(2))
-    token = x[:, :1].clone()
-    x.requires_grad_()
-    names = settings.methods or ()
-    if settings.stack == "layers":
-        configs = configs_of(names, settings.rank, settings.depth)
-        variants = variants_of(configs, lambda: frozen_stack(narrow, wide, settings.blocks, device, dtype), x)
-    else:
-        configs = model_configs(names, settings.rank, settings.blocks)
-        variants = model_variants(configs, lambda: frozen_llama(narrow, wide, settings.blocks, device, dtype), x)
-
-    watched = functools.partial(track, console=Console(stderr=True))
-    rows = []
-    for variant in watched(variants, "memory"):
-        variant.step(x, grad)  # warm-up: the optimiser's state and the libraries' scratch memory are made here
-        saved, peak = variant.saved_bytes(x), variant.peak_bytes(x, grad)
-        rows.append(Row(variant.method, variant.by, variant.trained_parameters, saved, peak, variant.difference))
-    rounds = range(settings.repeats)
-    steps = interleaved([functools.partial(variant.step, x, grad) for variant in variants], watched(rounds, "steps"))
-    tokens = interleaved([variant.token_probe(token) for variant in variants], watched(rounds, "tokens"))
-    for row, step, one in zip(rows, steps, tokens, strict=True):
-        row.seconds = step | one
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.")  # about configs that are measured as they are
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what the peer calls
+        variants, x, target = built(settings, Path(folder))
+        rows: list[Row] = []
+        with _progress("memory", len(variants)) as advance:
+            for variant in list(variants):
+                row = _row(variant, x, target, rows[0].saved_bytes if rows else 0)
+                if row is None:
+                    variants.remove(variant)
+                    rows[-1].note = f"peft {peer_version()} wants more memory than is free"
+                else:
+                    rows.append(row)
+                del variant
+                advance()
+        inference = STACKS[settings.stack].inference
+        one = x.detach()[:, :1].clone() if inference == "token" else x
+        device, repeats = torch.device(settings.device), settings.repeats
+        steps: list[Probe] = [functools.partial(variant.step, x, target) for variant in variants]
+        _rounds(rows, "steps", steps, repeats)
+        _rounds(rows, inference, [variant.evaluation_probe(inference, one) for variant in variants], repeats)
+        living = [
+            (row, life_probe(variant, variant.life, device))
+            for row, variant in zip(rows, variants, strict=True)
+            if variant.life is not None and row.file_bytes is not None
+        ]
+        _rounds([row for row, _ in living], "files", [probe for _, probe in living], min(repeats, LIVES))
     return rows
+
+
+Probe = Callable[[], Mapping[str, float]]
+
+
+def built(settings: Settings, folder: Path) -> tuple[list[Variant], Tensor, Tensor]:
+    """The variants, and what a training step is given: the input, and the output's gradient or the labels.
+
+    Args:
+        settings: what is measured.
+        folder: where a mixture's experts are written; it has to stay while the variants are measured.
+    """
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+    if settings.stack == "layers":
+        narrow, wide = settings.dims
+        generator = torch.Generator().manual_seed(0)
+        x, grad = (torch.randn(1, settings.tokens, narrow, generator=generator).to(device, dtype) for _ in range(2))
+        configs = configs_of(settings.methods or (), settings.rank, settings.depth, [(narrow, wide)])
+        stack = frozen_stack(narrow, wide, settings.blocks, device, dtype)
+        x.requires_grad_()
+        return variants_of(configs, functools.partial(twin, stack), x), x, grad
+    ids, labels = batch_of(settings, device)
+    model = frozen_model(settings, device, dtype)
+    build = functools.partial(twin, model)
+    return model_variants(model_configs(settings, model), build, ids, folder), ids, labels
+
+
+def _row(variant: Variant, x: Tensor, target: Tensor, frozen: int) -> Row | None:
+    """What does not depend on other work on the machine, bytes and parameters; ``None`` if the peer lacks memory."""
+    row = Row(variant.method, variant.by, variant.trained_parameters, difference=variant.difference, note=variant.note)
+    try:
+        with within_memory():
+            variant.step(x, target)  # warm-up: the optimiser's state and the libraries' scratch memory are made here
+            row.saved_bytes = variant.saved_bytes(x) - frozen
+            row.peak_bytes = variant.peak_bytes(x, target)
+            row.evaluation_bytes = variant.evaluation_bytes(x)
+    except RuntimeError as error:
+        if variant.by != "peft" or not ("allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        return None
+    if variant.life is not None:
+        try:
+            life_probe(variant, variant.life, x.device)()
+            row.file_bytes = file_bytes(variant)
+        except Exception as error:
+            if variant.by != "peft":
+                raise
+            row.note = f"it cannot be saved and loaded: {str(error).splitlines()[0]}"
+    return row
+
+
+def _rounds(rows: Sequence[Row], text: str, probes: Sequence[Probe], repeats: int) -> None:
+    """Runs probes, interleaved, and puts what each found into its row."""
+    with _progress(text, len(probes) * repeats) as advance:
+
+        def watched(probe: Probe) -> Probe:
+            spent = 0.0
+
+            def call() -> Mapping[str, float]:
+                nonlocal spent
+                start = time.perf_counter()
+                found = probe() if spent < PATIENCE else {}
+                spent += time.perf_counter() - start
+                advance()
+                return found
+
+            return call
+
+        found = interleaved([watched(probe) for probe in probes], range(repeats))
+    for row, seconds in zip(rows, found, strict=True):
+        row.seconds |= seconds
+        rounds = len(next(iter(seconds.values())))
+        if rounds < repeats:
+            row.note = "; ".join(filter(None, [row.note, f"{text} in {rounds} of {repeats} rounds, being slow"]))
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, and what advances it; it is drawn only then, never beside what is timed."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
+        task = progress.add_task(text, total=total)
+
+        def advance() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        yield advance
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,12 +201,13 @@ def main(args: Sequence[str] | None = None) -> int:
     output = options.pop("output")
     before = torch.get_num_threads()
     try:
-        settings = Settings(**options)
+        settings = settings_of(**{name: value for name, value in options.items() if value is not None})
+        quiet()
         make_folder(output)
         importlib.import_module("matplotlib")  # if it is missing, that is told now and not after minutes of measuring
         torch.set_num_threads(settings.threads)
         rows = measure(settings)
-        print_tables(rows)
+        print_tables(rows, settings)
         for path in write_report(output, rows, settings):
             print(path)
     except PeanutError as error:
@@ -92,24 +222,24 @@ def _parser() -> argparse.ArgumentParser:
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="peanut bench",
-        description="Measures what methods cost in a stack of layers: time, memory, one token of generation.",
+        description="Measures what methods cost in layers or in a model: time, memory, files, one token of generation.",
         epilog="On a machine that does other work too, set OMP_WAIT_POLICY=passive in the environment.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
     def option(name: str, text: str, kind: type = int, **more: object) -> None:
-        usual = None if name == "methods" else getattr(default, name)
-        parser.add_argument(f"--{name}", type=kind, default=usual, help=text, **more)  # type: ignore[arg-type]
+        usual = getattr(default, name)
+        values = [
+            f"{_told(own[name])} for {key}" for key, own in ((k, s.usual) for k, s in STACKS.items()) if name in own
+        ]
+        if name != "methods":
+            text = f"{text} (default: {'; '.join([_told(usual), *values])})"
+        parser.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"), **more)  # type: ignore[arg-type]
 
-    option(
-        "stack",
-        "plain layers, or a small Llama: for what changes outputs or inputs, and mixtures",
-        str,
-        choices=("layers", "transformer"),
-    )
+    about = "; ".join(f"{name}: {stack.about}" for name, stack in STACKS.items())
+    option("stack", about, str, choices=tuple(STACKS))
     option(
         "methods",
-        "which, beside LoRA, the yardstick (default: all that need the stack)",
+        "which, beside LoRA, the yardstick; DORA and MISS_BAT too (default: all that the stack is for)",
         str,
         nargs="+",
         metavar="METHOD",
@@ -118,13 +248,17 @@ def _parser() -> argparse.ArgumentParser:
     option("rank", "r of the methods that have one")
     option("depth", "depths of the methods that have one", nargs="+")
     option("dims", "the stack's two widths", nargs=2, metavar=("NARROW", "WIDE"))
-    option("blocks", "blocks of two linear layers")
+    option("blocks", "blocks: of two plain layers, or of the model")
     option("dtype", "of weights and activations", str, choices=("float32", "bfloat16", "float16", "float64"))
     option("device", "as torch names it", str)
     option("repeats", "rounds")
     option("threads", "of the CPU")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for JSON and plot")
     return parser
+
+
+def _told(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What the benchmark found, told: tables on the terminal, a JSON file and a plot."""
+"""What the benchmark found, told: tables on the terminal, and a JSON file with a plot beside it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,36 +15,44 @@ import torch
 from .. import __version__
 from ..files import write_files
 from ..protocols import FORMAT_VERSION
-from .measure import Spread, processor, ratio
-from .variants import By, Settings, peer_version
+from .measure import Spread, geometric_mean, processor, ratio
+from .settings import STACKS, Settings
+from .variants import By, peer_version
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Row", "print_tables", "report", "write_report"]
+__all__ = ["Row", "print_tables", "references", "report", "summary", "write_report"]
+
+BYTES = ("saved_bytes", "peak_bytes", "evaluation_bytes", "file_bytes")
 
 
 @dataclass
 class Row:
-    """What was found of one variant.
+    """What was found of one variant; the figures are those of the JSON file (``lab/bench.py`` tells each).
 
     Args:
         method: as tables name it; empty for the frozen stack.
         by: whose implementation it is.
         trained_parameters: how many.
-        saved_bytes: what a forward keeps for the backward, as ``measure.saved_bytes`` counts it.
-        peak_bytes: the most memory of a training step, as ``measure.peak_bytes`` counts it.
+        saved_bytes: what a forward keeps for the backward, as ``measure.saved_bytes`` counts it, beyond the frozen.
+        peak_bytes, evaluation_bytes: the most memory of a training step and of the first forward in evaluation, as
+            ``measure.peak_bytes`` counts it.
+        file_bytes: of the saved tensors.
         difference: of a peer's output from this library's, relative to the largest entry.
-        seconds: of ``forward``, ``backward`` and the whole training ``step``, and of one ``token`` in evaluation; one
-            value a round.
+        note: why something is missing.
+        seconds: one value a round, by quantity.
     """
 
     method: str
     by: By
     trained_parameters: int
-    saved_bytes: int
-    peak_bytes: int
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+    evaluation_bytes: int = 0
+    file_bytes: int | None = None
     difference: float | None = None
+    note: str = ""
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -54,9 +62,11 @@ class Row:
 
     def to(self, other: Row) -> dict[str, Any]:
         """Ratios to another row: a spread for each time, a number for bytes, ``None`` where the other has none."""
-        ratios: dict[str, Any] = {name: asdict(ratio(own, other.seconds[name])) for name, own in self.seconds.items()}
-        for name in ("saved_bytes", "peak_bytes"):
-            ratios[name] = getattr(self, name) / getattr(other, name) if getattr(other, name) else None
+        both = {name: (own, other.seconds[name]) for name, own in self.seconds.items() if name in other.seconds}
+        ratios: dict[str, Any] = {name: asdict(ratio(*values)) for name, values in both.items()}
+        for name in BYTES:
+            own, others = getattr(self, name), getattr(other, name)
+            ratios[name] = own / others if own is not None and others else None
         return ratios
 
 
@@ -67,8 +77,37 @@ def references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
     return {name: known[key] for name, key in wanted.items() if key in known and row.method}
 
 
+def summary(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """How this library compares with the peer over all contestants that both have; ``None`` if there is none."""
+    theirs = {row.method: row for row in rows if row.by == "peft"}
+    pairs = {row.method: row.to(theirs[row.method]) for row in rows if row.by == "peanut" and row.method in theirs}
+    if not pairs:
+        return None
+    quantities = list(dict.fromkeys(name for ratios in pairs.values() for name in ratios))
+    means, worse = {}, []
+    for name in quantities:
+        found = {method: ratios[name] for method, ratios in pairs.items() if ratios.get(name) is not None}
+        spreads = {
+            method: dict.fromkeys(("median", "low", "high", "least"), value) if name in BYTES else value
+            for method, value in found.items()
+        }
+        positive = [1 / each["median"] for each in spreads.values() if each["median"] > 0]
+        means[name] = geometric_mean(positive) if positive else None
+        worse += [
+            {"method": method, "quantity": name, "ratio": each, "clear": each["low"] > 1}
+            for method, each in spreads.items()
+            if name not in ("forward", "backward") and each["median"] > (1.005 if name in BYTES else 1)
+        ]
+    return {
+        "compared": len(pairs),
+        "speed_up": {name: mean for name, mean in means.items() if name not in BYTES},
+        "bytes": {name: mean for name, mean in means.items() if name in BYTES},
+        "worse": worse,
+    }
+
+
 def report(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """The content of the JSON file: versions, hardware, settings, and each variant's figures and ratios."""
+    """The content of the JSON file, told in ``lab/bench.py``."""
     variants = [
         {name: value for name, value in asdict(row).items() if name != "seconds"}
         | {"seconds": {name: asdict(Spread.of(values)) for name, values in row.seconds.items()}}
@@ -81,12 +120,15 @@ def report(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "settings": asdict(settings),
         "variants": variants,
+        "summary": summary(rows),
     }
 
 
 def write_report(folder: Path, rows: Sequence[Row], settings: Settings) -> list[Path]:
     """Writes JSON and plot and returns where they are, named by version, hardware and what is not the default."""
-    changed = "".join(f"-{name}-{value}" for name, value in settings.changed.items() if name != "device")
+    from .bench_plot import plot
+
+    changed = "".join(f"-{name}-{value}" for name, value in settings.changed.items())
     name = _plain(f"bench-{__version__}-{processor(torch.device(settings.device))}-{settings.threads}t{changed}")
     text = json.dumps(report(rows, settings), indent=2, sort_keys=True) + "\n"
     write_files(
@@ -103,73 +145,123 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def print_tables(rows: Sequence[Row]) -> None:
-    """Prints what a training step takes, what it holds in memory, and what one token takes."""
+def print_tables(rows: Sequence[Row], settings: Settings) -> None:
+    """Prints what a training step takes and holds, what evaluation takes, what files take, and how both sides stand."""
     from rich.console import Console
 
-    memory: list[tuple[str, Column]] = [
-        ("trained", lambda row, _: f"{row.trained_parameters:,}"),
-        ("kept MiB", lambda row, _: f"{row.saved_bytes / 2**20:,.2f}"),
-        ("÷ peft", lambda _, ratios: _bytes(ratios, "peer", "saved_bytes")),
-        ("peak MiB", lambda row, _: f"{row.peak_bytes / 2**20:,.2f}"),
-        ("÷ frozen", lambda _, ratios: _bytes(ratios, "frozen", "peak_bytes")),
-        ("÷ peft", lambda _, ratios: _bytes(ratios, "peer", "peak_bytes")),
-    ]
+    inference = STACKS[settings.stack].inference
+    told = {
+        "token": "Time of one token in evaluation",
+        "generate": "Time of a generated token, with a cache",
+        "answer": "Time of one row's answer in evaluation",
+    }[inference]
+    memory = [("trained", lambda row, _: f"{row.trained_parameters:,}")]
+    for header, name in (("kept", "saved_bytes"), ("peak", "peak_bytes"), ("eval", "evaluation_bytes")):
+        memory += _mebibytes(header, name)
+    files = _mebibytes("file", "file_bytes")
+    for name in ("inject", "save", "load"):
+        files += [(name, _milliseconds(name)), ("÷ peft", _median("peer", name))]
     console = Console()
-    console.print(_table("Time of a training step", _times("step"), rows))
-    console.print(_table("Memory of a training step: kept for the backward, and the peak", memory, rows))
-    console.print(_table("Time of one token in evaluation", _times("token"), rows))
+    console.print(_table("Time of a training step, ms", _times("step"), rows))
+    console.print(_table("Memory of a training step and of evaluation, MiB", memory, rows))
+    console.print(_table(f"{told}, ms", _times(inference), rows))
+    console.print(_table("Adapter file, MiB; injection, saving and loading, ms", files, rows[1:]))
     console.print(
         "÷ LORA: to the peer's LoRA. ± half the distance between the quartiles of the rounds' ratios.\n"
         "least: the ratio of the least times, those that other work on the machine disturbed least.\n"
-        "kept: beyond the parameters and the input of every layer. peak: beyond weights, optimiser state and input."
+        "kept for the backward: beyond parameters, layers' inputs and what the frozen model keeps.\n"
+        "peak of a step: beyond weights, optimiser state and input. eval: the first forward and what it computes once."
     )
+    for line in _lines(rows):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """What is said in words under the tables."""
+    lines = [f"{row.name}: {row.note}" for row in rows if row.note]
     differences = [row.difference for row in rows if row.difference is not None]
     if differences:
-        console.print(f"Outputs of the two sides differ by at most {max(differences):.1e} of the largest entry.")
+        lines.append(f"Outputs of the two sides differ by at most {max(differences):.1e} of the largest entry.")
     if peer_version() is None:
-        console.print(
+        lines.append(
             "Hugging Face PEFT is not installed, so nothing is compared with it: "
             f"pip install peft=={FORMAT_VERSION} and run this again."
         )
+    found = summary(rows)
+    if found is None:
+        return lines
+    means = [f"{name} {value:.2f}" for name, value in found["speed_up"].items() if value]
+    lines.append(f"Times of the peer ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
+    means = [f"{name.removesuffix('_bytes')} {value:.2f}" for name, value in found["bytes"].items() if value]
+    lines.append(f"Bytes of the peer ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
+    worse = found["worse"]
+    methods = dict.fromkeys(each["method"] for each in worse)
+    lines += [f"more than the peer's, {method}: {'; '.join(_worse(worse, method))}" for method in methods]
+    if not worse:
+        lines.append("Nothing is slower or hungrier than the peer's.")
+    return lines
 
 
-Column = Callable[[Row, dict[str, dict[str, Any]]], str]
-"""A column's cell, from a row and its ratios."""
+def _worse(worse: Sequence[dict[str, Any]], method: str) -> Iterator[str]:
+    """In what one method takes more than the peer's, and how sure that is."""
+    for each in worse:
+        quantity, value = each["quantity"], each["ratio"]
+        if each["method"] == method and quantity in BYTES:
+            yield f"{quantity.removesuffix('_bytes')} {value['median']:.2f}"
+        elif each["method"] == method:
+            clear = "" if each["clear"] else "?"
+            yield f"{quantity}{clear} {value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
-def _times(quantity: str) -> list[tuple[str, Column]]:
+Column = tuple[str, Callable[[Row, dict[str, dict[str, Any]]], str]]
+"""A header, and what makes a cell from a row and its ratios."""
+
+
+def _times(quantity: str) -> list[Column]:
     """Columns for a time: milliseconds, and to each reference the median of ratios and the ratio of the least times."""
 
-    def milliseconds(row: Row, _: object) -> str:
-        median = 1000 * Spread.of(row.seconds[quantity]).median
-        return f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
-
-    def median(reference: str) -> Column:
-        return lambda _, ratios: _spread(ratios, reference, quantity)
-
-    def least(reference: str) -> Column:
+    def least(reference: str) -> Callable[[Row, dict[str, dict[str, Any]]], str]:
         return lambda _, ratios: f"{ratios[reference][quantity]['least']:.2f}" if reference in ratios else ""
 
-    columns: list[tuple[str, Column]] = [("ms", milliseconds)]
+    columns: list[Column] = [("ms", _milliseconds(quantity))]
     for header, reference in (("÷ frozen", "frozen"), ("÷ peft", "peer"), ("÷ LORA", "peer_lora")):
-        columns += [(header, median(reference)), ("least", least(reference))]
+        columns += [(header, _median(reference, quantity)), ("least", least(reference))]
     return columns
 
 
-def _spread(ratios: dict[str, dict[str, Any]], reference: str, quantity: str) -> str:
-    if reference not in ratios:
-        return ""
-    value = ratios[reference][quantity]
-    return f"{value['median']:.2f}±{(value['high'] - value['low']) / 2:.2f}"
+def _milliseconds(quantity: str) -> Callable[[Row, object], str]:
+    def cell(row: Row, _: object) -> str:
+        if quantity not in row.seconds:
+            return ""
+        median = 1000 * Spread.of(row.seconds[quantity]).median
+        return f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+
+    return cell
 
 
-def _bytes(ratios: dict[str, dict[str, Any]], reference: str, quantity: str) -> str:
-    value = ratios.get(reference, {}).get(quantity)
-    return "" if value is None else f"{value:.3f}"
+def _median(reference: str, quantity: str) -> Callable[[Row, dict[str, dict[str, Any]]], str]:
+    def cell(_: Row, ratios: dict[str, dict[str, Any]]) -> str:
+        value = ratios.get(reference, {}).get(quantity)
+        return "" if value is None else f"{value['median']:.2f}±{(value['high'] - value['low']) / 2:.2f}"
+
+    return cell
 
 
-def _table(title: str, columns: Sequence[tuple[str, Column]], rows: Sequence[Row]) -> Table:
+def _mebibytes(header: str, name: str) -> list[Column]:
+    """Columns for bytes: MiB, and to the peer's."""
+
+    def size(row: Row, _: object) -> str:
+        value = getattr(row, name)
+        return "" if value is None else f"{value / 2**20:,.3f}" if value < 2**20 else f"{value / 2**20:,.1f}"
+
+    def to_peer(_: Row, ratios: dict[str, dict[str, Any]]) -> str:
+        value = ratios.get("peer", {}).get(name)
+        return "" if value is None else f"{value:.3f}"
+
+    return [(header, size), ("÷ peft", to_peer)]
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -185,38 +277,3 @@ def _table(title: str, columns: Sequence[tuple[str, Column]], rows: Sequence[Row
     for row, *cells in zip(rows, *filled, strict=True):
         table.add_row(row.name, *cells)
     return table
-
-
-def plot(path: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Draws each variant's training step, what it keeps for the backward, and its token, as a PNG."""
-    from matplotlib.figure import Figure
-
-    frozen, adapted = rows[0], rows[1:]
-    names = [row.name for row in adapted]
-    colours = ["tab:orange" if row.by == "peanut" else "silver" for row in adapted]
-    figure = Figure(figsize=(13, 2 + 0.45 * len(adapted)), layout="constrained")
-    step, kept, token = figure.subplots(1, 3, sharey=True)
-    for axes, name, title in ((step, "step", "one training step"), (token, "token", "one token in evaluation")):
-        ratios = [ratio(row.seconds[name], frozen.seconds[name]) for row in adapted]
-        medians = [each.median for each in ratios]
-        quartiles = [[each.median - each.low for each in ratios], [each.high - each.median for each in ratios]]
-        axes.barh(names, medians, xerr=quartiles, color=colours, capsize=3)
-        axes.plot([each.least for each in ratios], names, "d", color="black", markersize=5)
-        for place, each in enumerate(ratios):
-            axes.text(max(each.high, each.least), place, f"   {each.median:.2f}", verticalalignment="center")
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set(title=title, xlabel="time, relative to the frozen stack")
-        axes.margins(x=0.2)
-    mebibytes = [row.saved_bytes / 2**20 for row in adapted]
-    kept.bar_label(kept.barh(names, mebibytes, color=colours), [f"{size:.2f}" for size in mebibytes], padding=3)
-    kept.set(title="kept for the backward", xlabel="MiB beyond parameters and layers' inputs")
-    kept.margins(x=0.2)
-    step.invert_yaxis()
-    narrow, wide = settings.dims
-    shape = f"{narrow}→{wide}→{narrow}" if settings.stack == "layers" else f"Llama blocks {narrow}/{wide}"
-    figure.suptitle(
-        f"{settings.blocks} × {shape}, {settings.tokens:,} tokens, rank {settings.rank}, "
-        f"{settings.dtype}, {processor(torch.device(settings.device))}, threads: {settings.threads}"
-    )
-    figure.supxlabel("bar: median, line: quartiles, diamond: ratio of the least times", fontsize="small")
-    figure.savefig(path, format="png", dpi=120)

@@ -11,15 +11,26 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Spread", "interleaved", "now", "peak_bytes", "processor", "ratio", "repeated", "saved_bytes"]
+__all__ = [
+    "Spread",
+    "geometric_mean",
+    "interleaved",
+    "now",
+    "peak_bytes",
+    "processor",
+    "ratio",
+    "repeated",
+    "saved_bytes",
+    "within_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,18 @@ class Spread:
 def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
     """The spread of the ratios of two measurements, taken round by round, and in ``least`` that of their least values.
 
+    Where one took part in fewer rounds, those are the first.
+
     What slows the whole machine for a while slows both sides of a round and leaves their ratio; the least values are
     those that other work on the machine disturbed least.
     """
-    spread = Spread.of([value / other for value, other in zip(values, to, strict=True)])
+    spread = Spread.of([value / other for value, other in zip(values, to, strict=False)])
     return replace(spread, least=min(values) / min(to))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean of the logarithms: two ratios that undo each other have the mean 1."""
+    return statistics.geometric_mean(values)
 
 
 def now(device: torch.device) -> float:
@@ -174,6 +192,30 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def within_memory(share: float = 0.8) -> Iterator[None]:
+    """Within it, what would take more than a share of the machine's free memory is refused by an error of torch's.
+
+    Otherwise Linux ends the process. Elsewhere nothing is limited.
+    """
+    if not Path("/proc/meminfo").is_file():
+        yield
+        return
+    import resource
+
+    def kibibytes(file: str, name: str) -> int:
+        found = re.search(rf"^{name}:\s*(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    most = 1024 * (kibibytes("/proc/self/status", "VmData") + int(share * kibibytes("/proc/meminfo", "MemAvailable")))
+    resource.setrlimit(resource.RLIMIT_DATA, (most if limits[1] < 0 else min(most, limits[1]), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def processor(device: torch.device) -> str:

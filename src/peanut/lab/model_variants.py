@@ -1,162 +1,271 @@
-"""What the benchmark compares where a method needs a whole model: a small Llama, frozen and adapted."""
+"""What the benchmark compares in whole models: a Llama of any size or a packaged model, frozen and adapted."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
 import importlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import PeftModel, get_peft_model
-from ..protocols import METHODS, InputMethod, Method, MixtureMethod, PeftConfig, WeightMethod
-from .measure import now, saved_bytes
-from .variants import Variant, compared, moved, peer_of
+from ..protocols import METHODS, InputMethod, MixtureMethod, PeftConfig
+from .assets import fetch
+from .measure import now
+from .settings import STACKS, Settings
+from .variants import Variant, compared, configs_of, lives, moved, peer_of
 
-__all__ = ["GENERATED", "ModelVariant", "frozen_llama", "model_configs", "model_variants", "needs_model"]
+__all__ = ["GENERATED", "ModelVariant", "batch_of", "frozen_llama", "frozen_model", "model_configs", "model_variants"]
 
 VOCABULARY = 1024
 CONTEXT, GENERATED = 32, 16
-"""Tokens of the prompt, and how many are generated after it, where one token of generation is timed."""
+"""Tokens of the prompt, and how many are generated after it, where generation is timed."""
 VIRTUAL, EXPERTS = 16, 2
 
 
-def needs_model(method: Method[Any]) -> bool:
-    """Whether a method can only be measured in a whole model; Poly is measured beside X-LoRA, as the other mixture."""
-    return not isinstance(method, WeightMethod) or method.name == "POLY"
+def frozen_model(settings: Settings, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The frozen model of a stack, in eval mode; the activations that enter its blocks get a gradient."""
+    stack = STACKS[settings.stack]
+    if stack.asset:
+        import transformers
+
+        kind = "AutoModelForCausalLM" if stack.inference == "generate" else "AutoModelForSequenceClassification"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for the head
+            model = getattr(transformers, kind).from_pretrained(fetch(stack.asset), dtype=dtype)
+    else:
+        narrow, wide = settings.dims
+        heads = {"num_attention_heads": 24, "num_key_value_heads": 8} if settings.stack == "llama-3.2-3b" else {}
+        model = frozen_llama(narrow, wide, settings.blocks, device, dtype, **heads)
+    model.get_input_embeddings().register_forward_hook(_follow)
+    return cast(nn.Module, model.requires_grad_(False).to(device).eval())
 
 
-def frozen_llama(narrow: int, wide: int, blocks: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A frozen Llama of ``blocks`` blocks, width ``narrow``, feed-forward width ``wide``, the same at every call."""
+def _follow(module: nn.Module, inputs: object, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
+def frozen_llama(
+    narrow: int, wide: int, blocks: int, device: torch.device, dtype: torch.dtype, **heads: int
+) -> nn.Module:
+    """A frozen Llama of ``blocks`` blocks, width ``narrow``, feed-forward width ``wide``, the same at every call.
+
+    Args:
+        narrow, wide, blocks: its size.
+        device, dtype: of its weights.
+        heads: how many for queries, keys and values, where it is not as many as make an even head.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = max(each for each in (1, 2, 4, 6, 8, 12) if narrow % (2 * each) == 0)  # rotary positions want an even head
+    even = max(each for each in (1, 2, 4, 6, 8, 12) if narrow % (2 * each) == 0)  # rotary positions want an even head
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        settings = LlamaConfig(
+        own: dict[str, Any] = {"num_attention_heads": even} | heads
+        config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=narrow,
             intermediate_size=wide,
             num_hidden_layers=blocks,
-            num_attention_heads=heads,
             max_position_embeddings=16384,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=None,
+            **own,
         )
-        model: nn.Module = LlamaForCausalLM(settings)
+        model: nn.Module = LlamaForCausalLM(config)
     return model.requires_grad_(False).to(device, dtype)
 
 
-def model_configs(names: Sequence[str], rank: int, blocks: int) -> dict[str, PeftConfig]:
+def batch_of(settings: Settings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, length) and their labels: the ids themselves, or one class a row where the model has a head.
+
+    Packaged models read reviews, the others random ids.
+    """
+    stack = STACKS[settings.stack]
+    length = min(settings.tokens, stack.row or settings.tokens)
+    rows = settings.tokens // length
+    if not stack.asset:
+        ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
+        return ids, ids
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(fetch(stack.asset))
+    found: list[tuple[list[int], int]] = []
+    for text, label in _reviews(fetch("movie-reviews")):
+        if 2 * sum(label == other for _, other in found) >= rows + rows % 2:
+            continue  # half of the rows are good reviews
+        row = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if len(row) == length:  # none is padded
+            found.append((row, label))
+        if len(found) == rows:
+            break
+    else:
+        raise PeanutError(f"{len(found)} reviews of {length} tokens", f"{rows}", "take fewer --tokens")
+    ids = torch.tensor([row for row, _ in found], device=device)
+    return ids, ids if stack.inference == "generate" else torch.tensor([label for _, label in found], device=device)
+
+
+def _reviews(path: Path) -> Iterator[tuple[str, int]]:
+    """Long texts and their labels: twelve reviews of one kind that follow each other."""
+    with path.open(encoding="utf-8", newline="") as file:
+        kinds: dict[int, list[str]] = {}
+        for row in csv.DictReader(file):
+            texts = kinds.setdefault(int(row["label"]), [])
+            texts.append(row["text"])
+            if len(texts) == 12:
+                yield " ".join(texts), int(row["label"])
+                texts.clear()
+
+
+def model_configs(settings: Settings, model: nn.Module) -> dict[str, PeftConfig]:
     """The configs to measure in a model, by the name that tables give them."""
+    stack = STACKS[settings.stack]
+    task = "SEQ_CLS" if stack.inference == "answer" else "CAUSAL_LM"
+    targets = {} if stack.targets is None else {"target_modules": list(stack.targets)}
     options: dict[str, dict[str, Any]] = {
-        "ADAPTION_PROMPT": {"adapter_len": VIRTUAL, "adapter_layers": blocks},
-        "CPT": {"cpt_token_ids": list(range(3, 3 + VIRTUAL)), "cpt_tokens_type_mask": [1, 2, 3, 4] * (VIRTUAL // 4)},
-        "DIREFT": {"r": rank},
-        "LORA": {"r": rank},
-        "LOREFT": {"r": rank},
-        "POLY": {"r": rank},
-        "PREFIX_TUNING": {"num_virtual_tokens": VIRTUAL},
-        "PROMPT_TUNING": {"num_virtual_tokens": VIRTUAL},
-        "P_TUNING": {"num_virtual_tokens": VIRTUAL},
+        name: {"task_type": task, **(targets if {"linear"} & set(method.kinds) else {})}
+        for name, method in METHODS.items()
     }
-    configs: dict[str, PeftConfig] = {}
-    for name in names:
-        make: Any = METHODS[name].config_class
-        own = {"task_type": "CAUSAL_LM", **options.get(name, {})}
-        if name == "BOTTLENECK":
-            configs |= {f"{name} {style}": make(style=style, **own) for style in ("houlsby", "pfeiffer", "parallel")}
-        else:
-            configs[name] = make(**own)
+    options["ADAPTION_PROMPT"] |= {"adapter_len": VIRTUAL, "adapter_layers": min(settings.blocks, 30)}
+    options["CPT"] |= {
+        "cpt_token_ids": list(range(3, 3 + VIRTUAL)),
+        "cpt_tokens_type_mask": [1, 2, 3, 4] * (VIRTUAL // 4),
+    }
+    options["IA3"] |= {"feedforward_modules": list(stack.feed_forward)} if targets else {}
+    options["LN_TUNING"] |= {"target_modules": list(stack.norms)}
+    options["PARTIAL"] |= {"target_modules": [stack.last]}
+    options["TRAINABLE_TOKENS"] = {"task_type": task, "token_indices": list(range(VIRTUAL))}
+    for name in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        options[name] |= {"num_virtual_tokens": VIRTUAL}
+    for name in ("FULL", "LINEAR_PROBING"):
+        options[name] = {"task_type": task}
+    ends = tuple(stack.targets or ("q_proj", "v_proj"))
+    shapes = [
+        module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(ends)
+    ]
+    configs = configs_of(settings.methods or (), settings.rank, settings.depth, shapes, options)
+    if "BOTTLENECK" in configs:
+        plain: Any = configs.pop("BOTTLENECK")
+        styles = ("houlsby", "pfeiffer", "parallel")
+        configs |= {f"BOTTLENECK {style}": dataclasses.replace(plain, style=style) for style in styles}
     return configs
 
 
 @dataclass
 class ModelVariant(Variant):
-    """One way to run the model: a step on embeddings and labels, and generation with a cache."""
+    """One way to run a model: a step on token ids and labels, and generation with a cache where it writes text.
 
-    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    Args:
+        more: what the model is called with besides.
+    """
+
     more: dict[str, Any] = field(default_factory=dict)
 
-    def loss(self, x: Tensor) -> Tensor:
-        """The model's loss on embeddings (1, tokens, narrow)."""
-        loss: Tensor = self.model(inputs_embeds=x, labels=self.labels, **self.more).loss
-        return loss
+    def output(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
+        """The loss on ids ``x`` and the labels ``grad``; the logits without labels."""
+        if grad is None:
+            return cast(Tensor, self.model(input_ids=x, **self.more).logits)
+        return cast(Tensor, self.model(input_ids=x, labels=grad, **self.more).loss)
 
-    def step(self, x: Tensor, grad: Tensor) -> dict[str, float]:
-        self.model.train()
-        start = now(x.device)
-        loss = self.loss(x)
-        after_forward = now(x.device)
-        loss.backward()
-        after_backward = now(x.device)
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        end = now(x.device)
-        x.grad = None
-        return {"forward": after_forward - start, "backward": after_backward - after_forward, "step": end - start}
+    def gradient(self, grad: Tensor) -> list[Tensor]:
+        return []
 
-    def token_probe(self, x: Tensor) -> Callable[[], dict[str, float]]:
+    def evaluation_probe(self, quantity: str, x: Tensor) -> Callable[[], dict[str, float]]:
+        if quantity != "generate":
+            return super().evaluation_probe(quantity, x[:1])
         self.model.eval()
         generate: Any = self.model.generate
-        ids = torch.arange(2, 2 + CONTEXT, device=x.device)[None]
+        ids = x[:1, :CONTEXT]
         length = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False}
 
         @torch.no_grad()
         def probe() -> dict[str, float]:
             start = now(x.device)
             generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **self.more)
-            return {"token": (now(x.device) - start) / GENERATED}
+            return {quantity: (now(x.device) - start) / GENERATED}
 
         probe()
         return probe
 
-    def saved_bytes(self, x: Tensor) -> int:
-        kept = [*self.model.parameters(), *self.model.buffers()]
-        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        return saved_bytes(lambda: self.loss(x), linear, kept)
 
-
-def model_variants(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Module], x: Tensor) -> list[Variant]:
+def model_variants(
+    configs: Mapping[str, PeftConfig], build: Callable[[], nn.Module], x: Tensor, folder: Path
+) -> list[Variant]:
     """The frozen model; then each config by this library and, where it has the method, by the peer.
 
     Args:
         configs: by name.
         build: makes the frozen model, the same at every call.
-        x: embeddings (1, tokens, narrow), on which the two sides of a config must agree.
+        x: token ids, on which the two sides of a config must agree.
+        folder: where a mixture's experts are written; it has to stay while the variants are measured.
 
     Raises:
         PeanutError: they do not.
     """
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(3, VOCABULARY, x.shape[:2], generator=generator).to(x.device)
-    stack = nn.Sequential()
-    found: list[Variant] = [ModelVariant("", "frozen", build(), stack, labels=labels)]
+    base = build()
+    found: list[Variant] = [ModelVariant("", "frozen", base, list(_linear(base).values()))]
     for name, given in configs.items():
-        config = given
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(METHODS[config.method.value], MixtureMethod):
-                config = dataclasses.replace(given, adapters=_experts(build, Path(folder)))  # type: ignore[call-arg]
-            ours = moved(get_peft_model(build(), config))
-            more = {"task_ids": torch.zeros(1, dtype=torch.long)} if config.method.value == "POLY" else {}
-            found.append(ModelVariant(name, "peanut", ours, stack, labels=labels, more=more))
-            peer = _peer(name, config, build(), ours)
+        config, method = given, METHODS[given.method.value]
+        mixture = isinstance(method, MixtureMethod)
+        if mixture:
+            config = dataclasses.replace(given, adapters=_experts(build, folder))  # type: ignore[call-arg]
+        base = build()
+        layers = _linear(base)
+        ours = moved(get_peft_model(base, config))
+        more = {"task_ids": torch.zeros(1, dtype=torch.long)} if method.name == "POLY" else {}
+        values = ours.active_peft_config.to_dict() | (
+            {"adapters": config.adapters} if mixture else {}  # type: ignore[attr-defined]
+        )
+        their_base = functools.partial(_without_cache, build) if mixture else build
+        life = lives(build, config, values, x.device)[0]
+        their_life = lives(their_base, config, values, x.device)[1]
+        own = ModelVariant(name, "peanut", ours, _wrapped(ours, layers), life=life, more=more)
+        found.append(own)
+        base = their_base()
+        layers = _linear(base)
+        try:
+            peer = peer_of(name, base, values)
+        except PeanutError as error:
+            own.note = str(error)
+            continue
         if peer is None:
             continue
-        variant = ModelVariant(name, "peft", peer, stack, labels=labels, more=more)
+        _fill(peer, ours, method)
+        variant = ModelVariant(name, "peft", peer, _wrapped(peer, layers), life=their_life, more=more)
         with torch.no_grad():
-            answers = [side.eval()(inputs_embeds=x, **more).logits for side in (ours, peer)]
-        variant.difference = compared(name, *answers)
+            own.model.eval(), variant.model.eval()
+            # a difference of rounding grows from block to block
+            variant.difference = compared(name, own.output(x[:1]), variant.output(x[:1]), rounding=1e-4)
         found.append(variant)
     return found
+
+
+def _without_cache(build: Callable[[], nn.Module]) -> nn.Module:
+    """A fresh base as the peer's mixtures want it: they refuse any other."""
+    model: Any = build()
+    model.config.use_cache = False
+    return cast(nn.Module, model)
+
+
+def _linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _wrapped(model: Any, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The layers after injection, each represented by its wrapper, if what is at its place is one."""
+    there = dict(model.get_base_model().named_modules())
+    return [there.get(name, layer) for name, layer in layers.items()]  # the peer may put a block around a layer's block
 
 
 def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
@@ -169,21 +278,11 @@ def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
     return {str(number): str(folder / str(number)) for number in range(EXPERTS)}
 
 
-def _peer(name: str, config: PeftConfig, model: Any, ours: PeftModel) -> Any:
-    """The peer's implementation with the parameters of ours, if there is one."""
-    method = METHODS[config.method.value]
-    values = ours.active_peft_config.to_dict()
-    if isinstance(method, MixtureMethod):
-        model.config.use_cache = False  # it refuses any other
-        values["adapters"] = config.adapters  # type: ignore[attr-defined]
-    adapted = peer_of(name, model, values)
-    if adapted is None:
-        return None
-    if isinstance(method, InputMethod):
-        tensors = {key.removeprefix("/"): value.detach() for key, value in ours.adapters.parameters("default")}
+def _fill(adapted: Any, ours: PeftModel, method: object) -> None:
+    """Gives the peer's model the parameters of ours."""
+    importlib.import_module("peft").set_peft_model_state_dict(adapted, get_peft_model_state_dict(ours))
+    if isinstance(method, InputMethod):  # a file has what the prompt's network gives, and not the network
+        tensors = {key[1:]: value.detach() for key, value in ours.adapters.parameters("default") if key[0] == "/"}
         if "prompt_embeddings" in tensors:
             tensors["embedding.weight"] = tensors.pop("prompt_embeddings")
         adapted.prompt_encoder["default"].load_state_dict(tensors)
-    else:
-        importlib.import_module("peft").set_peft_model_state_dict(adapted, get_peft_model_state_dict(ours))
-    return adapted

@@ -2,120 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import PeftModel, get_peft_model
-from ..protocols import METHODS, Method, PeftConfig, WeightMethod, method_of
-from ..protocols.config import check_whole
+from ..protocols import PeftConfig
 from .measure import now, peak_bytes, repeated, saved_bytes
+from .settings import Settings, named
 
 __all__ = [
     "By",
+    "Life",
     "Settings",
     "Variant",
     "compared",
     "configs_of",
     "frozen_stack",
+    "lives",
     "moved",
     "peer_of",
     "peer_version",
+    "twin",
     "variants_of",
 ]
 
 By = Literal["frozen", "peanut", "peft"]
-
-
-def _on_layers(method: Method[Any]) -> bool:
-    """Whether a method can be measured on plain linear layers: it changes them, alike for every sample."""
-    return "linear" in method.kinds and isinstance(method, WeightMethod) and not (method.follows_ties or method.mixes)
-
-
-def _on_models(method: Method[Any]) -> bool:
-    """Whether a method has to be measured in a whole model."""
-    return not isinstance(method, WeightMethod) or method.mixes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured.
-
-    Args:
-        stack: what is run: plain linear ``layers``, or a ``transformer``, for methods that change an output or the
-            input and for mixtures.
-        methods: which methods, by name in any case; all that need the stack if ``None``. LORA is always among them, as
-            the yardstick.
-        tokens: how many a training step reads.
-        rank: r of the methods that have one.
-        depth: the depths at which a method that has one is measured.
-        dims: the stack's two widths; a block is two linear layers, there and back.
-        blocks: how many blocks.
-        dtype: of weights and activations; trained parameters are in float32 at least.
-        device: as torch names it.
-        repeats: how many rounds.
-        threads: of the CPU.
-
-    Raises:
-        PeanutError: a value is out of range, or the device is not there.
-    """
-
-    stack: Literal["layers", "transformer"] = "layers"
-    methods: Sequence[str] | None = None
-    tokens: int = 2048
-    rank: int = 16
-    depth: Sequence[int] = (0, 2)
-    dims: Sequence[int] = (768, 3072)
-    blocks: int = 2
-    dtype: str = "float32"
-    device: str = "cpu"
-    repeats: int = 20
-    threads: int = field(default_factory=torch.get_num_threads)
-
-    def __post_init__(self) -> None:
-        if self.stack not in ("layers", "transformer"):
-            raise PeanutError(f"--stack {self.stack}", "layers or transformer", "choose one")
-        fits = _on_layers if self.stack == "layers" else _on_models
-        named = [name for name, method in METHODS.items() if fits(method)] if self.methods is None else self.methods
-        methods = {method.name: method for method in (method_of(name, "--methods") for name in named)}
-        for name, method in methods.items():
-            if self.stack == "layers" and not _on_layers(method):
-                raise PeanutError(
-                    f"{name} does not change linear layers by themselves",
-                    "a method that does",
-                    "leave it out of --methods, or take --stack transformer",
-                )
-        ordered = {"methods": sorted({*methods, "LORA"}), "depth": self.depth, "dims": self.dims}
-        for name, values in ordered.items():
-            object.__setattr__(self, name, tuple(values))
-        for name in ("tokens", "rank", "blocks", "repeats", "threads"):
-            check_whole(f"--{name}", getattr(self, name), least=1)
-        for width in self.dims:
-            check_whole("--dims", width, least=1)
-        for depth in self.depth:
-            check_whole("--depth", depth, least=0)
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # an assertion is how torch says that it was built without CUDA
-            reason = str(error).splitlines()[0]
-            raise PeanutError(f"--device {self.device}: {reason}", "a device of this machine", "try cpu") from None
-
-    @property
-    def changed(self) -> dict[str, object]:
-        """What differs from the default of its stack, by name; the number of threads apart."""
-        default = Settings(stack=self.stack, threads=self.threads)
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        differs = {name: value for name, value in values.items() if value != getattr(default, name)}
-        return ({"stack": self.stack} if self.stack != "layers" else {}) | differs
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def frozen_stack(narrow: int, wide: int, blocks: int, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
@@ -131,38 +55,81 @@ def frozen_stack(narrow: int, wide: int, blocks: int, device: torch.device, dtyp
     return nn.Sequential(*layers[:-1]).requires_grad_(False).to(device, dtype)
 
 
-def configs_of(names: Sequence[str], rank: int, depths: Sequence[int]) -> dict[str, PeftConfig]:
+def twin(model: Model) -> Model:
+    """A copy of a frozen model with the same memory for its weights."""
+    memo: dict[int, Any] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in model.parameters()}
+    memo |= {id(each): each for each in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def configs_of(
+    names: Sequence[str],
+    rank: int,
+    depths: Sequence[int],
+    shapes: Iterable[Sequence[int]] = (),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, PeftConfig]:
     """The configs to measure, by the name that tables give them; a method with a depth comes at each of ``depths``.
+
+    Args:
+        names: which contestants.
+        rank: r of the methods that have one.
+        depths: of the methods that have one.
+        shapes: of the weights that are changed; blocks and vectors are made to fit them.
+        options: more of a config, by method.
 
     Raises:
         PeanutError: there is no such method, or a value is out of range.
     """
     configs: dict[str, PeftConfig] = {}
+    needed = _needed(list(shapes))
     for name in names:
-        method = method_of(name, "--methods")
+        method, style = named(name)
+        label = name.upper() if style else method.name
         fields = {field.name for field in dataclasses.fields(method.config_class)}
-        options: dict[str, Any] = _NEEDED.get(method.name, {}) | (
-            {"r": rank} if "r" in fields and "oft_block_size" not in fields else {}
-        )
+        own = needed.get(method.name, {}) | ({"r": rank} if "r" in fields and "oft_block_size" not in fields else {})
+        own |= style | dict((options or {}).get(method.name, {}))
         if "depth" in fields:
             for depth in depths:
-                configs[f"{method.name} depth {depth}"] = method.config_class(**options | {"depth": depth})
+                configs[f"{label} depth {depth}"] = method.config_class(**own | {"depth": depth})
         else:
-            configs[method.name] = method.config_class(**options)
+            configs[label] = method.config_class(**own)
     return configs
 
 
-_NEEDED: dict[str, dict[str, Any]] = {
-    "ADALORA": {"total_step": 10_000},  # the peer makes no AdaLoRA without
-    "IA3": {"feedforward_modules": []},
-    "OFT": {"oft_block_size": 32},
-}
-"""What a default config lacks on a stack of plain layers."""
+def _needed(shapes: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """What a default config lacks on such weights, and where its sizes do not divide theirs."""
+    common = math.gcd(*(width for shape in shapes for width in shape)) if shapes else 0
+    entries = min((math.prod(shape) for shape in shapes), default=1000)
+    return {
+        "ADALORA": {"total_step": 10_000},  # the peer makes no AdaLoRA without
+        "BOFT": {"boft_block_size": math.gcd(common, 4)},
+        "C3A": {"block_size": math.gcd(common, 256)},
+        "FOURIERFT": {"n_frequency": min(1000, entries)},
+        "IA3": {"feedforward_modules": []},
+        "OFT": {"oft_block_size": math.gcd(common, 32)},
+        "VBLORA": {"vector_length": math.gcd(common, 256)},
+    }
 
 
 def peer_version() -> str | None:
     """The version of Hugging Face PEFT, or ``None`` where it is not installed."""
     return str(importlib.import_module("peft").__version__) if importlib.util.find_spec("peft") else None
+
+
+@dataclass(frozen=True)
+class Life:
+    """How an adapter comes into a model, and back from a folder.
+
+    Args:
+        base: gives a fresh frozen model.
+        inject: makes the adapted model of it.
+        read: the same with the adapter of a folder.
+    """
+
+    base: Callable[[], nn.Module]
+    inject: Callable[[nn.Module], nn.Module]
+    read: Callable[[nn.Module, Path], nn.Module]
 
 
 @dataclass
@@ -173,15 +140,19 @@ class Variant:
         method: what is trained, as tables name it; empty for the frozen stack.
         by: whose implementation it is.
         model: what is called.
-        stack: the frozen stack, or what became of it: a layer or its wrapper at each place.
+        stack: the frozen stack's layers, or what became of them: a layer or its wrapper at each place.
         difference: of a peer's output from this library's, relative to the largest entry.
+        life: how it is made and read; ``None`` for the frozen stack.
+        note: why the peer's same is missing, where it has the method.
     """
 
     method: str
     by: By
     model: nn.Module
-    stack: nn.Sequential
+    stack: Iterable[nn.Module]
     difference: float | None = None
+    life: Life | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -198,10 +169,11 @@ class Variant:
             x: the input, (1, tokens, narrow); its gradient is computed too, as below other layers.
             grad: the gradient of the output.
         """
+        self.model.train()
         start = now(x.device)
-        y: Tensor = self.model(x)
+        output = self.output(x, grad)
         after_forward = now(x.device)
-        y.backward(grad)
+        output.backward(*self.gradient(grad))
         after_backward = now(x.device)
         if self.optimizer is not None:
             self.optimizer.step()
@@ -210,26 +182,47 @@ class Variant:
         x.grad = None
         return {"forward": after_forward - start, "backward": after_backward - after_forward, "step": end - start}
 
+    def output(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
+        """What a forward gives: what is run backward with ``grad``, or in evaluation without."""
+        return cast(Tensor, self.model(x))
+
+    def gradient(self, grad: Tensor) -> list[Tensor]:
+        """What a backward starts from."""
+        return [grad]
+
     def token_probe(self, x: Tensor) -> Callable[[], dict[str, float]]:
         """A probe of the seconds that one token takes in evaluation; it leaves the model in eval mode."""
+        return self.evaluation_probe("token", x)
+
+    def evaluation_probe(self, quantity: str, x: Tensor) -> Callable[[], dict[str, float]]:
+        """A probe of the seconds that ``x`` takes in evaluation; it leaves the model in eval mode."""
         self.model.eval()
 
         @torch.no_grad()
         def call() -> object:
-            return self.model(x)
+            return self.output(x)
 
         call()
         probe = repeated(call, x.device)
-        return lambda: {"token": probe()}
+        return lambda: {quantity: probe()}
 
     def saved_bytes(self, x: Tensor) -> int:
         """Bytes that a forward keeps for the backward; every module of the stack counts as a layer."""
         kept = [*self.model.parameters(), *self.model.buffers()]
-        return saved_bytes(lambda: cast(Tensor, self.model(x)), self.stack, kept)
+        return saved_bytes(lambda: self.output(x), self.stack, kept)
 
     def peak_bytes(self, x: Tensor, grad: Tensor) -> int:
         """The most memory that a training step takes beyond weights, optimiser state and input."""
         return peak_bytes(lambda: self.step(x, grad), x.device)
+
+    def evaluation_bytes(self, x: Tensor) -> int:
+        """The most memory that the first forward in evaluation takes, with what is computed once for all that follow.
+
+        It leaves the model in eval mode.
+        """
+        self.model.eval()
+        with torch.no_grad():
+            return peak_bytes(lambda: self.output(x), x.device)
 
 
 def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequential], x: Tensor) -> list[Variant]:
@@ -250,22 +243,40 @@ def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequen
         config = dataclasses.replace(untargeted, target_modules=targets)
         stack = build()
         ours = moved(get_peft_model(stack, config))
-        variants.append(Variant(name, "peanut", ours, stack))
-        peer = _by_peer(name, config, build(), ours, x)
-        if peer is not None:
-            variants.append(peer)
+        life, their_life = lives(build, config, config.to_dict(), x.device)
+        own = Variant(name, "peanut", ours, stack, life=life)
+        variants.append(own)
+        stack = build()
+        try:
+            theirs = peer_of(name, stack, config.to_dict())
+        except PeanutError as error:
+            own.note = str(error)
+            continue
+        if theirs is not None:
+            importlib.import_module("peft").set_peft_model_state_dict(theirs, get_peft_model_state_dict(ours))
+            with torch.no_grad():
+                difference = compared(name, ours(x), theirs(x))
+            variants.append(Variant(name, "peft", theirs, stack, difference, their_life))
     return variants
 
 
-def _by_peer(name: str, config: PeftConfig, stack: nn.Sequential, ours: nn.Module, x: Tensor) -> Variant | None:
-    """The peer's implementation with the parameters of ours, if there is one."""
-    model = peer_of(name, stack, config.to_dict())
-    if model is None:
-        return None
-    importlib.import_module("peft").set_peft_model_state_dict(model, get_peft_model_state_dict(ours))
-    with torch.no_grad():
-        difference = compared(name, ours(x), model(x))
-    return Variant(name, "peft", model, stack, difference)
+def lives(
+    build: Callable[[], nn.Module], config: PeftConfig, theirs: Mapping[str, Any], device: torch.device
+) -> tuple[Life, Life]:
+    """How an adapter is made and read by this library, and by the peer from the values ``theirs``."""
+
+    def their_injection(base: nn.Module) -> nn.Module:
+        peft: Any = importlib.import_module("peft")
+        model: nn.Module = peft.get_peft_model(base, peft.get_peft_config(dict(theirs)))
+        return model
+
+    def their_reading(base: nn.Module, folder: Path) -> nn.Module:
+        peft: Any = importlib.import_module("peft")
+        model: nn.Module = peft.PeftModel.from_pretrained(base, folder, torch_device=str(device))
+        return model
+
+    ours = Life(build, lambda base: get_peft_model(base, config), PeftModel.from_pretrained)
+    return ours, Life(build, their_injection, their_reading)
 
 
 def moved(model: PeftModel) -> PeftModel:
@@ -296,14 +307,19 @@ def peer_of(name: str, model: nn.Module, config: Mapping[str, Any]) -> Any:
         raise PeanutError(f"{name}: peft {peer_version()} refuses this config: {error}") from None
 
 
-def compared(name: str, y: Tensor, theirs: Tensor) -> float:
+def compared(name: str, y: Tensor, theirs: Tensor, rounding: float = 1e-5) -> float:
     """How far the outputs of the two sides are apart, relative to the largest entry.
+
+    Args:
+        name: the method's, for the error.
+        y, theirs: the two outputs.
+        rounding: how far they may be apart in float32; in shorter dtypes ten times their precision is allowed.
 
     Raises:
         PeanutError: too far for rounding.
     """
     difference = float((theirs.double() - y.double()).abs().max() / y.double().abs().max())
-    allowed = max(1e-5, 10 * torch.finfo(y.dtype).eps)
+    allowed = max(rounding, 10 * torch.finfo(y.dtype).eps)
     if not difference <= allowed:
         raise PeanutError(
             f"{name}: the output differs from that of peft {peer_version()} by {difference:.1e} of the largest entry",
