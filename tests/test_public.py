@@ -30,7 +30,9 @@ NAMES = [
     "AutoPeftModelForFeatureExtraction",
     "AutoPeftModel",
     "from_lora",
+    "from_peft",
     "to_lora",
+    "to_peft",
     "Trainer",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -69,6 +71,20 @@ def test_factors_are_kept_in_evaluation_alone(tiny_llama: Build, computed: Calla
         first = computed()
         assert same_bits(model(IDS).logits.clone(), logits(model))
     assert first == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_leave_behind_what_is_kept(copied: Callable[[Any], Any], tiny_llama: Build) -> None:
+    model = adapted(tiny_llama())
+    model.train()(IDS)
+    expected = logits(model.eval())
+    again = copied(model)
+    assert all(layer._kept is not None for _, layer in model.adapters.layers())
+    assert not any(layer._kept or layer._known for _, layer in again.adapters.layers())
+    assert same_bits(logits(again), expected)
+    randomised(again)
+    assert distance(logits(again), expected) > 1e-3
+    assert same_bits(logits(model), expected)
 
 
 @contextmanager

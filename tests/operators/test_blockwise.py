@@ -25,7 +25,7 @@ def test_laws(r: int, m: int) -> None:
     operator = Blockwise(block, (6, 8))
     factors = operator.factors()
     assert factors[0].shape == (6, r)
-    check_laws(operator, (block,), dense, x, compiled=r == 3)
+    check_laws(operator, (block,), dense, x, compiled=r == 3, refuses_second=True)
 
 
 @torch.no_grad()
@@ -43,13 +43,13 @@ def test_settled_answers_the_same(r: int, m: int) -> None:
         assert torch.allclose(settled.apply(some), some @ dense.T, rtol=0, atol=1e-13)
 
 
-def test_a_product_keeps_its_input_and_the_parts() -> None:
+def test_a_product_keeps_r_numbers_a_token() -> None:
     block, weight = torch.randn(2, 6, requires_grad=True), torch.randn(6, 8)
     x = torch.randn(5, 8, requires_grad=True)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
         Blockwise(block, (6, 8)).joined(x, weight, None)
-    assert {value.data_ptr() for value in kept} == {value.data_ptr() for value in (x, weight, block)}
+    assert sorted(tuple(value.shape) for value in kept) == [(2, 6), (5, 2), (6, 8)]
 
 
 def test_a_trained_weight_and_bias_get_their_gradients() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from peanut.errors import PeanutError
 from peanut.operators import Operator
 from peanut.operators.built import Built
 from peanut.operators.dense import Dense
@@ -54,7 +55,13 @@ def tensors_of(operator: Operator) -> list[Tensor]:
 
 
 def check_laws(
-    operator: Operator, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor, *, compiled: bool = True
+    operator: Operator,
+    parts: tuple[Tensor, ...],
+    dense: Tensor,
+    x: Tensor,
+    *,
+    compiled: bool = True,
+    refuses_second: bool = False,
 ) -> None:
     """What every operator promises, against ``dense``, Δ written out by another hand and differentiable in ``parts``.
 
@@ -112,7 +119,7 @@ def check_laws(
             strict=True,
         ):
             assert distance(one, other) < 20 * torch.finfo(dtype).eps
-    check_gradients(operator, parts, dense, x.detach())
+    check_gradients(operator, parts, dense, x.detach(), refuses_second=refuses_second)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
         operator.apply(x)
@@ -123,8 +130,10 @@ def check_laws(
     assert not {(out, inputs), (inputs, out)} & set(new)
 
 
-def check_gradients(operator: Operator, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor) -> None:
-    """Gradients for more tokens than are dealt with together, and gradients of gradients."""
+def check_gradients(
+    operator: Operator, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor, *, refuses_second: bool = False
+) -> None:
+    """Gradients for more tokens than are dealt with together; gradients of gradients, or that they are refused."""
     tokens = torch.randn(1100, x.shape[-1], dtype=x.dtype)
     direction = torch.randn(1100, dense.shape[0], dtype=x.dtype)
     found = torch.autograd.grad(operator.apply(tokens), parts, direction)
@@ -137,6 +146,10 @@ def check_gradients(operator: Operator, parts: tuple[Tensor, ...], dense: Tensor
         return torch.autograd.grad(sum(one.square().sum() for one in first), [x, *parts], retain_graph=True)
 
     few = tokens[:5].requires_grad_()
+    if refuses_second:
+        with pytest.raises(PeanutError, match=r"^a gradient of the gradient"):
+            twice(operator.apply(few), few)
+        return
     for one, other in zip(twice(operator.apply(few), few), twice(few @ dense.T, few), strict=True):
         assert distance(one, other) < 1e-12
 

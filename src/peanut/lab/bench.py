@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib
 import sys
 import tempfile
@@ -133,6 +134,7 @@ def built(settings: Settings, folder: Path) -> tuple[list[Variant], Tensor, Tens
 def _row(variant: Variant, x: Tensor, target: Tensor, frozen: int) -> Row | None:
     """What does not depend on other work on the machine, bytes and parameters; ``None`` if the peer lacks memory."""
     row = Row(variant.method, variant.by, variant.trained_parameters, difference=variant.difference, note=variant.note)
+    gc.collect()  # what a variant before it left is not to count as taken, least of all after it ran out of memory
     try:
         with within_memory():
             variant.step(x, target)  # warm-up: the optimiser's state and the libraries' scratch memory are made here

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..model.checkpoint import TRAINING_NAME
 from .measure import now
 from .variants import Life, Variant
 
@@ -40,8 +41,9 @@ def life_probe(variant: Variant, life: Life, device: torch.device) -> Callable[[
 
 
 def file_bytes(variant: Variant) -> int:
-    """The size of the files of tensors that saving writes."""
+    """The size of the adapter's files; what is written beside them for going on with training is not counted."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variant.model.save_pretrained(folder)  # type: ignore[operator]
-        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        files = [file for file in Path(folder).rglob("*.safetensors") if file.name != TRAINING_NAME]
+        return sum(file.stat().st_size for file in files)

@@ -416,6 +416,10 @@ class AdaptedLayer(Adapted):
                     y = y.index_add(0, index, shift.expand(len(index), *y.shape[1:]))
         return y
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files leave behind what is kept for the next forward."""
+        return self.__dict__ | {"_known": {}, "_kept": None, "_joint": None}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import PeanutError
 from .built import Built, product_dtype
 from .operator import Operator
 
@@ -39,7 +40,7 @@ class Blockwise(Operator):
         return self._product(x.to(dtype), None, None, self.block.to(dtype))
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps x, as that of other methods does."""
+        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps r numbers a token and not x."""
         dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -49,7 +50,7 @@ class Blockwise(Operator):
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return _Folded.apply(x, weight, bias, block, self.size)  # type: ignore[no-any-return, no-untyped-call]
-        return _joined(x, weight, bias, block, self.size)
+        return _joined(x, _fold(x.reshape(-1, self.size[1]), len(block)), weight, bias, block, self.size)
 
     def rows(self, ids: Tensor) -> Tensor:
         r, m = self.block.shape
@@ -71,26 +72,33 @@ class Blockwise(Operator):
 
 
 class _Folded(torch.autograd.Function):
-    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps x, which is folded again in the backward."""
+    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps fold(x), (tokens, r), W and the block."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, block)
-        ctx.size = size
-        return _joined(x, weight, bias, block, size)
+        folded = _fold(x.reshape(-1, size[1]), len(block))
+        ctx.save_for_backward(folded, weight, block)
+        ctx.size, ctx.shape = size, x.shape
+        return _joined(x, folded, weight, bias, block, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, block = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what is kept does not tell how it came from x
+            raise PeanutError(
+                "a gradient of the gradient of a MiSS layer",
+                "first derivatives: of the input the layer keeps r numbers a token only",
+                "leave out create_graph, or use init_weights='bat' or another method",
+            )
+        folded, weight, block = ctx.saved_tensors
         r, m = block.shape
         out, inputs = ctx.size
         grads = grad.reshape(-1, out)
         summed = grads.view(-1, out // m, m).sum(1) if m < out else grads
         grad_x = grad_block = None
-        if ctx.needs_input_grad[3]:  # first, so that what it takes is gone when the input's gradient is made
-            grad_block = _fold(x.reshape(-1, inputs), r).T @ summed
+        if ctx.needs_input_grad[3]:
+            grad_block = folded.T @ summed
         if ctx.needs_input_grad[0]:
             spread = summed @ block.T
             blocks = inputs // r
@@ -98,13 +106,14 @@ class _Folded(torch.autograd.Function):
             grad_x[:, : blocks * r].view(-1, blocks, r).add_(spread.unsqueeze(1))
             if blocks * r < inputs:
                 grad_x[:, blocks * r :].add_(spread[:, : inputs - blocks * r])
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_block, None
 
 
-def _joined(x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]) -> Tensor:
+def _joined(
+    x: Tensor, folded: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor, size: tuple[int, int]
+) -> Tensor:
     tokens, m = x.reshape(-1, size[1]), block.shape[1]
-    folded = _fold(tokens, len(block))
     if weight is None:
         y = (folded @ block).repeat(1, size[0] // m)
     else:

@@ -152,13 +152,8 @@ class _Product(torch.autograd.Function):
             grad_weight = grads.T @ x.reshape(-1, x.shape[-1])
         if need_bias:
             grad_bias = grads.sum(0)
-        if need_x and whole:
-            grad_x = (grads @ torch.addmm(weight, up, down, alpha=scaling)).view(x.shape)
-        elif not whole and (need_x or side == "down"):
+        if not whole and (need_x or side == "down"):
             grad_hidden = (grads @ up).mul_(scaling)
-        if grad_hidden is not None and need_x:
-            grad_tokens = grad_hidden @ down if weight is None else (grads @ weight).addmm_(grad_hidden, down)
-            grad_x = grad_tokens.view(x.shape)
         if need_factor:
             if grad_weight is not None:
                 grad_scaled = (grad_weight @ down.T if side == "up" else up.T @ grad_weight).mul_(scaling)
@@ -170,8 +165,16 @@ class _Product(torch.autograd.Function):
             weighted = grad_scaled.to(left.dtype).view(full) * basis
             grad_left = (weighted * right).sum_to_size(left.shape)
             grad_right = (weighted * left).sum_to_size(right.shape)
+            del grad_scaled, weighted
         if not need_weight:
             grad_weight = None
+        if need_x and whole:  # last, when what the factors' gradients took is gone
+            changed = torch.addmm(weight, up, down, alpha=scaling)
+            del up, down
+            grad_x = (grads @ changed).view(x.shape)
+        elif need_x and grad_hidden is not None:
+            grad_tokens = grad_hidden @ down if weight is None else (grads @ weight).addmm_(grad_hidden, down)
+            grad_x = grad_tokens.view(x.shape)
         return grad_x, grad_weight, grad_bias, None, grad_left, grad_right, None, None, None, None
 
 

@@ -36,6 +36,9 @@ class Products:
         """Lets go of all."""
         self._made.clear()
 
+    def __reduce__(self) -> tuple[type[Products], tuple[()]]:
+        return Products, ()  # copies and files begin with none
+
 
 class _Made:
     """A product, and how to tell whether it is still that of its factors."""
