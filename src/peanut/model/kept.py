@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..operators import LowRank, Operator
 from ..protocols import Change
+from ..weights.product import counts
 from .parameters import Place
 
 __all__ = ["Beside", "Kept", "Settled"]
@@ -27,12 +28,12 @@ save."""
 def _versions(places: Sequence[Place]) -> list[tuple[int, int, torch.dtype]] | None:
     """A value that changes whenever a tensor at one of the places does.
 
-    ``None`` where nobody counts: a tensor is no longer there, or was made in inference mode.
+    ``None`` where nobody counts: a tensor is no longer there, was made in inference mode, or is fake.
     """
     found = []
     for owner, name in places:
         tensor = owner.get(name)
-        if tensor is None or tensor.is_inference():
+        if tensor is None or not counts(tensor):
             return None
         found.append((tensor._version, tensor.data_ptr(), tensor.dtype))
     return found

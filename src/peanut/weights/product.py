@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Products", "product"]
+__all__ = ["Products", "counts", "product"]
 
 
 class Products:
@@ -23,7 +23,7 @@ class Products:
 
     def of(self, matrix: Tensor, A: Tensor) -> Tensor:
         """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
-        if torch.compiler.is_compiling() or not A.is_leaf or A.is_inference() or not A.requires_grad:
+        if torch.compiler.is_compiling() or not A.is_leaf or not A.requires_grad or not counts(A) or not counts(matrix):
             return product(matrix, A)
         made = self._made.get(A.data_ptr())
         if made is None or not made.holds(matrix, A):
@@ -38,6 +38,12 @@ class Products:
 
     def __reduce__(self) -> tuple[type[Products], tuple[()]]:
         return Products, ()  # copies and files begin with none
+
+
+def counts(tensor: Tensor) -> bool:
+    """Whether torch counts a tensor's versions and it has memory: it was not made in inference mode and is not fake."""
+    own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and not tensor.is_inference()
 
 
 class _Made:
