@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import peanut
 from peanut.errors import PeanutError
 from peanut.lab import bench, measure, variants
-from peanut.lab.bench_report import Row, summary
+from peanut.lab.bench_report import summary
+from peanut.lab.bench_rows import Row
 from peanut.lab.measure import Spread, interleaved, peak_bytes, ratio, repeated, saved_bytes, within_memory
 
 CPU = torch.device("cpu")

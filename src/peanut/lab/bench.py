@@ -55,7 +55,8 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..files import make_folder
 from ..training.terminal import quiet
-from .bench_report import Row, print_tables, write_report
+from .bench_report import print_tables, write_report
+from .bench_rows import Row
 from .measure import interleaved, within_memory
 from .model_variants import batch_of, frozen_model, model_configs, model_variants
 from .settings import STACKS, Settings, settings_of

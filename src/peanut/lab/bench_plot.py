@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .bench_report import Row
+from .bench_rows import Row
 from .measure import Spread, processor, ratio
 from .settings import STACKS, Settings
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,66 +15,16 @@ import torch
 from .. import __version__
 from ..files import write_files
 from ..protocols import FORMAT_VERSION
-from .measure import Spread, geometric_mean, processor, ratio
+from .bench_plot import plot
+from .bench_rows import BYTES, Row, references
+from .measure import Spread, geometric_mean, processor
 from .settings import STACKS, Settings
-from .variants import By, peer_version
+from .variants import peer_version
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Row", "print_tables", "references", "report", "summary", "write_report"]
-
-BYTES = ("saved_bytes", "peak_bytes", "evaluation_bytes", "file_bytes")
-
-
-@dataclass
-class Row:
-    """What was found of one variant; the figures are those of the JSON file (``lab/bench.py`` tells each).
-
-    Args:
-        method: as tables name it; empty for the frozen stack.
-        by: whose implementation it is.
-        trained_parameters: how many.
-        saved_bytes: what a forward keeps for the backward, as ``measure.saved_bytes`` counts it, beyond the frozen.
-        peak_bytes, evaluation_bytes: the most memory of a training step and of the first forward in evaluation, as
-            ``measure.peak_bytes`` counts it.
-        file_bytes: of the saved tensors.
-        difference: of a peer's output from this library's, relative to the largest entry.
-        note: why something is missing.
-        seconds: one value a round, by quantity.
-    """
-
-    method: str
-    by: By
-    trained_parameters: int
-    saved_bytes: int = 0
-    peak_bytes: int = 0
-    evaluation_bytes: int = 0
-    file_bytes: int | None = None
-    difference: float | None = None
-    note: str = ""
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The row's name in tables."""
-        return f"{self.method} {self.by}" if self.method else self.by
-
-    def to(self, other: Row) -> dict[str, Any]:
-        """Ratios to another row: a spread for each time, a number for bytes, ``None`` where the other has none."""
-        both = {name: (own, other.seconds[name]) for name, own in self.seconds.items() if name in other.seconds}
-        ratios: dict[str, Any] = {name: asdict(ratio(*values)) for name, values in both.items()}
-        for name in BYTES:
-            own, others = getattr(self, name), getattr(other, name)
-            ratios[name] = own / others if own is not None and others else None
-        return ratios
-
-
-def references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
-    """What a row is compared with, as far as it is there: the frozen stack, the peer's same method, the peer's LoRA."""
-    wanted = {"frozen": ("", "frozen"), "peer": (row.method, "peft"), "peer_lora": ("LORA", "peft")}
-    known = {(each.method, each.by): each for each in rows if each is not row}
-    return {name: known[key] for name, key in wanted.items() if key in known and row.method}
+__all__ = ["print_tables", "report", "summary", "write_report"]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -126,8 +76,6 @@ def report(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
 
 def write_report(folder: Path, rows: Sequence[Row], settings: Settings) -> list[Path]:
     """Writes JSON and plot and returns where they are, named by version, hardware and what is not the default."""
-    from .bench_plot import plot
-
     changed = "".join(f"-{name}-{value}" for name, value in settings.changed.items())
     name = _plain(f"bench-{__version__}-{processor(torch.device(settings.device))}-{settings.threads}t{changed}")
     text = json.dumps(report(rows, settings), indent=2, sort_keys=True) + "\n"
