@@ -443,6 +443,8 @@ def test_compiles_in_one_graph(case: Case) -> None:
     assert distance(y, model(x)) < 1e-5
     y.square().sum().backward()
     assert all(distance(grad, expected[name]) < 1e-5 for name, grad in gradients(model).items())
+    with torch.no_grad():
+        assert distance(compiled(x), y) < 1e-5
 
 
 # 8. The peer's implementation, loaded from our file, gives our outputs; ours, loaded from its file, gives its

@@ -83,10 +83,14 @@ class Built(Operator):
         dtype = product_dtype(x)
         operator = self.to(dtype)
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
+        if not torch.is_grad_enabled():
+            return F.linear(x.to(dtype), operator.dense() if weight is None else operator.onto(weight), bias)
         return _Product.apply(x.to(dtype), weight, bias, *operator._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
 
     def _made(self) -> Tensor:
         """Δ, (out, in), whose backward is ``pull`` and keeps the parts alone."""
+        if not torch.is_grad_enabled():
+            return self.dense()
         return _Made.apply(*self._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
 
 
