@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -161,3 +162,21 @@ def test_compiles_in_one_graph(side: str) -> None:
         torch.autograd.grad(y.square().sum(), [operator.left, operator.right]), expected, strict=True
     ):
         assert distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [2, 9], ids=["low rank", "beyond full rank"])
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_gradients_of_gradients(side: Literal["up", "down"], rank: int) -> None:
+    torch.manual_seed(0)
+    up, down, W = (torch.randn(shape, dtype=torch.float64) for shape in ((7, rank), (rank, 5), (7, 5)))
+    basis, fixed = (up, down) if side == "up" else (down, up)
+    x, left, right = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((40, 5), (len(basis), 1), (1, basis.shape[1]))
+    )
+
+    def run(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return RandomBases(basis, left, right, fixed, side, 0.3).joined(x, W, None).sin()
+
+    assert torch.autograd.gradcheck(run, (x, left, right))
+    assert torch.autograd.gradgradcheck(run, (x, left, right))

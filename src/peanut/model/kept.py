@@ -11,21 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..operators import LowRank, Operator
+from ..operators.settled import FEW
 from ..protocols import Change
-from ..weights.product import counts
+from ..versions import counted, version
 from .parameters import Place
 
 __all__ = ["Beside", "Kept", "Settled"]
 
 V = TypeVar("V")
 
-FEW, SHARE = 64, 16
-"""A batch's adapters act by one product of all their ranks for so few tokens, or where these ranks together are at
-most one in so many of the weight's smaller dimension: beyond that, ranks that a row does not see cost more than they
+SHARE = 16
+"""A batch's adapters act by one product of all their ranks for few tokens, or where these ranks together are at most
+one in so many of the weight's smaller dimension: beyond that, ranks that a row does not see cost more than they
 save."""
 
 
-def _versions(places: Sequence[Place]) -> list[tuple[int, int, torch.dtype]] | None:
+def _versions(places: Sequence[Place]) -> list[tuple[object, ...]] | None:
     """A value that changes whenever a tensor at one of the places does.
 
     ``None`` where nobody counts: a tensor is no longer there, was made in inference mode, or is fake.
@@ -33,9 +34,9 @@ def _versions(places: Sequence[Place]) -> list[tuple[int, int, torch.dtype]] | N
     found = []
     for owner, name in places:
         tensor = owner.get(name)
-        if tensor is None or not counts(tensor):
+        if tensor is None or not counted(tensor):
             return None
-        found.append((tensor._version, tensor.data_ptr(), tensor.dtype))
+        found.append(version(tensor))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .built import product_dtype
 from .low_rank import LowRank
-from .operator import Operator
+from .operator import Operator, gained
 from .orthogonal import in_full
 
 __all__ = ["Householder"]
@@ -77,8 +77,7 @@ class Householder(Operator):
         dtype = product_dtype(x)
         x, weight, vectors, core = (value.to(dtype) for value in (x, weight, self.vectors, self.core))
         bias = None if bias is None else bias.to(dtype)
-        y = LowRank(weight @ vectors @ core, vectors.T, -1.0).joined(x, weight, bias)
-        return y if gain is None else y + (y if bias is None else y - bias) * (gain - 1).to(dtype)
+        return gained(LowRank(weight @ vectors @ core, vectors.T, -1.0).joined(x, weight, bias), bias, gain)
 
     def beyond_identity(self) -> tuple[Tensor, Tensor]:
         """I − V K Vᵀ is I plus a product of rank r."""

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Operator"]
+__all__ = ["Operator", "gained"]
 
 
 class Operator(ABC):
@@ -65,8 +65,7 @@ class Operator(ABC):
 
         A gain of one leaves the bits of the product with the bias in it.
         """
-        y = F.linear(self.apply(x), weight, bias)
-        return y if gain is None else y + (y if bias is None else y - bias) * (gain - 1).to(y.dtype)
+        return gained(F.linear(self.apply(x), weight, bias), bias, gain)
 
     def beyond_identity(self) -> tuple[Tensor, Tensor] | None:
         """(up, down) of shapes (in, r) and (r, in) if a rotation R is I + up · down, else ``None``."""
@@ -86,3 +85,8 @@ class Operator(ABC):
         Called once and kept while nothing changes, for evaluation; so what can be computed beforehand is.
         """
         return self.to(dtype)
+
+
+def gained(y: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """g ⊙ (y − b) + b, which is y to the bit where the gain is one."""
+    return y if gain is None else y + (y if bias is None else y - bias) * (gain - 1).to(y.dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..versions import counted, version
 from .operator import Operator
 
 __all__ = ["FEW", "Settled", "WrittenOut"]
@@ -89,8 +90,8 @@ class WrittenOut(Settled):
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.takes(x):
             self.held.clear()
-        elif torch.finfo(weight.dtype).bits >= 32 and not weight.is_inference():
-            key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype
+        elif torch.finfo(weight.dtype).bits >= 32 and counted(weight):
+            key = version(weight), weight.shape
             return F.linear(x, self._hold(key, weight), bias)
         return super().joined(x, weight, bias)
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Products", "counts", "product"]
+from ..versions import counted, version
+
+__all__ = ["Products", "product"]
 
 
 class Products:
@@ -23,7 +25,13 @@ class Products:
 
     def of(self, matrix: Tensor, A: Tensor) -> Tensor:
         """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
-        if torch.compiler.is_compiling() or not A.is_leaf or not A.requires_grad or not counts(A) or not counts(matrix):
+        if (
+            torch.compiler.is_compiling()
+            or not A.is_leaf
+            or not A.requires_grad
+            or not counted(A)
+            or not counted(matrix)
+        ):
             return product(matrix, A)
         made = self._made.get(A.data_ptr())
         if made is None or not made.holds(matrix, A):
@@ -40,26 +48,16 @@ class Products:
         return Products, ()  # copies and files begin with none
 
 
-def counts(tensor: Tensor) -> bool:
-    """Whether torch counts a tensor's versions and it has memory: it was not made in inference mode and is not fake."""
-    own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return own and not tensor.is_inference()
-
-
 class _Made:
     """A product, and how to tell whether it is still that of its factors."""
 
     def __init__(self, matrix: Tensor, A: Tensor, value: Tensor) -> None:
         self.A, self.value = A.detach(), value  # A is held, so that no other takes its place in memory
-        self.version = self._version(matrix, A)
+        self.version = version(matrix), version(A), A.shape
         self.pulled = 0
 
-    @staticmethod
-    def _version(matrix: Tensor, A: Tensor) -> tuple[Any, ...]:
-        return *((each.data_ptr(), each._version, each.stride(), each.dtype) for each in (matrix, A)), A.shape
-
     def holds(self, matrix: Tensor, A: Tensor) -> bool:
-        if self.version != self._version(matrix, A):
+        if self.version != (version(matrix), version(A), A.shape):
             return False
         if torch._C._current_graph_task_id() != -1:  # a backward runs
             return True
