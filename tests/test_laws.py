@@ -218,6 +218,18 @@ def test_one_step_from_the_start_lowers_the_loss(case: Case) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+@every_case
+def test_what_comes_after_may_work_in_place(case: Case) -> None:
+    model, x, found = case.adapted().train(), case.input(), []
+    for after in (torch.relu, torch.relu_):
+        model.zero_grad()
+        torch.manual_seed(0)
+        y = after(model(x))
+        y.square().sum().backward()
+        found.append({"": y.detach(), **gradients(model)})
+    assert all(distance(value, found[0][name]) < TIGHT for name, value in found[1].items())
+
+
 # 5. The fast path equals the dense form, forward and backward, and never builds it
 
 

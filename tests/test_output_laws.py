@@ -344,22 +344,6 @@ def test_autocast(variant: str, model: str) -> None:
     assert all(value.grad.dtype == torch.float32 for _, value in made.adapters.parameters("default"))
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("variant", "model"), [("pfeiffer", "bert"), ("parallel", "llama"), ("loreft", "llama")])
-def test_compiled(variant: str, model: str) -> None:
-    made = get_peft_model(base(model, num_hidden_layers=1), VARIANTS[variant].make())
-    randomised(made, scale=0.2).eval()
-    found = []
-    torch._dynamo.reset()
-    for called in (made, torch.compile(made, backend="aot_eager")):
-        made.zero_grad()
-        output = called(**batch(model), **labels(model))
-        output.loss.backward()
-        found.append([output.logits, *(value.grad for _, value in made.adapters.parameters("default"))])
-    for plain, compiled in zip(*found, strict=True):
-        assert distance(compiled, plain) < 1e-9
-
-
 @pytest.mark.parametrize("variant", ["houlsby", "pfeiffer", "loreft", "direft", "adaption"])
 def test_with_prompt_tuning(variant: str, tmp_path: Path) -> None:
     """Virtual tokens come first; both save, load and generate together."""

@@ -124,6 +124,20 @@ def test_modules_trained_whole(tiny_llama: Builder, saved: list[str], tied: bool
     assert distance(logits(to_peft(model)), expected) < SAME
 
 
+def test_no_head_is_copied(tiny_llama: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = adapted(tiny_llama(), lora(modules_to_save=["lm_head"]))
+    own = theirs.get_base_model().lm_head.modules_to_save["default"]
+    expected = logits(theirs)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a copy")
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    model = from_peft(theirs)
+    assert dict(model.adapters.saved_modules())["lm_head"].modules_to_save["default"] is own
+    assert distance(logits(model), expected) < SAME
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("beside_lora", [False, True])
 def test_trained_tokens(tiny_llama: Builder, tied: bool, beside_lora: bool) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peanut import PeanutError, PeftModel, get_peft_model
+from peanut.lab.measure import saved_bytes
 from peanut.methods.diff_pruning import DiffPruning, DiffPruningConfig
-from peanut.operators.gated import Gated
+from peanut.operators import gated
+from peanut.operators.gated import Gated, logistic
 
 from ..operators.test_built import check_laws
 from ..support import Net, distance, one_thread, randomised  # noqa: F401
@@ -49,6 +53,71 @@ def test_operator(structured: bool) -> None:
     check_laws(Gated(values, logits, group), parts, dense, x)
 
 
+def noise_of(seed: int, shape: tuple[int, int], rows: int) -> Tensor:
+    """log u − log(1 − u), drawn for so many rows at a time: four numbers u = (k + ½)/2¹⁶ of each 64 bits."""
+    draws, parts = np.random.Generator(np.random.SFC64(seed)), []
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first) * shape[1]
+        k = draws.integers(-(2**63), 2**63, math.ceil(count / 4)).view(np.int16)[:count].astype(np.float64) + 2**15
+        u = torch.from_numpy((k + 0.5) / 2**16)
+        parts.append((torch.log(u) - torch.log(1 - u)).view(-1, shape[1]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("structured", [False, True], ids=["", "structured"])
+@pytest.mark.parametrize("span", [1, 16, 1000])
+def test_noise_is_drawn_from_a_seed_whenever_it_is_needed(
+    structured: bool, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated, "SPAN", span)
+    torch.manual_seed(1)
+    values, logits = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    group = torch.tensor([0.9], dtype=torch.float64, requires_grad=True) if structured else None
+    dense = hard(logits + noise_of(11, (5, 7), max(1, span // 7))) * values * (1 if group is None else hard(group))
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    parts = (values, logits) if group is None else (values, logits, group)
+    operator = Gated(values, logits, group, seed=11)
+    check_laws(operator, parts, dense, x, compiled=False)
+    with torch.no_grad():
+        assert distance(operator.dense(), dense) < 1e-14
+        assert distance(operator.onto(torch.ones_like(dense)), 1 + dense) < 1e-14
+
+
+def test_a_gate_exactly_at_its_cut_has_a_gradient() -> None:
+    values, logits = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+    x, W = torch.ones(1, 3, requires_grad=True), torch.zeros(2, 3)
+    Gated(values, logits).joined(x, W, None).sum().backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.full((2, 3), 0.75))  # (r − l) σ' (0)
+
+
+@pytest.mark.parametrize("structured", [False, True], ids=["", "structured"])
+def test_of_the_gates_only_their_seed_is_kept(structured: bool) -> None:
+    model = randomised(get_peft_model(Net(nn.Linear(80, 60)), config(structured=structured))).train()
+    inner = model.get_base_model()
+    x = torch.randn(3, 80, requires_grad=True)
+    held = [*model.parameters(), *model.buffers()]
+    assert saved_bytes(lambda: inner(x), [inner.layer], held) < 100
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_noise(reentrant: bool) -> None:
+    model = randomised(get_peft_model(Net(nn.Linear(8, 6)), config(init_log_alpha=0.3))).train()
+    inner, trained = model.get_base_model(), [value for value in model.parameters() if value.requires_grad]
+    x = torch.randn(3, 8, requires_grad=True)
+    found = []
+    for run in (inner, lambda x: checkpoint(inner, x, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        run(x).square().sum().backward()
+        found.append([value.grad for value in trained])
+        for value in trained:
+            value.grad = None
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None  # noqa: PT018
+        assert one.abs().max() > 0
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("structured", [False, True], ids=["", "structured"])
 def test_evaluation_is_deterministic_and_the_formula(structured: bool) -> None:
     chosen = config(init_log_alpha=0.4, structured=structured)
@@ -79,9 +148,13 @@ def test_training_samples_the_gates() -> None:
 def test_gates_follow_the_hard_concrete_distribution(alpha: float) -> None:
     torch.manual_seed(3)
     parameters = {"diff_w": torch.ones(300, 300), "diff_log_alpha": torch.full((300, 300), alpha)}
-    sampled = METHOD.sampled(config(), parameters)
-    assert sampled["diff_w"] is parameters["diff_w"]
-    z = Gated(sampled["diff_w"], sampled["diff_log_alpha"]).dense()
+    model = get_peft_model(Net(nn.Linear(300, 300)), config())
+    with torch.no_grad():
+        for suffix, value in parameters_of(model).items():
+            value.copy_(parameters[suffix])
+    delta = model.get_base_model().layer.change("default", sample=True).delta
+    assert delta is not None
+    z = delta.dense().detach()
     # With u uniform, z < c where log u − log(1 − u) + α < logit((c + 1.5)/3).
     for c in (0.0, 0.25, 0.5, 0.75, 0.999):
         share = (c + 1.5) / 3
@@ -93,8 +166,16 @@ def test_gates_follow_the_hard_concrete_distribution(alpha: float) -> None:
 
 
 def test_noise_is_finite() -> None:
-    zeros = {"diff_w": torch.zeros(2000, 1000), "diff_log_alpha": torch.zeros(2000, 1000)}
-    assert torch.isfinite(METHOD.sampled(config(), zeros)["diff_log_alpha"]).all()
+    """Each of the 2¹⁶ numbers comes about here, and neighbours are not alike."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        noise = logistic(torch.zeros(2000, 1001, dtype=dtype), np.random.Generator(np.random.SFC64(0)))
+        assert noise.dtype == dtype
+        assert torch.isfinite(noise).all()
+    for lag in range(1, 9):
+        assert abs((noise.flatten()[lag:] * noise.flatten()[:-lag]).float().mean()) < 0.02
+    drawn = logistic(torch.zeros(2000, 1001), torch.Generator().manual_seed(0))
+    assert drawn.unique().numel() == 2**16
+    assert abs(drawn.double().var().item() - math.pi**2 / 3) < 0.02
 
 
 def test_price() -> None:

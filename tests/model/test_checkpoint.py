@@ -363,3 +363,13 @@ def test_a_copy_of_a_model_saves_what_the_model_does(config: PeftConfig, tiny_ll
         assert same_bits(other(IDS).logits, expected)
         other.save_pretrained(tmp_path / name)
         assert distance(PeftModel.from_pretrained(tiny_llama(), tmp_path / name)(IDS).logits, expected) < 1e-6
+
+
+def test_values_near_the_largest_load_although_their_norm_is_not_finite(tiny_llama: Build, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for _, value in model.adapters.parameters("default"):
+            value.fill_(2.0**127)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert all(bool((value == 2.0**127).all()) for _, value in again.adapters.parameters("default"))

@@ -16,6 +16,7 @@ from peanut.methods.prompt_tuning import PromptTuningConfig
 from peanut.methods.xlora import XLoraConfig
 from peanut.model.xlora_model import XLoraModel
 
+from ..compiling import assert_compiles
 from ..methods.mixing import (
     COMMON,
     GATE,
@@ -252,3 +253,13 @@ def test_gates_can_be_looked_at_and_settings_changed(tiny_llama: Builder, expert
         model.set_topk_lora(4)
     with pytest.raises(PeanutError, match=r"^no mixtures in the model; expected one; add one"):
         XLoraModel(tiny_llama(), {}).get_latest_scalings()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_in_one_graph(tiny_llama: Builder) -> None:
+    torch.manual_seed(1)
+    made = get_peft_model(tiny_llama(num_hidden_layers=1).double(), LoraConfig(r=2, task_type="CAUSAL_LM"), "a")
+    made.add_adapter("b", LoraConfig(r=3, task_type="CAUSAL_LM"))
+    made.add_adapter("mix", XLoraConfig(adapters={"a": None, "b": None}, task_type="CAUSAL_LM", use_bias=True))
+    made.set_adapter("mix")
+    assert_compiles(randomised(made, scale=0.2), {"input_ids": IDS, "labels": IDS}, lambda output: output["logits"])

@@ -81,10 +81,12 @@ def test_the_same_answers(case: Case, shape: tuple[int, ...]) -> None:
     out, inputs = settled.shape
     assert (out, inputs) == dense.shape
     x, weight, bias = torch.randn(*shape, inputs).double(), torch.randn(out, inputs).double(), torch.randn(out).double()
+    given = x.clone(), weight.clone(), bias.clone()
     for _ in range(2):  # the second time from what was kept
         assert distance(settled.apply(x), x @ dense.T) < 1e-13
         assert distance(settled.joined(x, weight, bias), x @ (weight + dense).T + bias) < 1e-13
         assert distance(settled.joined(x, weight, None), x @ (weight + dense).T) < 1e-13
+    assert all(map(torch.equal, (x, weight, bias), given))  # what is added in place is added to the output alone
     at = torch.tensor([[3, 0], [5, 3]])
     assert distance(settled.rows(at), dense.T[at]) < 1e-13
     assert distance(settled.dense(), dense) < 1e-13

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from peanut.operators.fourier import Fourier
+from peanut.operators.settled import Settled
 
-from ..support import one_thread  # noqa: F401
+from ..support import distance, one_thread  # noqa: F401
 from .test_built import check_laws
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -35,3 +36,34 @@ def test_laws(size: tuple[int, int], share: float) -> None:
     dense = 5.0 / (out * inputs) * (spectrum[:, None, None] * torch.stack(waves)).sum(0)
     x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
     check_laws(Fourier(spectrum, places, size, 5.0), (spectrum,), dense, x, compiled=size in ((7, 8), (90, 80)))
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (1, 4), (4, 1), (90, 80)], ids=str)
+@torch.no_grad()
+def test_settled_on_both_sides_of_its_border(size: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    out, inputs = size
+    flat = torch.arange(out * inputs) if out < 10 else torch.randperm(out * inputs)[:50]
+    places, spectrum = torch.stack([flat // inputs, flat % inputs]), torch.randn(len(flat), dtype=torch.float64)
+    j, k = torch.arange(out).double()[:, None], torch.arange(inputs).double()
+    dense = torch.zeros(size, dtype=torch.float64)
+    for value, (row, column) in zip(spectrum, places.T.tolist(), strict=True):
+        dense += 5.0 / (out * inputs) * value * torch.cos(2 * math.pi * (row * j / out + column * k / inputs))
+    settled = Fourier(spectrum, places, size, 5.0).settled(torch.float64)
+    assert isinstance(settled, Settled)
+    weight = torch.randn(size, dtype=torch.float64)
+    for count in (1, 2, settled.few, settled.few + 1):
+        x = torch.randn(count, inputs, dtype=torch.float64)
+        assert settled.takes(x) == (count <= settled.few)
+        assert distance(settled.joined(x, weight, None), x @ (weight + dense).T) < 1e-13
+        assert distance(settled.apply(x), x @ dense.T) < 1e-12
+
+
+@torch.no_grad()
+def test_more_entries_are_transformed_for_fewer_tokens() -> None:
+    few = []
+    for n in (10, 1000):
+        settled = Fourier(torch.randn(n), torch.randint(90, (2, n)), (90, 90)).settled(torch.float32)
+        assert isinstance(settled, Settled)
+        few.append(settled.few)
+    assert 0 < few[1] < few[0]

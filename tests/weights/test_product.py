@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peanut import PeanutConfig, get_peft_model
+from peanut.lab.measure import saved_bytes
 from peanut.weights.product import Products
 
 from ..support import Net, distance, gradients, one_thread, randomised  # noqa: F401
@@ -132,17 +133,55 @@ def test_a_change_between_two_forwards_without_a_backward_is_seen(model: Any) ->
     assert torch.equal(after, model.eval()(x))
 
 
-def test_its_gradient_is_right_twice() -> None:
+@pytest.mark.parametrize("view", [True, False], ids=["kept", "read again"])
+def test_its_gradient_is_right_twice(view: bool) -> None:
     torch.manual_seed(0)
     matrix, products = torch.randn(WIDE, NARROW, dtype=torch.float64), Products()
     A = torch.randn(R, NARROW, dtype=torch.float64, requires_grad=True)
 
     def run(A: Tensor) -> Tensor:
         products.forget()
-        return products.of(matrix, A).tanh()
+        return products.of(matrix, lambda: matrix, A, view=view, transposed=False).tanh()
 
     assert torch.autograd.gradcheck(run, (A,))
     assert torch.autograd.gradgradcheck(run, (A,))
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "made"])
+def test_what_is_made_of_codes_is_not_kept(leaf: bool) -> None:
+    torch.manual_seed(0)
+    codes, products = torch.randint(0, 16, (WIDE, NARROW), dtype=torch.uint8), Products()
+    A = torch.randn(R, NARROW, dtype=torch.float64, requires_grad=True)
+    given = A if leaf else A * 1.0
+
+    def read() -> Tensor:
+        return codes.double() / 8 - 1
+
+    assert saved_bytes(lambda: products.of(codes, read, given, view=False, transposed=False), [], [A]) == 0
+    found = products.of(codes, read, given, view=False, transposed=False)
+    assert distance(found, read() @ A.T) < 1e-14
+    (grad,) = torch.autograd.grad(found.square().sum(), A)
+    (expected,) = torch.autograd.grad((read() @ A.T).square().sum(), A)
+    assert distance(grad, expected) < 1e-13
+
+
+def test_a_weight_that_is_trained_after_all_gets_its_gradient(model: Any) -> None:
+    """As someone who unfreezes the base asks for."""
+    x = next(batches())
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.requires_grad_()
+    for _ in range(2):  # what was made before it was unfrozen is not given again
+        model.zero_grad()
+        model(x).square().sum().backward()
+    found = layer.base_layer.weight.grad
+    eps, direction = 1e-6, torch.randn_like(found)
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            layer.base_layer.weight.add_(direction, alpha=sign * eps)
+            ends.append(model(x).square().sum())
+            layer.base_layer.weight.sub_(direction, alpha=sign * eps)
+    assert distance((found * direction).sum(), (ends[0] - ends[1]) / (2 * eps)) < 1e-6
 
 
 def test_eval_lets_go_of_it(model: Any) -> None:

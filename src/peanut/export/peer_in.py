@@ -76,7 +76,7 @@ def from_peft(model: nn.Module) -> Any:
             base.__dict__.pop(mark, None)
         adapters = AdapterSet(base)
         for name, config in configs.items():
-            adapters.add(name, _located(base, config, held[name]), meta=True)
+            adapters.add(name, _located(base, config, held[name]), meta=True, copies=False)
         for name in configs:
             _take_heads(adapters, name, places)
             _take_over(adapters, name, held[name], apart[name])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators.orthogonal import Butterfly, cayley
+from ..operators.cayley import cayley
+from ..operators.orthogonal import Butterfly
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_probability, check_whole
 from ..weights import FrozenLayer

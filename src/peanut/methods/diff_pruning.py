@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from ..errors import PeanutError
 from ..operators.gated import Gated
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_finite
+from ..versions import counted
 from ..weights import FrozenLayer
 
 __all__ = ["DiffPruning", "DiffPruningConfig"]
 
 LOW, HIGH = -1.5, 1.5
 """l and r of the paper, the range of a gate before it is cut to [0, 1]. As log(−l/r) = 0, P(z > 0) is σ(α)."""
+
+SEED = "seed"
+"""Under this name the seed of a forward's noise goes from ``sampled`` to ``change``."""
 
 
 @dataclass(kw_only=True)
@@ -65,14 +69,24 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
         return values
 
     def change(self, config: DiffPruningConfig, parameters: Values, layer: FrozenLayer) -> Change:
-        group = parameters.get("diff_group_log_alpha")
-        return Change(delta=Gated(parameters["diff_w"], parameters["diff_log_alpha"], group, LOW, HIGH))
+        group, seed = parameters.get("diff_group_log_alpha"), parameters.get(SEED)
+        gates = Gated(parameters["diff_w"], parameters["diff_log_alpha"], group, LOW, HIGH)
+        return Change(delta=gates if seed is None else replace(gates, seed=int(seed)))
 
     def sampled(self, config: DiffPruningConfig, parameters: Values) -> Values:
-        return {
-            suffix: value + logistic_noise(value) if suffix.endswith("log_alpha") else value
+        """With noise on the gate of the matrix, and a seed from which the operator draws that of the entries' gates.
+
+        Where there are no numbers to draw, in a compiled graph and with fake tensors, their noise is a tensor, too.
+        """
+        alpha = parameters["diff_log_alpha"]
+        seeded = not torch.compiler.is_compiling() and counted(alpha) and alpha.device.type in ("cpu", "cuda")
+        drawn: dict[str, Tensor] = {SEED: torch.randint(2**63 - 1, (), device="cpu")} if seeded else {}
+        noisy = {
+            suffix: value + logistic_noise(value)
             for suffix, value in parameters.items()
+            if suffix.endswith("log_alpha") and not (seeded and value is alpha)
         }
+        return {**parameters, **noisy, **drawn}
 
     def penalty(self, config: DiffPruningConfig, layers: Sequence[Values]) -> Tensor | None:
         total: Tensor | None = None

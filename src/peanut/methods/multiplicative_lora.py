@@ -66,6 +66,4 @@ class MultiplicativeLora(WeightMethod[MultiplicativeLoraConfig]):
 
     def change(self, config: MultiplicativeLoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
         A, B = parameters["multiplicative_lora_A.weight"], parameters["multiplicative_lora_B.weight"]
-        W = layer.matrix()
-        up = (W @ A.to(W.dtype)).to(A.dtype)  # in W's dtype: W is never copied to another
-        return Change(delta=LowRank(up, B, config.scaling), dropout=config.dropout)
+        return Change(delta=LowRank(layer.product(A.T), B, config.scaling), dropout=config.dropout)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators.orthogonal import BlockDiagonal, cayley, cayley_neumann
+from ..operators.cayley import cayley, cayley_neumann
+from ..operators.orthogonal import BlockDiagonal
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .parameters import NamedModules, Parameters, Place
 from .state import AdapterState
@@ -90,6 +91,18 @@ class Adapted(nn.Module):
     def kept_at(self, name: str) -> list[Place]:
         """Where the tensors of ``values`` are kept."""
         return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuses torch.nn.DataParallel: a copy of a module there would go on reading the tensors of the original.
+
+        Raises:
+            PeanutError: always.
+        """
+        raise PeanutError(
+            f"torch.nn.DataParallel, and adapters at '{self.path}'",
+            "one process for each device (DistributedDataParallel)",
+            "start the script with torchrun or accelerate launch, or show it one device: CUDA_VISIBLE_DEVICES=0",
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())

@@ -22,6 +22,7 @@ from .state import AdapterState
 from .surgery import SHARED, Surgery
 from .targets import saved_paths
 from .training_hooks import follow, unfollow
+from .walk import walk
 
 __all__ = ["SHARED", "AdapterSet"]
 
@@ -51,33 +52,39 @@ class AdapterSet(Surgery):
 
     def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
         """The adapted layers with their paths, all or those that have adapter ``name``."""
-        for module in self.model.modules():
+        for module in walk(self.model):
             if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
                 yield module.path, module
 
     def places(self, name: str | None = None) -> Iterator[Adapted]:
         """Every place where adapters act, or those that have adapter ``name``."""
-        for module in self.model.modules():
+        for module in walk(self.model):
             if isinstance(module, Adapted) and (name is None or name in module.adapters):
                 yield module
 
     def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
         """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
-        for module in self.model.modules():
+        for module in walk(self.model):
             if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
                 yield module.path, module
 
     def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
-        for place in self.places(name):
-            for suffix, value in place.adapters[name].values_by_suffix().items():
-                yield f"{SHARED}{suffix}" if place.path == SHARED else f"{place.path}.{suffix}", value
-        bank = self.bank(name)
+        bank: Parameters | None = None
+        whole: list[SavedModule] = []
+        for module in walk(self.model):
+            if isinstance(module, Adapted) and name in module.adapters:
+                for suffix, value in module.adapters[name].values_by_suffix().items():
+                    yield f"{SHARED}{suffix}" if module.path == SHARED else f"{module.path}.{suffix}", value
+                if bank is None and name in module.banks:
+                    bank = module.banks[name]
+            elif isinstance(module, SavedModule) and name in module.modules_to_save:
+                whole.append(module)
         for suffix, value in bank.values_by_suffix().items() if bank is not None else ():
             yield f"{SHARED}{suffix}", value
-        for path, saved in self.saved_modules(name):
+        for saved in whole:
             for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
-                yield f"{path}.{suffix}", value
+                yield f"{saved.path}.{suffix}", value
 
     def bank(self, name: str) -> Parameters | None:
         """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
@@ -133,7 +140,7 @@ class AdapterSet(Surgery):
 
     # In and out
 
-    def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> None:
+    def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True, copies: bool = True) -> None:
         """Puts a new adapter into the model; it is neither active nor trained yet.
 
         Args:
@@ -141,6 +148,7 @@ class AdapterSet(Surgery):
             config: what to put in.
             meta: leave the parameters without storage, to be filled by loading.
             wide: keep parameters in float32 at least, also on a half-precision base.
+            copies: copy the modules that are trained whole; else the caller puts them into ``saved_modules``.
 
         Raises:
             PeanutError: the name is taken or unusable, or the config does not fit the model, which is then unchanged.
@@ -179,7 +187,10 @@ class AdapterSet(Surgery):
             config = add_mixture(self, new, method, config, self.configs)
         memo: dict[int, Any] = {}
         for path in heads:
-            self.saved(path).add(name, wide=wide, memo=memo)
+            if copies:
+                self.saved(path).add(name, wide=wide, memo=memo)
+            else:
+                self.saved(path).modules_to_save[name] = nn.Module()
         self.configs[name] = config
         self.freeze(self.trained)
         self.runner.watch()

@@ -58,9 +58,10 @@ def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftCo
     # before the first layer is touched.
     keys = [id(place.frozen.weight if place.method.follows_ties else place) for place in places]
     made: dict[int, Parameters] = {}
+    alike: dict[Any, dict[str, torch.Tensor]] = {}
     for key, place in zip(keys, places, strict=True):
         if key not in made:
-            made[key] = started(place, f"{new.seed}/{place.path}", meta=new.meta, wide=new.wide)
+            made[key] = started(place, f"{new.seed}/{place.path}", meta=new.meta, wide=new.wide, alike=alike)
     holder = next((place for place in places if place.method == method), None)
     for key, place in zip(keys, places, strict=True):
         shared = bank if place.method == method else None

@@ -102,15 +102,14 @@ def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
 def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
     """The methods of an adapter, each with its config and the paths where its tensors are."""
     main = method_of(adapters.configs[name].peft_type)
-    paths: dict[Method[Any], list[str]] = {main: [SHARED]}
+    paths: dict[Method[Any], dict[str, None]] = {main: {SHARED: None}}
     configs: dict[Method[Any], PeftConfig] = {main: adapters.configs[name]}
     for place in adapters.places(name):
         method, config = place.method_of(name)
         configs.setdefault(method, config)
-        if place.path not in paths.setdefault(method, []):
-            paths[method].append(place.path)
+        paths.setdefault(method, {})[place.path] = None
     for method, own in paths.items():
-        yield method, configs[method], own
+        yield method, configs[method], list(own)
 
 
 def by_place(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -121,8 +120,9 @@ def by_place(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> di
         if key.startswith(SHARED):
             grouped.setdefault(SHARED, {})[key.removeprefix(SHARED)] = value
             continue
-        names = key.split(".")
-        path = next((p for i in range(len(names) - 1, 0, -1) if (p := ".".join(names[:i])) in paths), "")
+        path = key.rpartition(".")[0]
+        while path and path not in paths:
+            path = path.rpartition(".")[0]
         grouped.setdefault(path, {})[key.removeprefix(f"{path}.")] = value
     return grouped
 
@@ -246,8 +246,14 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
     for key, value in state.items():
-        if value.is_floating_point() and value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
+        # The norm is read fastest. It may be too large although no value is: then all are looked at.
+        if value.is_floating_point() and not (_norm(value).isfinite() or value.isfinite().all()):
             raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
+
+
+def _norm(value: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+    return norm
 
 
 def _plain(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +91,13 @@ class AdaptedMixture(Adapted):
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
         self.layers: dict[str, list[str]] = {}
-        self.latest: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor | None] = {}
         self.log: dict[str, list[Tensor]] = {}
         self.logging = False
+
+    def add(self, name: str, *args: Any, **options: Any) -> None:
+        super().add(name, *args, **options)
+        self.latest[name] = None  # so that a compiled forward, which puts gates here, finds the same the next time
 
     def delete(self, name: str) -> None:
         super().delete(name)

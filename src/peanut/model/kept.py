@@ -92,13 +92,13 @@ class Settled:
         if self.in_scale is not None:
             x = x * self.in_scale
         if self.rotation is not None:
-            y = F.linear(self.rotation.apply(x), weight, self.bias)
+            y = self.rotation.turned(x, weight, self.bias)
             y = y if self.delta is None else y + self.delta.apply(x)
         else:
             y = F.linear(x, weight, self.bias) if self.delta is None else self.delta.joined(x, weight, self.bias)
-        if self.out_scale is not None:
-            y = y.mul_(self.out_scale)
-        return y if self.correction is None else y.add_(self.correction)
+        if self.out_scale is None:
+            return y if self.correction is None else y.add_(self.correction)
+        return y.mul_(self.out_scale) if self.correction is None else torch.addcmul(self.correction, y, self.out_scale)
 
 
 @dataclass(frozen=True)

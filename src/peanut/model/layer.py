@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank, Operator
+from ..operators.gained import gained_product
 from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
 from ..weights.kind import recomputed
@@ -242,6 +243,10 @@ class AdaptedLayer(Adapted):
                 return self._answer_joined(x, whole, whole.delta)
             if whole.rotation is not None and whole.delta is None and whole.in_scale is None:
                 return self._answer_turned(x, whole, whole.rotation)
+            if whole.rotation is None and whole.in_scale is None and whole.out_scale is not None and not apart:
+                gained = self._answer_gained(x, whole, whole.out_scale)
+                if gained is not None:
+                    return gained
         seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
         turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
         y: Tensor = self.base_layer(turned, *args, **kwargs)
@@ -314,6 +319,12 @@ class AdaptedLayer(Adapted):
         offset = change.offset(bias)
         offset = None if offset is None else offset.to(x.dtype)
         return rotation.to(x.dtype).turned(x, weight, offset, change.out_scale)
+
+    def _answer_gained(self, x: Tensor, change: Change, gain: Tensor) -> Tensor | None:
+        """The frozen product and a gain of its output in one go, ``None`` where that does not pay."""
+        x, weight, bias = self._lowered(x)
+        offset = change.offset(bias)
+        return gained_product(x, weight, None if offset is None else offset.to(x.dtype), gain)
 
     def _lowered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input of a plain layer, its matrix (out, in) and its bias, in autocast's dtype where it is on."""

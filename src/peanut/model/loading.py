@@ -13,6 +13,7 @@ from .adapter_set import AdapterSet
 from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, parts_of
 from .fingerprint import check_base
 from .keys import flat, key_of
+from .layer import AdaptedLayer
 from .parameters import Parameters
 from .surgery import SHARED
 
@@ -37,25 +38,33 @@ def load_state(
     """
     if name in adapters.state.merged:
         raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
+    parts, there = list(parts_of(adapters, name)), dict(adapters.parameters(name))
     left_out = {
         key_of(path, suffix)
-        for method, config, paths in parts_of(adapters, name)
-        for path in paths
+        for method, config, paths in parts
         for suffix in method.rebuilt(config) | method.passing(config) | method.scaffold(config)
+        for path in paths
     }
-    own = {key: value for key, value in adapters.parameters(name) if key not in left_out}
+    own = {key: value for key, value in there.items() if key not in left_out}
     grouped = by_place(adapters, name, stored.state)
     state: dict[str, Tensor] = {}
-    for method, config, paths in parts_of(adapters, name):
+    for method, config, paths in parts:
         restored = method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped})
         state |= flat(restored)
     state |= flat(grouped)
-    made = _made_by_scaffold(adapters, name, state, stored)
+    scaffold = {
+        key: there[key]
+        for method, config, paths in parts
+        for suffix in method.scaffold(config)
+        for path in paths
+        if (key := key_of(path, suffix)) in there
+    }
+    made = _made_by_scaffold(adapters, name, scaffold, state, stored)
     state = {key: value for key, value in state.items() if key not in made}
     state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
     state = _without_copies(adapters, name, state)
-    there = {id(own[key]): value for key, value in state.items() if key in own}
-    state |= {key: there[id(value)] for key, value in own.items() if key not in state and id(value) in there}  # tied
+    read = {id(own[key]): value for key, value in state.items() if key in own}
+    state |= {key: read[id(value)] for key, value in own.items() if key not in state and id(value) in read}  # tied
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise PeanutError(
@@ -86,26 +95,23 @@ def load_state(
                 )
             else:
                 parameter.copy_(value.to(parameter.device))
-        for key, parameter in adapters.parameters(name):
-            if key in left_out and key in stored.passing and parameter.shape == stored.passing[key].shape:
-                parameter.copy_(stored.passing[key].to(parameter.device))
+        for key in left_out & there.keys() & stored.passing.keys():
+            if there[key].shape == stored.passing[key].shape:
+                there[key].copy_(stored.passing[key].to(there[key].device))
 
 
 def _made_by_scaffold(
-    adapters: AdapterSet, name: str, state: Mapping[str, Tensor], stored: StoredAdapter
+    adapters: AdapterSet,
+    name: str,
+    scaffold: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    stored: StoredAdapter,
 ) -> dict[str, Tensor]:
-    """What the file holds of what the adapter's scaffold computes: the scaffold itself is read instead.
+    """What the file holds of what the adapter's ``scaffold`` computes: the scaffold itself is read instead.
 
     Raises:
         PeanutError: training's own file is not there, or does not belong to the adapter's.
     """
-    scaffold = {
-        key_of(path, suffix): dict(adapters.parameters(name))[key_of(path, suffix)]
-        for method, config, paths in parts_of(adapters, name)
-        for path in paths
-        for suffix in method.scaffold(config)
-        if any(key == key_of(path, suffix) for key, _ in adapters.parameters(name))
-    }
     if not scaffold:
         return {}
     missing = sorted(
@@ -172,7 +178,8 @@ def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Paramet
     first = next((parameter.device for parameter in adapters.model.parameters()), torch.device("cpu"))
     held: list[tuple[str, Parameters, torch.device]] = []
     for place in adapters.places(name):
-        beside = next((own.device for own in place.parameters() if own.device.type != "meta"), first)
+        near = (place.frozen.weight,) if isinstance(place, AdaptedLayer) else place.parameters()
+        beside = next((own.device for own in near if own.device.type != "meta"), first)
         held.append((SHARED if place.path == SHARED else f"{place.path}.", place.adapters[name], beside))
         if name in place.banks:
             held.append((SHARED, place.banks[name], beside))

@@ -79,6 +79,12 @@ class Parameters(nn.Module):
         """The tensors by suffix."""
         return {suffix: owner[leaf] for suffix, (owner, leaf) in self._places.items()}
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        for owner, leaf in self._places.values():
+            if isinstance(owner[leaf], nn.Parameter):
+                owner[leaf].requires_grad_(requires_grad)
+        return self
+
     def kept_at(self) -> list[Place]:
         """Where its tensors are kept."""
         return list(self._places.values())

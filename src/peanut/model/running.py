@@ -21,6 +21,7 @@ from .reader import IGNORED, Reader, with_front
 from .replay import put_back, replayed
 from .shape import reading_stack
 from .state import AdapterState, Running
+from .walk import walk
 
 __all__ = ["Runner"]
 
@@ -53,7 +54,7 @@ class Runner(Hooking):
         self.leave()
         reads = [
             module.method_of(name)[0].reads_prompt
-            for module in self.model.modules()
+            for module in walk(self.model)
             if isinstance(module, AdaptedOutput)
             for name in module.adapters
         ]
@@ -81,7 +82,7 @@ class Runner(Hooking):
 
     def leave(self) -> None:
         """Takes everything off the model."""
-        for module in self.model.modules():
+        for module in walk(self.model):
             unhook(module, self)
         self._kept.clear()
 

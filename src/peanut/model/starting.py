@@ -29,15 +29,31 @@ class Place:
     config: PeftConfig
 
 
-def started(place: Place, seed: str, *, meta: bool, wide: bool) -> Parameters:
-    """A layer's tensors at their start, where and as precise as they are kept."""
+def started(
+    place: Place, seed: str, *, meta: bool, wide: bool, alike: dict[Any, dict[str, Tensor]] | None = None
+) -> Parameters:
+    """A layer's tensors at their start, where and as precise as they are kept.
+
+    Args:
+        place: the layer.
+        seed: where its randomness comes from.
+        meta: leave them without storage.
+        wide: keep them in float32 at least.
+        alike: such tensors of layers that were started before: those of a layer with the same look are the same.
+    """
     method, config, frozen = place.method, place.config, place.frozen
     meta = meta and not made_here(method, config)
-    with starting(seed, meta or frozen.weight.is_meta) as generator:
-        values = method.start(config, frozen, generator)
-        bias = frozen.bias()
-        if getattr(config, "bias", "none") != "none" and bias is not None:
-            values[BIAS] = bias.detach().clone()
+    module, weight = frozen.module, frozen.weight
+    look = (method, id(config), type(module), module.extra_repr(), weight.shape, weight.dtype)
+    values = alike.get(look) if alike is not None and meta else None
+    if values is None:
+        with starting(seed, meta or frozen.weight.is_meta) as generator:
+            values = method.start(config, frozen, generator)
+            bias = frozen.bias()
+            if getattr(config, "bias", "none") != "none" and bias is not None:
+                values[BIAS] = bias.detach().clone()
+        if alike is not None and meta:
+            alike[look] = values
     return kept(method, config, values, frozen.weight, meta=meta, wide=wide)
 
 

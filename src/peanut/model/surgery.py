@@ -46,7 +46,9 @@ class Surgery:
         module = self.at(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state).train(module.training)
+        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state)
+        if not module.training:
+            layer.eval()
         self.put(path, layer)
         return layer
 
@@ -117,7 +119,8 @@ class Surgery:
         """The module at ``path`` in the base model; through a module that is trained whole it leads by the original."""
         module = self.model
         for name in path.split(".") if path else ():
-            module = getattr(self.own(module), name)
+            inner = self.own(module)
+            module = inner._modules.get(name) or getattr(inner, name)
         return module
 
     @staticmethod

@@ -224,9 +224,11 @@ def _matching(model: nn.Module, config: PeftConfig, method: Method[Any], modules
                 f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
             )
         return hits
-    hits = [path for path in modules if any(_ends_in(path, name) for name in targets)]
+    found = {path: _ends(path).intersection(targets) for path in modules}
+    hits = [path for path, names in found.items() if names]
+    there = set().union(*found.values())
     for name in targets:
-        if not any(_ends_in(path, name) for path in hits):
+        if name not in there:
             raise PeanutError(
                 f"target_modules names {name!r}, which no module of {type(model).__name__} is called",
                 "names of layers",
@@ -354,6 +356,12 @@ def _kind_name(module: nn.Module) -> str | None:
 
 def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
+
+
+def _ends(path: str) -> set[str]:
+    """All names that ``_ends_in`` finds at the end of a path."""
+    names = path.split(".")
+    return {".".join(names[first:]) for first in range(len(names))}
 
 
 def _names(paths: Iterable[str]) -> set[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from .built import Built, product_dtype
 from .operator import Operator
+from .returned import shaped
 
 __all__ = ["BlockAffine", "Blockwise"]
 
@@ -122,7 +123,7 @@ def _joined(
             y.addmm_(folded, block)
         else:
             y.view(-1, size[0] // m, m).add_((folded @ block).unsqueeze(1))
-    return y.view(*x.shape[:-1], size[0])
+    return shaped(y, x.shape[:-1])
 
 
 def _fold(x: Tensor, r: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Operator
+from .returned import shaped
 from .settled import WrittenOut
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Built(Operator):
     def pulled(self, grads: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """The gradients of ``parts()`` given (tokens, out) and (tokens, in), whose product would be that of Δ."""
         return self.pull(grads.T @ tokens)
+
+    def pulled_through(self, grads: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(grads (W + Δ), ``pulled(grads, tokens)``), or grads Δ without a W: what a backward needs, in one go."""
+        return grads @ (self.dense() if weight is None else self.onto(weight)), self.pulled(grads, tokens)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._product(x, None, None)
@@ -124,7 +129,10 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *tensors)
         ctx.recipe = made_of, plain, trained, other
         operator = _again(made_of, plain, trained + other, tensors)
-        return F.linear(x, operator.dense() if weight is None else operator.onto(weight), bias)
+        tokens = x.reshape(-1, x.shape[-1])
+        return shaped(
+            F.linear(tokens, operator.dense() if weight is None else operator.onto(weight), bias), x.shape[:-1]
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,12 +143,22 @@ class _Product(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         grad_x = grad_weight = grad_bias = None
         pulled: tuple[Tensor | None, ...] = (None,) * len(trained)
-        if ctx.needs_input_grad[0]:
-            grad_x = (grads @ (operator.dense() if weight is None else operator.onto(weight))).view(x.shape)
-        if ctx.needs_input_grad[1]:
+        need_x, need_weight, need_parts = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            any(ctx.needs_input_grad[7:]),
+        )
+        if need_weight:
             grad_weight = grads.T @ tokens
-        if any(ctx.needs_input_grad[7:]):
-            pulled = operator.pulled(grads, tokens) if grad_weight is None else operator.pull(grad_weight)
+            pulled = operator.pull(grad_weight) if need_parts else pulled
+        elif need_x and need_parts:
+            grad_x, pulled = operator.pulled_through(grads, tokens, weight)
+        elif need_parts:
+            pulled = operator.pulled(grads, tokens)
+        if need_x:
+            if grad_x is None:
+                grad_x = grads @ (operator.dense() if weight is None else operator.onto(weight))
+            grad_x = grad_x.view(x.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grads.sum(0)
         return grad_x, grad_weight, grad_bias, None, None, None, None, *pulled, *(None for _ in other)

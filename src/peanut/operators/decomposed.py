@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .built import product_dtype
 from .operator import Operator
+from .returned import Returned, pulled_gain, shaped, tells_gain
 
 __all__ = ["Decomposed"]
 
@@ -114,13 +115,17 @@ def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, dow
     return y if bias is None else y.sub_(less_one * bias)
 
 
+SHARE = 4
+"""Of one in so many tokens the output before the gain is kept where nobody else keeps it."""
+
+
 class _GainedProduct(torch.autograd.Function):
     """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
 
-    Keeps x. The gain's gradient needs the output before the gain, as large as the output, or the gradient of W', which
-    takes a product as large as W's and gives those of the factors by products with no tokens in them. On a CPU, where
-    that product is what the backward waits for, the output of a part of the tokens is kept.
-    Where tokens are many, passes over them are dear too: then W' is made, in the forward and again in the backward.
+    Keeps x. The gain's gradient can be read off y, or off the gradient of W', which takes a product as large as W's and
+    gives those of the factors by products with no tokens in them. So y is kept where that is cheap; else, on a CPU,
+    where the product is what the backward waits for, a copy of y for some of the tokens.
+    Where tokens are many, passes over them are dear: then W' is made, in the forward and again in the backward.
     """
 
     @staticmethod
@@ -136,18 +141,23 @@ class _GainedProduct(torch.autograd.Function):
         whole: bool,
     ) -> Tensor:
         ctx.scaling, ctx.whole = scaling, whole
-        kept = None
         tokens, gained_up = x.reshape(-1, x.shape[-1]), (gain[:, None] * up * scaling).to(up.dtype)
         less_one = (gain - 1).to(x.dtype)
         if not whole:
             y = F.linear(tokens, weight).mul_(less_one).addmm_(tokens @ down.T, gained_up.T)
         elif _written_out(tokens):
             y = F.linear(tokens, _changed(weight, gain, gained_up, down), bias)
-            kept = _part(y, gain) if ctx.needs_input_grad[5] else None
         else:
             y = _gained(tokens, weight, bias, gained_up, down, less_one)
+        y, kept = shaped(y, x.shape[:-1]), None
+        ctx.returned = None
+        if whole and ctx.needs_input_grad[5] and tells_gain(y, gain):
+            if Returned.cheap(weight.shape):
+                kept, ctx.returned = y.data.view(-1, y.shape[-1]), Returned(y)
+            else:
+                kept = y.view(-1, y.shape[-1])[: len(tokens) // SHARE].clone()
         ctx.save_for_backward(x, weight, up, down, gain, bias, kept)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,17 +169,21 @@ class _GainedProduct(torch.autograd.Function):
         if need_bias:
             grad_bias = grads.sum(0)
         if any(need_parts):
+            returned = ctx.returned is None or ctx.returned.untouched()
             # Where the backward is itself differentiated, what is kept must not pass for a constant.
-            n = 0 if kept is None or torch.is_grad_enabled() else len(kept)
-            of_weight = grads[n:].T @ tokens[n:]
-            of_up, grad_down = of_weight @ down.T, gained_up.T @ of_weight
-            grad_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
-            grad_gain = grad_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
+            n = len(kept) if kept is not None and returned and not torch.is_grad_enabled() else 0
+            found = []
             if n:
                 early, first = grads[:n], tokens[:n]
-                of_up = of_up.addmm_(early.T, first @ down.T)
-                grad_down = grad_down.addmm_((early @ gained_up).T, first)
-                grad_gain += ((kept if bias is None else kept - bias) * early).sum(0) / gain
+                of_gain = pulled_gain(kept, bias, gain, early)
+                found += [(early.T @ (first @ down.T), (early @ gained_up).T @ first, of_gain)]
+            if n < len(tokens) or not n:
+                of_weight = grads[n:].T @ tokens[n:]
+                of_up = of_weight @ down.T
+                of_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
+                of_gain = of_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
+                found += [(of_up, gained_up.T @ of_weight, of_gain)]
+            of_up, grad_down, grad_gain = found[0] if len(found) == 1 else (a + b for a, b in zip(*found, strict=True))
             grad_up = (of_up * (gain * ctx.scaling)[:, None]).to(up.dtype)
         if need_x and ctx.whole and _written_out(tokens):
             grad_x = (grads @ _changed(weight, gain, gained_up, down)).view(x.shape)
@@ -183,13 +197,6 @@ class _GainedProduct(torch.autograd.Function):
 def _written_out(tokens: Tensor) -> bool:
     """Whether W' costs less than passes over the tokens, and the dtype is wide enough to hold a small change."""
     return tokens.shape[0] >= tokens.shape[1] and torch.finfo(tokens.dtype).bits >= 32
-
-
-def _part(y: Tensor, gain: Tensor) -> Tensor | None:
-    """The output of the first quarter of the tokens, if no gain is near zero and so each can be divided away again."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling() or not gain.abs().min() > 0.1:
-        return None  # on a GPU, asking for the least gain would cost more than the product
-    return y[: len(y) // 4].clone()
 
 
 def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -208,7 +215,7 @@ class _GainedRows(torch.autograd.Function):
         ctx.scaling = scaling
         low = F.linear(F.embedding(ids, down.T), up).mul_(scaling)
         before = F.embedding(ids, weight.T).to(low.dtype) + low
-        return low.addcmul_(before, (gain - 1).to(low.dtype))
+        return shaped(low.addcmul_(before, (gain - 1).to(low.dtype)).view(-1, low.shape[-1]), ids.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

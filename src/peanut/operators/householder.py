@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .built import product_dtype
+from .cayley import in_full
 from .low_rank import LowRank
 from .operator import Operator, gained
-from .orthogonal import in_full
+from .returned import shaped
 
 __all__ = ["Householder"]
 
@@ -98,7 +99,7 @@ class Householder(Operator):
 def _reflected(x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
     """x − x V Kᵀ Vᵀ."""
     tokens = x.reshape(-1, vectors.shape[0])
-    return torch.addmm(tokens, tokens @ vectors @ core.T, vectors.T, alpha=-1).view(x.shape)
+    return shaped(torch.addmm(tokens, tokens @ vectors @ core.T, vectors.T, alpha=-1), x.shape[:-1])
 
 
 class _Reflected(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Operator
+from .returned import shaped
 
 __all__ = ["LowRank"]
 
@@ -90,7 +91,7 @@ class LowRank(Operator):
 def _joined(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     y = F.linear(tokens, weight, bias)
-    return y.addmm_(tokens @ down.T, up.T, alpha=scaling).view(*x.shape[:-1], y.shape[-1])
+    return shaped(y.addmm_(tokens @ down.T, up.T, alpha=scaling), x.shape[:-1])
 
 
 class _JoinedProduct(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .low_rank import LowRank
 from .operator import Operator
+from .returned import shaped
 from .settled import WrittenOut
 
 __all__ = ["RandomBases", "rescaled"]
@@ -132,12 +133,13 @@ class _Product(torch.autograd.Function):
         ctx.options = side, scaling, dtype
         if weight is None:
             places = x.shape[:-1] if x.is_floating_point() else x.shape
-            return F.linear(_hidden(x, down), up).mul_(scaling).view(*places, len(up))
+            return shaped(F.linear(_hidden(x, down), up).mul_(scaling), places)
+        tokens = x.reshape(-1, x.shape[-1])
         if _written_out(x, up, down):
-            return F.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
-        y = F.linear(x, weight, bias)
-        y.view(-1, len(up)).addmm_(_hidden(x, down), up.T, alpha=scaling)
-        return y
+            y = F.linear(tokens, torch.addmm(weight, up, down, alpha=scaling), bias)
+        else:
+            y = F.linear(tokens, weight, bias).addmm_(_hidden(x, down), up.T, alpha=scaling)
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .built import product_dtype
 from .operator import Operator
+from .returned import shaped
 
 __all__ = ["Rows"]
 
@@ -73,7 +74,9 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, vectors, ids)
-        return F.linear(x, weight, bias).index_add_(-1, ids, F.linear(x, vectors))
+        tokens = x.reshape(-1, x.shape[-1])
+        y = F.linear(tokens, weight, bias).index_add_(-1, ids, F.linear(tokens, vectors))
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

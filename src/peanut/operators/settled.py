@@ -35,13 +35,22 @@ class Settled(Operator):
     def shape(self) -> tuple[int, int]:
         return self.origin.shape
 
+    @property
+    def few(self) -> int:
+        """Up to so many tokens are answered from what was computed beforehand."""
+        return FEW
+
     @abstractmethod
     def answer(self, tokens: Tensor) -> Tensor:
         """Δ on few tokens: (tokens, in) → (tokens, out)."""
 
+    def add(self, y: Tensor, tokens: Tensor) -> None:
+        """Adds Δ on few tokens, (tokens, in), to y, (tokens, out), in place."""
+        y.add_(self.answer(tokens))
+
     def takes(self, x: Tensor) -> bool:
         """Whether x is few tokens."""
-        return 0 < x.numel() <= FEW * x.shape[-1] and not torch.compiler.is_compiling()
+        return 0 < x.numel() <= self.few * x.shape[-1] and not torch.compiler.is_compiling()
 
     def apply(self, x: Tensor) -> Tensor:
         if not self.takes(x):
@@ -51,7 +60,9 @@ class Settled(Operator):
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.takes(x):
             return self.origin.joined(x, weight, bias)
-        return F.linear(x, weight, bias) + self.apply(x)
+        y = F.linear(x, weight, bias)
+        self.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return y
 
     def dense(self) -> Tensor:
         return self.origin.dense()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from .kind import LayerKind
-from .product import Products, product
+from .product import Products
 
 __all__ = ["FrozenLayer"]
 
@@ -62,10 +62,13 @@ class FrozenLayer:
 
         W is read in its own dtype and never copied to another. The product is made no more often than A changes.
         """
-        matrix = self.matrix().T if transposed else self.matrix()
-        if self.kind.quantised:  # the numbers are made of codes each time, and are not to be held on to
-            return product(matrix, A)
-        return self.products.of(matrix, A)
+        module, kind, weight = self.module, self.kind, self.weight
+
+        def read() -> Tensor:
+            matrix = kind.matrix(module, weight)
+            return matrix.T if transposed else matrix
+
+        return self.products.of(weight, read, A, view=not kind.quantised, transposed=transposed)
 
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""

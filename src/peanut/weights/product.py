@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,24 +22,31 @@ class Products:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, _Made] = {}
+        self._made: dict[tuple[int, bool], _Made] = {}
 
-    def of(self, matrix: Tensor, A: Tensor) -> Tensor:
-        """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
-        if (
-            torch.compiler.is_compiling()
-            or not A.is_leaf
-            or not A.requires_grad
-            or not counted(A)
-            or not counted(matrix)
-        ):
-            return product(matrix, A)
-        made = self._made.get(A.data_ptr())
-        if made is None or not made.holds(matrix, A):
-            with torch.no_grad():
-                made = self._made[A.data_ptr()] = _Made(matrix, A, product(matrix, A))
-        found: Tensor = _Known.apply(A, matrix, made)  # type: ignore[no-untyped-call]
-        return found
+    def of(self, weight: Tensor, read: Callable[[], Tensor], A: Tensor, *, view: bool, transposed: bool) -> Tensor:
+        """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype.
+
+        Args:
+            weight: what the layer keeps of M.
+            read: gives M.
+            A: what M is multiplied with.
+            view: M is a view of ``weight``, which the backward may hold; else it is made of codes, there once more.
+            transposed: M is the transpose of the layer's matrix.
+        """
+        if torch.compiler.is_compiling() or weight.requires_grad:
+            return product(read(), A)
+        if not (A.is_leaf and A.requires_grad and counted(A) and counted(weight)):
+            if view or not A.requires_grad:
+                return product(read(), A)
+            made = _Made(weight, A, product(read(), A.detach()))
+        else:
+            place = A.data_ptr(), transposed
+            found = self._made.get(place)
+            if found is None or not found.holds(weight, A):
+                found = self._made[place] = _Made(weight, A, product(read(), A.detach()))
+            made = found
+        return _Known.apply(A, read() if view else None, read, made)  # type: ignore[no-any-return, no-untyped-call]
 
     def forget(self) -> None:
         """Lets go of all."""
@@ -51,13 +59,13 @@ class Products:
 class _Made:
     """A product, and how to tell whether it is still that of its factors."""
 
-    def __init__(self, matrix: Tensor, A: Tensor, value: Tensor) -> None:
+    def __init__(self, weight: Tensor, A: Tensor, value: Tensor) -> None:
         self.A, self.value = A.detach(), value  # A is held, so that no other takes its place in memory
-        self.version = version(matrix), version(A), A.shape
+        self.version = version(weight), version(A), A.shape
         self.pulled = 0
 
-    def holds(self, matrix: Tensor, A: Tensor) -> bool:
-        if self.version != (version(matrix), version(A), A.shape):
+    def holds(self, weight: Tensor, A: Tensor) -> bool:
+        if self.version != (version(weight), version(A), A.shape):
             return False
         if torch._C._current_graph_task_id() != -1:  # a backward runs
             return True
@@ -66,19 +74,21 @@ class _Made:
 
 
 class _Known(torch.autograd.Function):
-    """A product that was made before; keeps the frozen matrix."""
+    """A product that was made before; keeps the frozen matrix, or how to read it."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, matrix: Tensor, made: _Made) -> Tensor:
+    def forward(ctx: Any, A: Tensor, matrix: Tensor | None, read: Callable[[], Tensor], made: _Made) -> Tensor:
         ctx.save_for_backward(matrix)
-        ctx.made, ctx.dtype = made, A.dtype
+        ctx.read, ctx.made, ctx.dtype = read, made, A.dtype
         return made.value.view_as(made.value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (matrix,) = ctx.saved_tensors
+        if matrix is None:
+            matrix = ctx.read()
         ctx.made.pulled += 1
-        return (grad.to(matrix.dtype).T @ matrix).to(ctx.dtype), None, None
+        return (grad.to(matrix.dtype).T @ matrix).to(ctx.dtype), None, None, None
 
 
 def product(matrix: Tensor, A: Tensor) -> Tensor:
