@@ -14,6 +14,7 @@ from torch import Tensor
 from peanut import (
     IA3Config,
     LoraConfig,
+    MultiplicativeLoraConfig,
     OFTConfig,
     PartialConfig,
     PeanutConfig,
@@ -22,6 +23,7 @@ from peanut import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peanut.lab.measure import saved_bytes
 from peanut.model.layer import AdaptedLayer
 from peanut.weights import FrozenLayer, kind_of
 
@@ -105,6 +107,25 @@ def weights(model: PeftModel) -> dict[str, Any]:
 def equal(found: dict[str, tuple[Tensor, ...]], expected: dict[str, tuple[Tensor, ...]]) -> bool:
     pairs = [(a, b) for path, parts in expected.items() for a, b in zip(found[path], parts, strict=True)]
     return found.keys() == expected.keys() and all(same_bits(a, b) for a, b in pairs)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("name", ["PEANUT", "DORA", "MULTIPLICATIVE"])
+@every_base
+def test_the_numbers_that_codes_stand_for_are_not_kept(quantised: str, name: str, base: Base) -> None:
+    config = CONFIGS.get(name) or MultiplicativeLoraConfig(r=4, target_modules=LAYERS)
+    model = randomised(get_peft_model(base(quantised), config))
+    layer = layers(model)["model.layers.0.mlp.down_proj"]
+    x = torch.randn(2, 128, requires_grad=True)
+    for _ in range(2):  # the second finds W Aᵀ made
+        layer.train()(x).sum().backward()
+        own = [*layer.parameters(), *layer.buffers()]
+        assert saved_bytes(lambda: layer(x), [layer], own) < 128 * 64 * 4 / 2  # W in float32, (64, 128)
+    with torch.no_grad():
+        kept = layer.eval().change(model.active_adapter).delta
+    assert all(value.numel() < 128 * 64 for value in vars(kept).values() if isinstance(value, Tensor))
 
 
 # Made ready

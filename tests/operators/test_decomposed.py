@@ -51,6 +51,7 @@ def test_products_are_the_dense_form_forward_and_backward(shape: tuple[int, ...]
     dense = written_out(operator)
     for fast, slow, wanted in (
         (operator.apply(x), x @ dense.T, [x, *trained]),
+        (operator.beside(x, x @ W.T), x @ dense.T, [x, *trained]),
         (operator.joined(x, W, b), F.linear(x, W + dense, b), [x, *trained, *([b] if b is not None else [])]),
     ):
         assert fast.shape == slow.shape

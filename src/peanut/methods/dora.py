@@ -21,8 +21,8 @@ def decomposed(magnitude: Tensor, norms: Tensor, low: LowRank, layer: FrozenLaye
         low: ΔW.
         layer: the frozen layer.
     """
-    W = layer.matrix()
-    gain = magnitude / norms_with(W, norms, low)
+    gain = magnitude / norms_with(layer.matrix(), norms, low)
+    W = layer.matrix if layer.kind.quantised else layer.matrix()
     return Decomposed(W, low.up, low.down, low.scaling, gain, whole=not layer.merged)
 
 

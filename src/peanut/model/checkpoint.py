@@ -89,14 +89,13 @@ def adapter_state(
 
 def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
     """The tensors of adapter ``name`` that only training needs (statistics of a schedule), by key."""
-    grouped = by_place(adapters, name, {key: value.detach() for key, value in adapters.parameters(name)})
-    return {
-        key_of(path, suffix): grouped[path][suffix]
+    wanted = {
+        key_of(path, suffix)
         for method, config, paths in parts_of(adapters, name)
-        for path in paths
         for suffix in method.passing(config) | method.scaffold(config)
-        if suffix in grouped.get(path, {})
+        for path in paths
     }
+    return {key: value.detach() for key, value in adapters.parameters(name) if key in wanted} if wanted else {}
 
 
 def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:

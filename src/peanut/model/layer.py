@@ -250,9 +250,10 @@ class AdaptedLayer(Adapted):
         seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
         turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
         y: Tensor = self.base_layer(turned, *args, **kwargs)
+        product = y
         for change in changes:
             if change.delta is not None:
-                y = y + self._response(seen, change).to(y.dtype)
+                y = y + self._response(seen, change, product if turned is x else None).to(y.dtype)
         if whole.out_scale is not None:
             y = y * kind.along_output(whole.out_scale.to(y.dtype))
         correction = whole.correction(self.bias)
@@ -355,13 +356,21 @@ class AdaptedLayer(Adapted):
 
         return recomputed(run, x) if kind.multiplies() else run(x)
 
-    def _response(self, x: Tensor, change: Change) -> Tensor:
-        """What the Δ of a change adds to the layer's output."""
+    def _response(self, x: Tensor, change: Change, y: Tensor | None = None) -> Tensor:
+        """What the Δ of a change adds to the layer's output.
+
+        Args:
+            x: the layer's input.
+            change: the change.
+            y: what the layer itself answers to x, if that is known.
+        """
         kind = self.frozen.kind
         assert change.delta is not None  # else there is nothing to ask for
         dtype = x.dtype if kind.takes_activations() else self.weight.dtype
         if change.dropout and self.training and kind.takes_activations():
             x = nn.functional.dropout(x, change.dropout)
+        elif y is not None and kind.quantised and change.delta.reads_product and change.gate is None:
+            return change.delta.to(dtype).beside(x, y if self.bias is None else y - self.bias)
         delta, gate = change.delta.to(dtype), change.gate
         early = gate is not None and kind.takes_features()  # else Δ has to answer before it is weighted
         response = x if early else kind.respond(self.base_layer, x, delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ class Decomposed(Operator):
     A gain of one over a product of zero so changes nothing, exactly.
 
     Args:
-        weight: the frozen W, in its own dtype; nothing flows back to it.
+        weight: the frozen W, in its own dtype, or what reads it where it is made of codes; nothing flows back to it.
         up: the second factor.
         down: the first factor.
         scaling: s.
@@ -32,19 +33,31 @@ class Decomposed(Operator):
         whole: the weight that ``joined`` is given is W itself, nothing merged into it, so that one product serves both.
     """
 
-    weight: Tensor
+    weight: Tensor | Callable[[], Tensor]
     up: Tensor
     down: Tensor
     scaling: float
     gain: Tensor
     whole: bool = False
+    reads_product = True
+
+    def matrix(self) -> Tensor:
+        """W."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight()
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._product(x, self.weight, None, whole=False)
+        return self._product(x, self.matrix(), None, whole=False)
+
+    def beside(self, x: Tensor, product: Tensor) -> Tensor:
+        if not self.whole:
+            return self.apply(x)
+        up = (self.gain[:, None] * self.up * self.scaling).to(x.dtype)
+        low = F.linear(F.linear(x, self.down.to(x.dtype)), up)
+        return low + product * (self.gain - 1).to(product.dtype)
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.whole:
@@ -52,10 +65,10 @@ class Decomposed(Operator):
         return self._product(x, weight, bias, whole=True)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return _GainedRows.apply(ids, self.weight, self.up, self.down, self.gain, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+        return _GainedRows.apply(ids, self.matrix(), self.up, self.down, self.gain, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
 
     def dense(self) -> Tensor:
-        less_one = (self.gain - 1)[:, None] * self.weight.to(self.up.dtype)
+        less_one = (self.gain - 1)[:, None] * self.matrix().to(self.up.dtype)
         return (less_one + self.gain[:, None] * self.scaling * (self.up @ self.down)).to(self.up.dtype)
 
     def to(self, dtype: torch.dtype) -> Decomposed:
@@ -86,7 +99,7 @@ class _Settled(Operator):
         return self.inner.shape
 
     def apply(self, x: Tensor) -> Tensor:
-        tokens, weight = x.reshape(-1, x.shape[-1]), self.inner.weight.to(x.dtype)
+        tokens, weight = x.reshape(-1, x.shape[-1]), self.inner.matrix().to(x.dtype)
         y = F.linear(tokens, weight).mul_(self.less_one)
         return y.addmm_(tokens @ self.down.T, self.up.T).view(*x.shape[:-1], y.shape[-1])
 
