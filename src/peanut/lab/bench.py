@@ -79,6 +79,7 @@ def measure(settings: Settings) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")  # about configs that are measured as they are
+        warnings.filterwarnings("ignore", message=".*returned no loss")  # of penalties, on plain layers
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what the peer calls
         variants, x, target = built(settings, Path(folder))
         rows: list[Row] = []

@@ -74,7 +74,12 @@ class Householder(Operator):
         return _reflected(*arguments)
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
-        """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x is neither turned nor copied."""
+        """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x is neither turned nor copied.
+
+        Without a gradient few tokens are turned: W V costs as much as W's rows would.
+        """
+        if not torch.is_grad_enabled() and x.numel() < weight.numel():
+            return super().turned(x, weight, bias, gain)
         dtype = product_dtype(x)
         x, weight, vectors, core = (value.to(dtype) for value in (x, weight, self.vectors, self.core))
         bias = None if bias is None else bias.to(dtype)
