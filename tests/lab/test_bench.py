@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,30 @@ TINY = ["--tokens", "8", "--dims", "16", "24", "--rank", "2", "--blocks", "1", "
 
 def floats(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
+
+
+def test_counting_what_is_kept_keeps_nothing() -> None:
+    class Thing:
+        pass
+
+    held: list[weakref.ref[Thing]] = []
+
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.thing, y = Thing(), x.exp()
+            held.append(weakref.ref(ctx.thing))
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise AssertionError
+
+    x = torch.randn(3, 4, requires_grad=True)
+    assert saved_bytes(lambda: Holds.apply(x).exp(), [], [x]) == 2 * 3 * 4 * 4
+    gc.collect()
+    assert held[0]() is None
 
 
 def test_a_trained_linear_layer_keeps_its_input_and_nothing_else() -> None:

@@ -27,10 +27,10 @@ from .variants import Variant, configs_of, frozen_stack, peer_version, twin, var
 
 __all__ = ["main"]
 
-METHODS = ("C3A", "DORA", "FOURIERFT", "LORA", "OFT", "PEANUT", "SHIRA", "VERA")
+METHODS = ("C3A", "DORA", "FOURIERFT", "HRA", "LORA", "OFT", "PEANUT", "SHIRA", "VERA")
 DEPTHS, RANK = (0, 2), 16
 NARROW, WIDE, TOKENS = 256, 1024, 512
-EVALUATED = ("FOURIERFT", "OFT", "PEANUT")
+EVALUATED = ("FOURIERFT", "HRA", "OFT", "PEANUT")
 """The methods whose token in evaluation is judged: what they compute beforehand must stay computed."""
 ROUNDS, ATTEMPTS = 10, 3
 ROOM = {"step": 1.5, "token": 1.5, "kept": 1.02}

@@ -135,23 +135,25 @@ def saved_bytes(call: Callable[[], Tensor], layers: Iterable[nn.Module], kept: I
     alive: list[Tensor] = []  # a tensor let go would leave its address to another
 
     def keep(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
+        alive.append(tensor.detach())  # the graph holds this function: nobody would free a graph that it holds
         for part in _parts(tensor):
             saved[_storage(part)] = part.untyped_storage().nbytes()
-        return tensor
+        return alive[-1]
 
     def enter(_: nn.Module, inputs: tuple[object, ...]) -> None:
         for tensor in inputs:
             if isinstance(tensor, Tensor):
-                alive.append(tensor)
+                alive.append(tensor.detach())
                 free.add(_storage(tensor))
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(enter).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-        alive.append(call())
-    return sum(size for storage, size in saved.items() if storage not in free)
+        output = call()
+    found = sum(size for storage, size in saved.items() if storage not in free)
+    del output  # until here it kept what was counted
+    return found
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
