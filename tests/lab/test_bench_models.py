@@ -44,6 +44,11 @@ def test_methods_that_need_a_model_are_measured_in_one(tmp_path: Path) -> None:
     assert "-stack-transformer-" in next(tmp_path.glob("*.json")).stem
 
 
+def test_a_batch_of_several_rows_has_a_task_for_each(tmp_path: Path) -> None:
+    found = run(tmp_path, "--stack", "minilm", "--methods", "poly", "--tokens", "256")
+    assert {row["method"] for row in found["variants"]} == {"", "LORA", "POLY"}
+
+
 def test_a_stack_has_its_own_defaults_and_a_report_names_what_differs() -> None:
     smollm2 = settings_of("smollm2", methods=["lora"], tokens=64)
     assert (smollm2.tokens, smollm2.blocks, smollm2.dims, smollm2.repeats) == (64, 30, (576, 1536), 5)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,16 +167,19 @@ class ModelVariant(Variant):
     """One way to run a model: a step on token ids and labels, and generation with a cache where it writes text.
 
     Args:
-        more: what the model is called with besides.
+        by_task: the model is told each row's task, besides.
     """
 
-    more: dict[str, Any] = field(default_factory=dict)
+    by_task: bool = False
 
     def output(self, x: Tensor, grad: Tensor | None = None) -> Tensor:
         """The loss on ids ``x`` and the labels ``grad``; the logits without labels."""
         if grad is None:
-            return cast(Tensor, self.model(input_ids=x, **self.more).logits)
-        return cast(Tensor, self.model(input_ids=x, labels=grad, **self.more).loss)
+            return cast(Tensor, self.model(input_ids=x, **self._more(x)).logits)
+        return cast(Tensor, self.model(input_ids=x, labels=grad, **self._more(x)).loss)
+
+    def _more(self, x: Tensor) -> dict[str, Tensor]:
+        return {"task_ids": x.new_zeros(len(x))} if self.by_task else {}
 
     def gradient(self, grad: Tensor) -> list[Tensor]:
         return []
@@ -192,7 +195,7 @@ class ModelVariant(Variant):
         @torch.no_grad()
         def probe() -> dict[str, float]:
             start = now(x.device)
-            generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **self.more)
+            generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **self._more(ids))
             return {quantity: (now(x.device) - start) / GENERATED}
 
         probe()
@@ -223,14 +226,13 @@ def model_variants(
         base = build()
         layers = _linear(base)
         ours = moved(get_peft_model(base, config))
-        more = {"task_ids": torch.zeros(1, dtype=torch.long)} if method.name == "POLY" else {}
         values = ours.active_peft_config.to_dict() | (
             {"adapters": config.adapters} if mixture else {}  # type: ignore[attr-defined]
         )
         their_base = functools.partial(_without_cache, build) if mixture else build
         life = lives(build, config, values, x.device)[0]
         their_life = lives(their_base, config, values, x.device)[1]
-        own = ModelVariant(name, "peanut", ours, _wrapped(ours, layers), life=life, more=more)
+        own = ModelVariant(name, "peanut", ours, _wrapped(ours, layers), life=life, by_task=method.name == "POLY")
         found.append(own)
         base = their_base()
         layers = _linear(base)
@@ -242,7 +244,7 @@ def model_variants(
         if peer is None:
             continue
         _fill(peer, ours, method)
-        variant = ModelVariant(name, "peft", peer, _wrapped(peer, layers), life=their_life, more=more)
+        variant = ModelVariant(name, "peft", peer, _wrapped(peer, layers), life=their_life, by_task=own.by_task)
         with torch.no_grad():
             own.model.eval(), variant.model.eval()
             # a difference of rounding grows from block to block

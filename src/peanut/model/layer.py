@@ -369,8 +369,8 @@ class AdaptedLayer(Adapted):
         dtype = x.dtype if kind.takes_activations() else self.weight.dtype
         if change.dropout and self.training and kind.takes_activations():
             x = nn.functional.dropout(x, change.dropout)
-        elif y is not None and kind.quantised and change.delta.reads_product and change.gate is None:
-            return change.delta.to(dtype).beside(x, y if self.bias is None else y - self.bias)
+        elif y is not None and kind.quantised and change.gate is None:  # to read W again would be to make it of codes
+            return change.delta.to(dtype).beside(x, y, self.bias)
         delta, gate = change.delta.to(dtype), change.gate
         early = gate is not None and kind.takes_features()  # else Δ has to answer before it is weighted
         response = x if early else kind.respond(self.base_layer, x, delta)

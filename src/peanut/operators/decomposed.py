@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .built import product_dtype
 from .operator import Operator
-from .returned import Returned, pulled_gain, shaped, tells_gain
+from .returned import Returned, pulled_gain, shaped, tells_gain, weight_is_less
 
 __all__ = ["Decomposed"]
 
@@ -39,7 +39,6 @@ class Decomposed(Operator):
     scaling: float
     gain: Tensor
     whole: bool = False
-    reads_product = True
 
     def matrix(self) -> Tensor:
         """W."""
@@ -52,9 +51,10 @@ class Decomposed(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return self._product(x, self.matrix(), None, whole=False)
 
-    def beside(self, x: Tensor, product: Tensor) -> Tensor:
+    def beside(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.whole:
             return self.apply(x)
+        product = y if bias is None else y - bias
         up = (self.gain[:, None] * self.up * self.scaling).to(x.dtype)
         low = F.linear(F.linear(x, self.down.to(x.dtype)), up)
         return low + product * (self.gain - 1).to(product.dtype)
@@ -158,7 +158,7 @@ class _GainedProduct(torch.autograd.Function):
         less_one = (gain - 1).to(x.dtype)
         if not whole:
             y = F.linear(tokens, weight).mul_(less_one).addmm_(tokens @ down.T, gained_up.T)
-        elif _written_out(tokens):
+        elif weight_is_less(tokens):
             y = F.linear(tokens, _changed(weight, gain, gained_up, down), bias)
         else:
             y = _gained(tokens, weight, bias, gained_up, down, less_one)
@@ -198,18 +198,13 @@ class _GainedProduct(torch.autograd.Function):
                 found += [(of_up, gained_up.T @ of_weight, of_gain)]
             of_up, grad_down, grad_gain = found[0] if len(found) == 1 else (a + b for a, b in zip(*found, strict=True))
             grad_up = (of_up * (gain * ctx.scaling)[:, None]).to(up.dtype)
-        if need_x and ctx.whole and _written_out(tokens):
+        if need_x and ctx.whole and weight_is_less(tokens):
             grad_x = (grads @ _changed(weight, gain, gained_up, down)).view(x.shape)
         elif need_x:
             less_one = (gain - 1).to(x.dtype)
             through = torch.addcmul(grads, grads, less_one) if ctx.whole else grads * less_one
             grad_x = (through @ weight).addmm_(grads @ gained_up, down).view(x.shape)
         return grad_x, None, grad_bias, grad_up, grad_down, grad_gain, None, None
-
-
-def _written_out(tokens: Tensor) -> bool:
-    """Whether W' costs less than passes over the tokens, and the dtype is wide enough to hold a small change."""
-    return tokens.shape[0] >= tokens.shape[1] and torch.finfo(tokens.dtype).bits >= 32
 
 
 def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .built import product_dtype
-from .returned import Returned, pulled_gain, shaped, tells_gain
+from .returned import Returned, pulled_gain, shaped, tells_gain, weight_is_less
 
 __all__ = ["gained_product"]
 
@@ -39,7 +39,7 @@ class _Gained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        if len(tokens) >= tokens.shape[1]:  # W has fewer numbers than y
+        if weight_is_less(tokens):
             y = F.linear(tokens, weight * gain.to(weight.dtype)[:, None], bias)
         else:
             y = F.linear(tokens, weight, bias)  # with b in it, so that a gain of one leaves the layer's own bits
@@ -57,13 +57,13 @@ class _Gained(torch.autograd.Function):
         grad_x = grad_bias = grad_gain = None
         if ctx.needs_input_grad[0]:
             of_one = gain.to(weight.dtype)
-            wide = len(grads) >= weight.shape[1]
-            grad_x = grads @ (weight * of_one[:, None]) if wide else (grads * of_one) @ weight
+            less = len(grads) >= weight.shape[1]  # as in the forward
+            grad_x = grads @ (weight * of_one[:, None]) if less else (grads * of_one) @ weight
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = grads.sum(0)
-        if ctx.needs_input_grad[3] and ctx.returned.untouched() and not torch.is_grad_enabled():
+        if ctx.needs_input_grad[3] and ctx.returned.tells():
             grad_gain = pulled_gain(kept, bias, gain, grads)
-        elif ctx.needs_input_grad[3]:  # what is kept must not pass for a constant where this is itself differentiated
+        elif ctx.needs_input_grad[3]:
             grad_gain = (F.linear(x, weight).view(grads.shape) * grads).sum(0, dtype=gain.dtype)
         return grad_x, None, grad_bias, grad_gain

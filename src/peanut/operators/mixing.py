@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .built import product_dtype
 from .operator import Operator, gained
-from .returned import Returned, pulled_gain, shaped, tells_gain
-from .settled import FEW
+from .returned import Returned, pulled_gain, shaped, tells_gain, weight_is_less
+from .settled import few_tokens
 
 __all__ = ["Mixing", "SettledMixing"]
 
@@ -106,8 +106,7 @@ class SettledMixing(Mixing):
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is few tokens."""
-        few = 0 < x.numel() <= FEW * x.shape[-1]
-        return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return few_tokens(x) and not torch.is_grad_enabled()
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
         if not self.takes(x):
@@ -186,7 +185,7 @@ def _turned(
         weight = Mixing(factors, half, distances).rotated(weight)
     else:
         tokens = _seen(tokens, factors, half, distances)[-1]
-    if gain is not None and _gains_weight(tokens):
+    if gain is not None and weight_is_less(tokens):
         y = F.linear(tokens, weight * gain.to(weight.dtype)[:, None], bias)
     else:
         y = F.linear(tokens, weight, bias)
@@ -198,11 +197,6 @@ def _turned(
 def _turns_weight(tokens: Tensor, weight: Tensor) -> bool:
     """Whether W has fewer rows to turn than there are tokens, in a dtype wide enough to hold a small change of it."""
     return len(weight) < len(tokens) and torch.finfo(tokens.dtype).bits >= 32
-
-
-def _gains_weight(tokens: Tensor) -> bool:
-    """Whether W has fewer numbers to scale than the output, in a dtype wide enough to hold a small change of it."""
-    return tokens.shape[1] <= tokens.shape[0] and torch.finfo(tokens.dtype).bits >= 32
 
 
 def _seen(tokens: Tensor, factors: Tensor, half: int, distances: tuple[int, ...]) -> list[Tensor]:
@@ -236,11 +230,10 @@ class _Turned(torch.autograd.Function):
         need_x, need_factors, _, need_bias, need_gain, *_ = ctx.needs_input_grad
         tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x, grad_gain = torch.empty_like(tokens) if need_x else None, None
-        # Where the backward is itself differentiated, what is kept must not pass for a constant.
-        if kept is not None and ctx.returned.untouched() and not torch.is_grad_enabled():
+        if kept is not None and ctx.returned.tells():
             grad_gain, need_gain = pulled_gain(kept, bias, gain, grads), False
         less_one, scaled = None if gain is None else (gain - 1).to(x.dtype), weight
-        if gain is not None and _gains_weight(tokens):
+        if gain is not None and weight_is_less(tokens):
             less_one, scaled = None, weight * gain.to(weight.dtype)[:, None]
         grad_factors: dict[int, Tensor] = {}
         last = len(distances) if need_gain else len(distances) - 1 if need_factors else 0

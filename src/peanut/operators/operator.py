@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,12 @@ class Operator(ABC):
 
     Laws, checked for every operator in float64, forward and backward:
         ``apply(x)`` is ``x @ dense().T``; ``rows(ids)`` is ``dense().T[ids]``;
-        ``weighted(x, g)`` is ``apply(x) * g``; ``beside(x, x @ W.T)`` is ``apply(x)``;
+        ``weighted(x, g)`` is ``apply(x) * g``; ``beside(x, x @ W.T + b, b)`` is ``apply(x)``;
         ``joined(x, W, b)`` is ``x @ (W + dense()).T + b`` for a frozen W;
         ``turned(x, W, b, g)`` is ``x @ (W @ dense()).T * g + b`` for a rotation and a frozen W;
         ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
         the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
     """
-
-    reads_product: ClassVar[bool] = False
-    """Whether Δ x is made of W x, too (``beside``)."""
 
     @property
     @abstractmethod
@@ -47,8 +44,8 @@ class Operator(ABC):
     def to(self, dtype: torch.dtype) -> Self:
         """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
 
-    def beside(self, x: Tensor, product: Tensor) -> Tensor:
-        """Δ x where W x, the layer's own ``product``, is there already: ``apply`` for all that do not read it."""
+    def beside(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Δ x where y = W x + b, what the layer itself answers, is there already: ``apply`` unless Δ is made of it."""
         return self.apply(x)
 
     def weighted(self, x: Tensor, gate: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Returned", "pulled_gain", "shaped", "tells_gain"]
+__all__ = ["Returned", "pulled_gain", "shaped", "tells_gain", "weight_is_less"]
 
 SPAN = 128
 """So many tokens' products are summed up at a time: they never leave a CPU's cache."""
@@ -38,6 +38,10 @@ class Returned:
         """Whether nobody has changed it in place."""
         return self.counter._version == self.version
 
+    def tells(self) -> bool:
+        """Whether a backward may read it: where that is itself differentiated, y must not pass for a constant."""
+        return self.untouched() and not torch.is_grad_enabled()
+
     @staticmethod
     def cheap(shape: Sequence[int]) -> bool:
         """Whether to keep the output of a layer of this shape, (out, in).
@@ -47,6 +51,11 @@ class Returned:
         """
         out, inputs = shape
         return out > inputs or 2 * out <= inputs
+
+
+def weight_is_less(tokens: Tensor) -> bool:
+    """Whether W has fewer numbers to change than the output of (tokens, in), in a dtype that holds a small change."""
+    return tokens.shape[0] >= tokens.shape[1] and torch.finfo(tokens.dtype).bits >= 32
 
 
 def tells_gain(y: Tensor, gain: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..versions import counted, version
 from .operator import Operator
 
-__all__ = ["FEW", "Settled", "WrittenOut"]
+__all__ = ["FEW", "Settled", "WrittenOut", "few_tokens"]
 
 FEW = 64
 """Up to so many tokens a settled operator answers from what was computed beforehand."""
@@ -50,7 +50,7 @@ class Settled(Operator):
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is few tokens."""
-        return 0 < x.numel() <= self.few * x.shape[-1] and not torch.compiler.is_compiling()
+        return few_tokens(x, self.few)
 
     def apply(self, x: Tensor) -> Tensor:
         if not self.takes(x):
@@ -117,6 +117,11 @@ class WrittenOut(Settled):
             else:  # with the weight's memory, lest another weight comes to lie there
                 self.held[key] = self.origin.onto(weight), weight.untyped_storage()
         return self.held[key][0]
+
+
+def few_tokens(x: Tensor, most: int = FEW) -> bool:
+    """Whether x, (…, in), is at most so many tokens; not in a compiled graph, which is to serve any number."""
+    return 0 < x.numel() <= most * x.shape[-1] and not torch.compiler.is_compiling()
 
 
 def _settle(origin: Operator, dtype: torch.dtype) -> Operator:
