@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.export import to_lora
-from peanut.methods.poly import PolyConfig
+from peanut.methods.poly import Poly, PolyConfig
 from peanut.model.adapter_set import AdapterSet
 from peanut.model.layer import AdaptedLayer
 
@@ -211,6 +211,36 @@ def test_two_polys_and_a_lora_together(tiny_llama: Builder) -> None:
     assert layer.merged_adapters == ["lora"]
 
 
+def test_evaluation_mixes_once_while_tasks_and_parameters_stay(
+    tiny_llama: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_llama().double()).eval()
+    count, calls, routed = sum(1 for _ in model.adapters.layers()), [0], Poly.routed
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        return routed(*args)
+
+    def mixings(tasks: list[int], ids: Tensor = IDS) -> int:
+        expected = model(ids, task_ids=tasks).logits  # with gradients: mixed anew
+        calls[0] = 0
+        with torch.no_grad():
+            assert distance(model(ids, task_ids=tasks).logits, expected) < TIGHT
+        return calls[0]
+
+    monkeypatch.setattr(Poly, "routed", counted)
+    assert mixings([2, 0, 1, 2]) == count
+    assert mixings([2, 0, 1, 2]) == 0
+    assert mixings([2, 0, 1, 1]) == count
+    assert mixings([2, 0], IDS[:2]) == count
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert mixings([2, 0], IDS[:2]) == count
+    assert mixings([2, 0], IDS[2:]) == 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_sees_the_same_tasks_and_draws(tiny_llama: Builder, reentrant: bool) -> None:
     model = adapted(tiny_llama()).train()
@@ -239,6 +269,7 @@ def test_bfloat16(tiny_llama: Builder) -> None:
     assert distance(found, exact(IDS, task_ids=TASKS).logits) < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_with_tasks(tiny_llama: Builder) -> None:
     torch._dynamo.reset()
     model = adapted(tiny_llama()).eval()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peanut import PeanutError
+from peanut.lab.measure import saved_bytes
 from peanut.operators import LowRank, Sum
 from peanut.operators.per_sample import PerSample
 
@@ -37,6 +38,22 @@ def test_equals_the_matrices(shape: tuple[int, ...]) -> None:
         assert distance(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (6, 4, 5)], ids=str)
+def test_joined_has_the_gradients_of_the_matrices(shape: tuple[int, ...]) -> None:
+    delta, x = operator(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    wanted = [x, weight.requires_grad_(), bias.requires_grad_(), delta.up, delta.down]
+    found, expected = delta.joined(x, weight, bias), written_out(delta, x) + x @ weight.T + bias
+    direction = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, wanted, direction), torch.autograd.grad(expected, wanted, direction), strict=True
+    ):
+        assert distance(one, other) < 1e-12
+    assert saved_bytes(lambda: delta.joined(x, weight, bias), [], wanted) == 0
+    with torch.no_grad():
+        assert torch.equal(delta.joined(x, weight, bias), found)
+
+
 def test_joined_and_summed() -> None:
     delta, x = operator(), torch.randn(3, 4, 5, dtype=torch.float64)
     weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
@@ -48,11 +65,18 @@ def test_joined_and_summed() -> None:
 
 
 def test_gradcheck() -> None:
+    weight = torch.randn(6, 5, dtype=torch.float64)
+
     def applied(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return PerSample(up, down, 0.5).apply(x)
 
+    def joined(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return PerSample(up, down, 0.5).joined(x, weight, None)
+
     delta, x = operator(), torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(applied, (x, delta.up, delta.down), fast_mode=True)
+    for product in (applied, joined):
+        assert torch.autograd.gradcheck(product, (x, delta.up, delta.down), fast_mode=True)
+        assert torch.autograd.gradgradcheck(product, (x, delta.up, delta.down), fast_mode=True)
 
 
 def test_dtype_shape_and_no_matrix() -> None:

@@ -108,8 +108,7 @@ class Poly(WeightMethod[PolyConfig]):
             check_tasks(config, tasks)
             chosen = logits[tasks.to(logits.device)]
         gates = mixed(chosen.unflatten(-1, (config.n_splits, config.n_skills)), training)  # (batch, Q, S)
-        down = torch.einsum("bqs,qsdr->bqdr", gates, skills_in).flatten(1, 2).mT
-        up = torch.einsum("bqs,qsrd->bqdr", gates, skills_out).flatten(1, 2)
+        down, up = weighed(gates, skills_in).flatten(1, 2).mT, weighed(gates, skills_out).mT.flatten(1, 2)
         return {DOWN: down[0], UP: up[0]} if tasks is None else {DOWN: down, UP: up}
 
     def change(self, config: PolyConfig, parameters: Values, layer: FrozenLayer) -> Change:
@@ -117,6 +116,15 @@ class Poly(WeightMethod[PolyConfig]):
         if own[DOWN].dim() == 2:
             return Change(delta=LowRank(own[UP], own[DOWN], 1 / config.r))
         return Change(delta=PerSample(own[UP], own[DOWN], 1 / config.r))
+
+
+def weighed(gates: Tensor, skills: Tensor) -> Tensor:
+    """Σ_s g_bqs K_qs of gates (batch, Q, S) and skills (Q, S, n, m): (batch, Q, n, m).
+
+    As a product of matrices; einsum would keep a copy of the skills.
+    """
+    summed = torch.bmm(gates.transpose(0, 1), skills.flatten(2))
+    return summed.view(*summed.shape[:2], *skills.shape[2:]).transpose(0, 1)
 
 
 def mixed(logits: Tensor, training: bool) -> Tensor:

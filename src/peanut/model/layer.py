@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators import LowRank, Operator
+from ..operators import LowRank, Operator, PerToken
 from ..operators.gained import gained_product
 from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
@@ -189,7 +189,7 @@ class AdaptedLayer(Adapted):
                 return y
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
-        return self._answer(x, self._acting(x.shape[0] if x.dim() else 1), *args, **kwargs)
+        return self._answer(x, self._acting(_rows(x)), *args, **kwargs)
 
     def _acting(self, count: int) -> list[Change]:
         """The changes that are still to be made of what the layer computes, in the order of activation.
@@ -238,12 +238,17 @@ class AdaptedLayer(Adapted):
         ):
             return self._answer_rebuilt(x, whole, *args, **kwargs)
         if not args and not kwargs and kind.fused(self.base_layer):
-            apart = any(change.gate is not None or (self.training and change.dropout) for change in changes)
-            if whole.rotation is None and whole.delta is not None and not apart:
-                return self._answer_joined(x, whole, whole.delta)
+            delta = self._one_delta(x, changes, whole)
+            if whole.rotation is None and delta is not None:
+                return self._answer_joined(x, whole, delta)
             if whole.rotation is not None and whole.delta is None and whole.in_scale is None:
                 return self._answer_turned(x, whole, whole.rotation)
-            if whole.rotation is None and whole.in_scale is None and whole.out_scale is not None and not apart:
+            if (
+                whole.rotation is None
+                and whole.in_scale is None
+                and whole.out_scale is not None
+                and delta is whole.delta
+            ):
                 gained = self._answer_gained(x, whole, whole.out_scale)
                 if gained is not None:
                     return gained
@@ -262,18 +267,19 @@ class AdaptedLayer(Adapted):
     def _answer_settled(self, x: Tensor) -> Tensor | None:
         """What a plain layer answers in evaluation, from what is kept while nothing changes; else ``None``."""
         state, module, kind = self.state, self.frozen.module, self.frozen.kind
-        if state.tasks is not None or state.sampling or state.running.gates or not kind.fused(module):
+        if state.sampling or state.running.gates or not kind.fused(module):
             return None
         if module._parameters.get("weight") is None:  # kept in a way of its own (sharded): nobody would see it change
             return None
         if state.samples is not None:
-            return self._answer_beside(x)
+            return self._answer_beside(x) if state.tasks is None else None
+        tasks = () if state.tasks is None else (_rows(x), *state.tasks.tolist())
         lowered = _autocast_dtype(x.device)
         dtype = lowered or x.dtype
-        key = (dtype, *state.active, None, *state.merged)
+        key = (dtype, *state.active, None, *state.merged, tasks)
         kept = self._kept
         if kept is None or not kept.holds(key):
-            changes, places = self._acting(1), self._places({*state.active, *state.merged})
+            changes, places = self._acting(_rows(x)), self._places({*state.active, *state.merged})
             settled = Settled.of(Change.together(changes) if changes else Change(), module.bias, dtype)
             self._known.clear()  # what is settled need not be kept twice
             kept = self._kept = Kept(key, places, settled)
@@ -376,15 +382,32 @@ class AdaptedLayer(Adapted):
         response = x if early else kind.respond(self.base_layer, x, delta)
         if gate is None:
             return response
-        if response.dim() != 3 or response.shape[:2] != gate.shape[:2]:
+        self._check_gate(response, gate)
+        gate = gate.to(response.dtype)
+        return delta.weighted(x, gate) if early else response * gate
+
+    def _one_delta(self, x: Tensor, changes: list[Change], whole: Change) -> Operator | None:
+        """The Δ of all ``changes`` as one operator, ``None`` where there is none or each has to answer apart."""
+        if self.training and any(change.dropout for change in changes):
+            return None
+        gates = tuple(change.gate for change in changes if change.gate is not None)
+        if not gates:
+            return whole.delta
+        experts = tuple(change.delta for change in changes if isinstance(change.delta, LowRank))
+        if not len(experts) == len(gates) == len(changes):
+            return None
+        for gate in gates:
+            self._check_gate(x, gate)
+        return PerToken(experts, gates)
+
+    def _check_gate(self, x: Tensor, gate: Tensor) -> None:
+        if x.dim() != 3 or x.shape[:2] != gate.shape[:2]:
             raise PeanutError(
-                f"'{self.path}' deals with {tuple(response.shape)} where a mixture's gates are for (batch, tokens) = "
+                f"'{self.path}' deals with {tuple(x.shape)} where a mixture's gates are for (batch, tokens) = "
                 f"{tuple(gate.shape[:2])}",
                 "experts of layers that see every token",
                 "leave this layer out of the experts",
             )
-        gate = gate.to(response.dtype)
-        return delta.weighted(x, gate) if early else response * gate
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Row by row: each sample's rows with its own adapter's change."""
@@ -447,6 +470,10 @@ class AdaptedLayer(Adapted):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() else 1
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -25,6 +25,7 @@ class Operator(ABC):
         ``turned(x, W, b, g)`` is ``x @ (W @ dense()).T * g + b`` for a rotation and a frozen W;
         ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
         the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
+    An operator without one matrix (of each sample, of each token) has no ``dense`` and no ``rows``, and raises there.
     """
 
     @property
