@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators import LowRank, Operator, PerToken
-from ..operators.gained import gained_product
+from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod
 from ..weights import FrozenLayer, LayerKind
-from ..weights.kind import recomputed
 from .adapted import Adapted
+from .answers import Answers, autocast_dtype
 from .kept import Beside, Kept, Settled
 from .parameters import Place
 from .state import BASE, AdapterState
@@ -40,6 +39,7 @@ class AdaptedLayer(Adapted):
         super().__init__(path, state)
         self.base_layer = base_layer
         self.frozen = FrozenLayer(base_layer, kind)
+        self.answers = Answers(self.frozen, path)
         self._known: dict[str, Kept[Change]] = {}
         self._kept: Kept[Settled] | None = None
         self._joint: Kept[Beside | None] | None = None
@@ -98,7 +98,7 @@ class AdaptedLayer(Adapted):
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return self._changed_by(method, config, values)
         weight = self.frozen.weight
-        key, known = (_autocast_dtype(weight.device), weight.data_ptr()), self._known.get(name)
+        key, known = (autocast_dtype(weight.device), weight.data_ptr()), self._known.get(name)
         if known is None or not known.holds(key):
             change = self._changed_by(method, config, values)
             known = self._known[name] = Kept(key, [*self.kept_at(name), ({"": weight}, "")], change)
@@ -189,7 +189,7 @@ class AdaptedLayer(Adapted):
                 return y
         if self.state.samples is not None:
             return self._forward_per_sample(x, *args, **kwargs)
-        return self._answer(x, self._acting(_rows(x)), *args, **kwargs)
+        return self.answers.to(x, self._acting(_rows(x)), *args, **kwargs)
 
     def _acting(self, count: int) -> list[Change]:
         """The changes that are still to be made of what the layer computes, in the order of activation.
@@ -220,49 +220,16 @@ class AdaptedLayer(Adapted):
         """
         sample = self.training or self.state.sampling
         if name in self.adapters:
-            return [self.change(name, sample=sample, tasks=tasks)]
-        gates = self.state.running.gates.get(name, {}).get(self.path, [])
-        return [
-            replace(self.change(expert, sample=sample), gate=gate if index is None else gate[index])
-            for expert, gate in gates
-            if expert in self.adapters
-        ]
-
-    def _answer(self, x: Tensor, changes: list[Change], *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer answers with ``changes`` together: the one place where they become a computation."""
-        if not changes:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        kind, whole = self.frozen.kind, Change.together(changes)
-        if not kind.multiplies() or (
-            not kind.takes_features() and (whole.rotation is not None or whole.in_scale is not None)
-        ):
-            return self._answer_rebuilt(x, whole, *args, **kwargs)
-        if not args and not kwargs and kind.fused(self.base_layer):
-            delta = self._one_delta(x, changes, whole)
-            if whole.rotation is None and delta is not None:
-                return self._answer_joined(x, whole, delta)
-            if whole.rotation is not None and whole.delta is None and whole.in_scale is None:
-                return self._answer_turned(x, whole, whole.rotation)
-            if (
-                whole.rotation is None
-                and whole.in_scale is None
-                and whole.out_scale is not None
-                and delta is whole.delta
-            ):
-                gained = self._answer_gained(x, whole, whole.out_scale)
-                if gained is not None:
-                    return gained
-        seen = x if whole.in_scale is None else x * whole.in_scale.to(x.dtype)
-        turned = seen if whole.rotation is None else whole.rotation.to(x.dtype).apply(seen)
-        y: Tensor = self.base_layer(turned, *args, **kwargs)
-        product = y
-        for change in changes:
-            if change.delta is not None:
-                y = y + self._response(seen, change, product if turned is x else None).to(y.dtype)
-        if whole.out_scale is not None:
-            y = y * kind.along_output(whole.out_scale.to(y.dtype))
-        correction = whole.correction(self.bias)
-        return y if correction is None else y + kind.along_output(correction.to(y.dtype))
+            changes = [self.change(name, sample=sample, tasks=tasks)]
+        else:
+            changes = [
+                replace(self.change(expert, sample=sample), gate=gate if index is None else gate[index])
+                for expert, gate in self.state.running.gates.get(name, {}).get(self.path, [])
+                if expert in self.adapters
+            ]
+        if self.training:
+            return changes
+        return [replace(change, dropout=0.0) if change.dropout else change for change in changes]
 
     def _answer_settled(self, x: Tensor) -> Tensor | None:
         """What a plain layer answers in evaluation, from what is kept while nothing changes; else ``None``."""
@@ -273,13 +240,17 @@ class AdaptedLayer(Adapted):
             return None
         if state.samples is not None:
             return self._answer_beside(x) if state.tasks is None else None
-        tasks = () if state.tasks is None else (_rows(x), *state.tasks.tolist())
-        lowered = _autocast_dtype(x.device)
+        task = state.tasks_of(_rows(x))
+        if task is not None and len(set(task.tolist())) != 1:  # factors of each row would be kept
+            return None
+        lowered = autocast_dtype(x.device)
         dtype = lowered or x.dtype
-        key = (dtype, *state.active, None, *state.merged, tasks)
+        key = (dtype, *state.active, None, *state.merged, None if task is None else (task.dtype, task.tolist()[0]))
         kept = self._kept
         if kept is None or not kept.holds(key):
-            changes, places = self._acting(_rows(x)), self._places({*state.active, *state.merged})
+            places = self._places({*state.active, *state.merged})
+            with state.during(None, None if task is None else task[:1]):
+                changes = self._acting(1)
             settled = Settled.of(Change.together(changes) if changes else Change(), module.bias, dtype)
             self._known.clear()  # what is settled need not be kept twice
             kept = self._kept = Kept(key, places, settled)
@@ -308,107 +279,6 @@ class AdaptedLayer(Adapted):
         y: Tensor = self.base_layer(x)
         return y + beside.answer(x).to(y.dtype)
 
-    def _answer_joined(self, x: Tensor, change: Change, delta: Operator) -> Tensor:
-        """The frozen product and the additive change in one go."""
-        x, weight, bias = self._lowered(x)
-        if change.in_scale is not None:
-            x = x * change.in_scale.to(x.dtype)
-        if change.out_scale is None:
-            offset = change.offset(bias)
-            return delta.to(x.dtype).joined(x, weight, None if offset is None else offset.to(x.dtype))
-        y = delta.to(x.dtype).joined(x, weight, bias) * change.out_scale.to(x.dtype)
-        correction = change.correction(bias)
-        return y if correction is None else y + correction.to(y.dtype)
-
-    def _answer_turned(self, x: Tensor, change: Change, rotation: Operator) -> Tensor:
-        """The frozen product of the turned input in one go."""
-        x, weight, bias = self._lowered(x)
-        offset = change.offset(bias)
-        offset = None if offset is None else offset.to(x.dtype)
-        return rotation.to(x.dtype).turned(x, weight, offset, change.out_scale)
-
-    def _answer_gained(self, x: Tensor, change: Change, gain: Tensor) -> Tensor | None:
-        """The frozen product and a gain of its output in one go, ``None`` where that does not pay."""
-        x, weight, bias = self._lowered(x)
-        offset = change.offset(bias)
-        return gained_product(x, weight, None if offset is None else offset.to(x.dtype), gain)
-
-    def _lowered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The input of a plain layer, its matrix (out, in) and its bias, in autocast's dtype where it is on."""
-        weight, bias = self.frozen.kind.matrix(self.base_layer, self.weight), self.bias
-        dtype = _autocast_dtype(x.device)
-        if dtype is None:
-            return x, weight, bias
-        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    def _answer_rebuilt(self, x: Tensor, change: Change, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
-
-        W' is made again in the backward rather than kept. (Dropout of Δ's input does not exist here.)
-        """
-        kind, module = self.frozen.kind, self.base_layer
-
-        def run(x: Tensor) -> Tensor:
-            weight = self.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            matrix = kind.layout(module, change.matrix(kind.matrix(module, weight).to(wide)))
-            own = {"weight": matrix.to(weight.dtype)}
-            offset = change.offset(self.bias)
-            if self.bias is not None and offset is not None:
-                own["bias"] = offset.to(self.bias.dtype)
-            y: Tensor = torch.func.functional_call(module, own, (x, *args), kwargs)
-            extra = None if self.bias is not None else offset
-            return y if extra is None else y + kind.along_output(extra.to(y.dtype))
-
-        return recomputed(run, x) if kind.multiplies() else run(x)
-
-    def _response(self, x: Tensor, change: Change, y: Tensor | None = None) -> Tensor:
-        """What the Δ of a change adds to the layer's output.
-
-        Args:
-            x: the layer's input.
-            change: the change.
-            y: what the layer itself answers to x, if that is known.
-        """
-        kind = self.frozen.kind
-        assert change.delta is not None  # else there is nothing to ask for
-        dtype = x.dtype if kind.takes_activations() else self.weight.dtype
-        if change.dropout and self.training and kind.takes_activations():
-            x = nn.functional.dropout(x, change.dropout)
-        elif y is not None and kind.quantised and change.gate is None:  # to read W again would be to make it of codes
-            return change.delta.to(dtype).beside(x, y, self.bias)
-        delta, gate = change.delta.to(dtype), change.gate
-        early = gate is not None and kind.takes_features()  # else Δ has to answer before it is weighted
-        response = x if early else kind.respond(self.base_layer, x, delta)
-        if gate is None:
-            return response
-        self._check_gate(response, gate)
-        gate = gate.to(response.dtype)
-        return delta.weighted(x, gate) if early else response * gate
-
-    def _one_delta(self, x: Tensor, changes: list[Change], whole: Change) -> Operator | None:
-        """The Δ of all ``changes`` as one operator, ``None`` where there is none or each has to answer apart."""
-        if self.training and any(change.dropout for change in changes):
-            return None
-        gates = tuple(change.gate for change in changes if change.gate is not None)
-        if not gates:
-            return whole.delta
-        experts = tuple(change.delta for change in changes if isinstance(change.delta, LowRank))
-        if not len(experts) == len(gates) == len(changes):
-            return None
-        for gate in gates:
-            self._check_gate(x, gate)
-        return PerToken(experts, gates)
-
-    def _check_gate(self, x: Tensor, gate: Tensor) -> None:
-        if x.dim() != 3 or x.shape[:2] != gate.shape[:2]:
-            raise PeanutError(
-                f"'{self.path}' deals with {tuple(x.shape)} where a mixture's gates are for (batch, tokens) = "
-                f"{tuple(gate.shape[:2])}",
-                "experts of layers that see every token",
-                "leave this layer out of the experts",
-            )
-
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Row by row: each sample's rows with its own adapter's change."""
         groups = self._groups(x)
@@ -416,7 +286,7 @@ class AdaptedLayer(Adapted):
             return self._added_per_sample(x, groups, *args, **kwargs)
         y: Tensor | None = None
         for index, changes in groups.values():
-            part = self._answer(x[index], changes, *args, **kwargs)
+            part = self.answers.to(x[index], changes, *args, **kwargs)
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
         assert y is not None  # groups() raises on an empty batch
@@ -435,7 +305,7 @@ class AdaptedLayer(Adapted):
         changes = [(index, change) for index, own in groups.values() for change in own]
         deltas = [(index, change.delta) for index, change in changes if isinstance(change.delta, LowRank)]
         apart = any(
-            not change.adds or change.shift is not None or change.gate is not None or (self.training and change.dropout)
+            not change.adds or change.shift is not None or change.gate is not None or change.dropout > 0
             for _, change in changes
         )
         if len(deltas) < max(2, len(changes)) or apart or not self.frozen.kind.takes_features():
@@ -453,7 +323,7 @@ class AdaptedLayer(Adapted):
         for index, changes in groups.values():
             for change in changes:
                 if change.delta is not None and beside is None:
-                    y = y.index_add(0, index, self._response(x[index], change).to(y.dtype))
+                    y = y.index_add(0, index, self.answers.response(x[index], change).to(y.dtype))
                 if change.shift is not None:
                     shift = self.frozen.kind.along_output(change.shift.to(y.dtype))
                     y = y.index_add(0, index, shift.expand(len(index), *y.shape[1:]))
@@ -474,14 +344,6 @@ class AdaptedLayer(Adapted):
 
 def _rows(x: Tensor) -> int:
     return x.shape[0] if x.dim() else 1
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast has products computed on ``device`` now, or ``None``."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
