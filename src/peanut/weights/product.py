@@ -88,7 +88,9 @@ class _Known(torch.autograd.Function):
         if matrix is None:
             matrix = ctx.read()
         ctx.made.pulled += 1
-        return (grad.to(matrix.dtype).T @ matrix).to(ctx.dtype), None, None, None
+        pulled = matrix.T @ grad.to(matrix.dtype)  # in this order up to a third less time on a CPU
+        # Contiguous, as autograd would else copy it when it puts it into A's gradient, and count that as a change.
+        return pulled.T.to(ctx.dtype).contiguous(), None, None, None
 
 
 def product(matrix: Tensor, A: Tensor) -> Tensor:
