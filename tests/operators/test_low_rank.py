@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peanut.lab.measure import saved_bytes
 from peanut.operators import LowRank, Operator, effective_rank, singular_values
 
 from ..support import distance, one_thread  # noqa: F401
@@ -114,20 +115,29 @@ def test_joined_takes_what_is_not_contiguous() -> None:
     assert delta.up.grad is not None
 
 
-def test_joined_keeps_nothing_that_grows_with_the_tokens_but_its_input() -> None:
-    delta, weight = operator(), factor(OUT, IN, trained=False)
-    x = factor(50, IN)
-    known = {value.untyped_storage().data_ptr() for value in (x, weight, delta.up, delta.down)}
-    kept: list[Tensor] = []
+@pytest.mark.parametrize(("inputs", "kept"), [(8 * RANK, RANK), (8 * RANK - 1, 0)], ids=["narrow", "wide"])
+def test_joined_keeps_its_input_and_at_most_r_numbers_a_token(inputs: int, kept: int) -> None:
+    x, weight, up, down = (
+        factor(50, inputs),
+        factor(OUT, inputs, trained=False),
+        factor(OUT, RANK),
+        factor(RANK, inputs),
+    )
+    found = saved_bytes(lambda: LowRank(up, down).joined(x, weight, None), [], [x, weight, up, down])
+    assert found == 50 * kept * x.element_size()
+    frozen = [up.detach(), down.detach()]
+    assert saved_bytes(lambda: LowRank(*frozen).joined(x, weight, None), [], [x, weight, *frozen]) == 0
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        delta.joined(x, weight, None)
-    assert kept
-    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
+def test_joined_with_a_kept_product_may_be_differentiated_twice() -> None:
+    x, weight = factor(3, 8 * RANK), factor(OUT, 8 * RANK, trained=False)
+
+    def joined(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return LowRank(up, down, 0.7).joined(x, weight, None)
+
+    parts = (x, factor(OUT, RANK), factor(RANK, 8 * RANK))
+    assert torch.autograd.gradcheck(joined, parts)
+    assert torch.autograd.gradgradcheck(joined, parts)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])

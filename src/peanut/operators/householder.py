@@ -22,7 +22,7 @@ __all__ = ["Householder"]
 class Householder(Operator):
     """R = I − V K Vᵀ with V (in, r) and K (r, r), a product of r reflections in compact form: two thin products.
 
-    The backward keeps x, V and K.
+    The backward keeps x, V and K, and r numbers a token.
     """
 
     vectors: Tensor

@@ -15,6 +15,9 @@ from .returned import shaped
 
 __all__ = ["LowRank"]
 
+NARROW = 8
+"""x downᵀ is kept for the backward where it has at most one number for so many of x."""
+
 
 @dataclass(frozen=True)
 class LowRank(Operator):
@@ -70,12 +73,11 @@ class LowRank(Operator):
             bias: b, (out), or ``None``.
 
         Returns:
-            (…, out). The backward keeps x, which it needs for the factors' gradient, and nothing else that grows
-            with the number of tokens.
+            (…, out). The backward keeps x, which it needs for the factors' gradient, and at most r numbers a token.
         """
         if torch.is_grad_enabled():
             return _JoinedProduct.apply(x, weight, bias, self.up, self.down, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
-        return _joined(x, weight, bias, self.up, self.down, self.scaling)
+        return _joined(x, weight, bias, self.up, self.down, self.scaling)[0]
 
     @staticmethod
     def sum(operators: Sequence[LowRank]) -> LowRank:
@@ -88,31 +90,36 @@ class LowRank(Operator):
         )
 
 
-def _joined(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float) -> Tensor:
+def _joined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The product, and x downᵀ."""
     tokens = x.reshape(-1, x.shape[-1])
-    y = F.linear(tokens, weight, bias)
-    return shaped(y.addmm_(tokens @ down.T, up.T, alpha=scaling), x.shape[:-1])
+    y, hidden = F.linear(tokens, weight, bias), tokens @ down.T
+    return shaped(y.addmm_(hidden, up.T, alpha=scaling), x.shape[:-1]), hidden
 
 
 class _JoinedProduct(torch.autograd.Function):
     """y = x Wᵀ + b + s (x downᵀ) upᵀ for a frozen W.
 
     Autograd on its own would write the change's output and its gradient with respect to x to memory once more each,
-    and add them in another pass. Here both are added inside the product that makes them (addmm), and x downᵀ, r
-    numbers a token, is computed again in the backward rather than kept.
+    and add them in another pass. Here both are added inside the product that makes them (addmm). x downᵀ is kept where
+    it is little beside x: to compute it again is another pass over x.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, up, down)
+        y, hidden = _joined(x, weight, bias, up, down, scaling)
+        narrow = len(down) * NARROW <= x.shape[-1]
+        ctx.save_for_backward(x, weight, up, down, hidden if narrow and ctx.needs_input_grad[3] else None)
         ctx.scaling = scaling
-        return _joined(x, weight, bias, up, down, scaling)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, up, down = ctx.saved_tensors
+        x, weight, up, down, hidden = ctx.saved_tensors
         need_x, need_weight, need_bias, need_up, need_down, _ = ctx.needs_input_grad
         grads = grad.reshape(-1, grad.shape[-1])
         tokens = x.reshape(-1, x.shape[-1])
@@ -125,7 +132,9 @@ class _JoinedProduct(torch.autograd.Function):
         if need_bias:
             grad_bias = grads.sum(0)
         if need_up:
-            grad_up = (grads.T @ (tokens @ down.T)).mul_(ctx.scaling)
+            if hidden is None or torch.is_grad_enabled():  # differentiated itself, it must not meet a constant
+                hidden = tokens @ down.T
+            grad_up = (grads.T @ hidden).mul_(ctx.scaling)
         if grad_hidden is not None and need_down:
             grad_down = grad_hidden.T @ tokens
         return grad_x, grad_weight, grad_bias, grad_up, grad_down, None
