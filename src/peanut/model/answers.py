@@ -53,12 +53,8 @@ class Answers:
                 return self._joined(x, whole, delta)
             if whole.rotation is not None and whole.delta is None and whole.in_scale is None:
                 return self._turned(x, whole, whole.rotation)
-            if (
-                whole.rotation is None
-                and whole.in_scale is None
-                and whole.out_scale is not None
-                and delta is whole.delta
-            ):
+            bare = whole.rotation is None and whole.delta is None and whole.in_scale is None
+            if bare and whole.out_scale is not None:
                 gained = self._gained(x, whole, whole.out_scale)
                 if gained is not None:
                     return gained
