@@ -15,10 +15,10 @@ demo: .venv/installed
 	$(BIN)/python -m peanut.lab.demo $(ARGS)
 
 methods: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.every_method $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.every_method $(ARGS)
 
 instructions: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.instructions $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.instructions $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --cov --cov-report=term:skip-covered $(ARGS)
@@ -27,7 +27,7 @@ bench: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/peanut bench $(ARGS)
 
 guard: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m peanut.lab.guard $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.guard $(ARGS)
 
 docs: .venv/installed
 	$(BIN)/python -m pdoc --docformat google --output-directory site \

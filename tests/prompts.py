@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peanut.methods  # noqa: F401 - fills METHODS
 from peanut import PeftModel, get_peft_model
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS, PeftConfig
 
 from .support import scattered

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peanut.methods  # noqa: F401 - fills METHODS
 from peanut import PeanutError, PeftModel, get_peft_model
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS, PeftConfig, WeightMethod
 from peanut.weights import FrozenLayer, kind_of
 

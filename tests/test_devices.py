@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peanut import PeftModel, get_peft_model
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from .support import (
     FIRST_CASES,

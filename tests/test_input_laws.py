@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.lora import LoraConfig
-from peanut.model.adapter_set import AdapterSet
-from peanut.model.hooks import Hooking
-from peanut.model.shape import virtual_id
+from peanut.model.adapters.adapter_set import AdapterSet
+from peanut.model.layers.hooks import Hooking
+from peanut.model.targets.shape import virtual_id
 from peanut.protocols import METHODS, InputMethod
 
 from .prompts import FORMS, KINDS, PAD, VOCABULARY, Form, Kind, adapted, answer, in_folder, moved, own

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 import peanut
 from peanut import PeanutError, PeftModel, get_peft_model
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from .prompts import FORMS, KINDS, LABELS, Form, Kind, adapted, answer, moved, own
 from .support import distance, one_thread, refused, same_bits  # noqa: F401

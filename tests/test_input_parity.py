@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peanut import PeftModel
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from .prompts import FORMS, KINDS, Form, Kind, adapted, answer, answer_of, own
 from .support import PEER_WARNINGS, distance, one_thread, peer_loaded, peer_model, same_bits  # noqa: F401

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peanut import PeanutError, PeftModel, get_peft_model
-from peanut.model.adapter_set import AdapterSet
-from peanut.model.checkpoint import read_adapter
-from peanut.model.layer import AdaptedLayer
+from peanut.model.adapters.adapter_set import AdapterSet
+from peanut.model.checkpoints.checkpoint import read_adapter
+from peanut.model.layers.layer import AdaptedLayer
 from peanut.operators import LowRank, Operator
 from peanut.protocols import METHODS
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peanut import LoraConfig, PeftModel, get_peft_model
-from peanut.model.layer import AdaptedLayer
+from peanut.model.layers.layer import AdaptedLayer
 
 from .support import Net, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 

@@ -20,7 +20,7 @@ from peanut.methods.bottleneck import BottleneckConfig
 from peanut.methods.direft import DireftConfig
 from peanut.methods.loreft import LoreftConfig
 from peanut.methods.prompt_tuning import PromptTuningConfig
-from peanut.model.hooks import Hooking
+from peanut.model.layers.hooks import Hooking
 from peanut.protocols import METHODS, OutputMethod
 
 from .support import distance, frozen_state, one_thread, randomised, refused, same_bits  # noqa: F401

@@ -35,7 +35,7 @@ from peanut import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peanut.model.keys import KeyStyle, file_key
+from peanut.model.checkpoints.keys import KeyStyle, file_key
 
 from .support import (
     PEER_WARNINGS,

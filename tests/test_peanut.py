@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peanut import PeanutConfig, PeftModel, get_peft_model
-from peanut.model.layer import AdaptedLayer
+from peanut.model.layers.layer import AdaptedLayer
 
 from .support import Net, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
 

@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "errors": ("PeanutError",),
-    "export": ("from_lora", "from_peft", "to_lora", "to_peft"),
+    "export": ("from_lora", "to_lora"),
+    "interop.from_peft": ("from_peft",),
+    "interop.to_peft": ("to_peft",),
     "methods.adalora": ("AdaLoraConfig",),
     "methods.adaption_prompt": ("AdaptionPromptConfig",),
     "methods.bitfit": ("BitFitConfig",),
@@ -115,9 +117,9 @@ __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 - they are strings
 if TYPE_CHECKING:
     from .errors import PeanutError as PeanutError
     from .export import from_lora as from_lora
-    from .export import from_peft as from_peft
     from .export import to_lora as to_lora
-    from .export import to_peft as to_peft
+    from .interop.from_peft import from_peft as from_peft
+    from .interop.to_peft import to_peft as to_peft
     from .methods.adalora import AdaLoraConfig as AdaLoraConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig

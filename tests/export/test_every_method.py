@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from peanut import to_lora
 from peanut.cli.app import app
 from peanut.lab.catalogue import catalogue
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..support import FIRST_CASES, PEER_WARNINGS, Case, change_in_output, distance, one_thread, peer_loaded  # noqa: F401

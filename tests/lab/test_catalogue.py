@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from peanut.cli.app import app
 from peanut.lab.catalogue import catalogue, markdown
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.peft_model import get_peft_model
 from peanut.protocols import METHODS
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peanut import AdaLoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.methods.adalora import budget
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 from peanut.weights import FrozenLayer, kind_of
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.bitfit import BitFitConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import Net, distance, one_thread, randomised, same_bits  # noqa: F401
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.boft import BOFTConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..support import Net, distance, one_thread, peer_loaded, peer_model, randomised  # noqa: F401

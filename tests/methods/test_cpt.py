@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.cpt import CPTConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..prompts import KINDS, answer

@@ -15,7 +15,7 @@ from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.lab.measure import saved_bytes
 from peanut.methods.diff_pruning import DiffPruning, DiffPruningConfig
 from peanut.operators import gated
-from peanut.operators.gated import Gated, logistic
+from peanut.operators.hard_concrete import Gated, logistic
 
 from ..operators.test_built import check_laws
 from ..support import Net, distance, one_thread, randomised  # noqa: F401

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.ia3 import IA3Config
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import PEER_WARNINGS, Net, distance, one_thread, peer_model, randomised, scattered  # noqa: F401
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peanut import PeftModel, get_peft_model
 from peanut.methods.ln_tuning import LNTuningConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import PEER_WARNINGS, Net, distance, one_thread, peer_loaded, peer_model, randomised, scattered  # noqa: F401
 

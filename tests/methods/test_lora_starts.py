@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.methods.olora import orthonormal_factors
 from peanut.methods.pissa import minor_triplets, principal_triplets
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 from peanut.weights import FrozenLayer, kind_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.p_tuning import PromptEncoderConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..prompts import KINDS, Kind, answer, moved

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.export import to_lora
 from peanut.methods.poly import Poly, PolyConfig
-from peanut.model.adapter_set import AdapterSet
-from peanut.model.layer import AdaptedLayer
+from peanut.model.adapters.adapter_set import AdapterSet
+from peanut.model.layers.layer import AdaptedLayer
 
 from ..support import PEER_WARNINGS, distance, gradients, one_thread, randomised, refused, same_bits  # noqa: F401
 

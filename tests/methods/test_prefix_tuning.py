@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.prefix_tuning import PrefixTuningConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..prompts import KINDS, Kind, answer, moved

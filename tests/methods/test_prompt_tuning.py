@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.prompt_tuning import PromptTuningConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..prompts import KINDS, Kind, answer
 from ..support import PEER_WARNINGS, distance, one_thread, peer_model, same_bits  # noqa: F401

@@ -10,7 +10,7 @@ from torch import nn
 
 from peanut import PeanutError, get_peft_model
 from peanut.methods.red import REDConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import Net, distance, one_thread, randomised  # noqa: F401
 

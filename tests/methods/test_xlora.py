@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model
 from peanut.methods.xlora import XLoraConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import (
     PEER_WARNINGS,

@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model, inject_adapter_in_model
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..support import (
     assert_looks,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftConfig, PeftModel, VeraConfig, get_peft_model
-from peanut.model.checkpoint import read_adapter
+from peanut.model.checkpoints.checkpoint import read_adapter
 
 from ..support import distance, look_of, one_thread, randomised, refused, same_bits  # noqa: F401
 

@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
-from peanut.model.fingerprint import fingerprint
+from peanut.model.checkpoints.fingerprint import fingerprint
 from peanut.protocols import METHODS
 
 from ..support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401

@@ -24,7 +24,7 @@ from peanut import (
     prepare_model_for_kbit_training,
 )
 from peanut.lab.measure import saved_bytes
-from peanut.model.layer import AdaptedLayer
+from peanut.model.layers.layer import AdaptedLayer
 from peanut.weights import FrozenLayer, kind_of
 
 from ..support import distance, gradients, one_thread, randomised, refused, same_bits  # noqa: F401

@@ -13,7 +13,7 @@ from peanut import LoraConfig, PeftModel, get_peft_model
 from peanut.methods.bitfit import BitFitConfig
 from peanut.methods.prompt_tuning import PromptTuningConfig
 from peanut.methods.xlora import XLoraConfig
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 
 from ..methods.mixing import (
     GATE,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peanut import PeanutError
-from peanut.model.parameters import NamedModules, Parameters
-from peanut.model.state import AdapterState
+from peanut.model.layers.parameters import NamedModules, Parameters
+from peanut.model.layers.state import AdapterState
 
 
 def test_parameters_keep_their_suffixes_as_names() -> None:

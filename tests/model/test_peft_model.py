@@ -25,7 +25,7 @@ from peanut import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peanut.model.layer import AdaptedLayer
+from peanut.model.layers.layer import AdaptedLayer
 
 from ..support import PEER_WARNINGS, Net, one_thread, peer_model, randomised, refused, same_bits  # noqa: F401
 

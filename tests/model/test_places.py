@@ -13,8 +13,8 @@ from peanut import LNTuningConfig, PeanutError, get_peft_model
 from peanut.methods.adaption_prompt import AdaptionPromptConfig
 from peanut.methods.bottleneck import BottleneckConfig
 from peanut.methods.loreft import LoreftConfig
-from peanut.model.hooks import Hooking
-from peanut.model.places import PLACES
+from peanut.model.layers.hooks import Hooking
+from peanut.model.targets.places import PLACES
 
 from ..support import one_thread, refused  # noqa: F401
 

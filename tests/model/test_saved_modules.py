@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
-from peanut.model.saved_modules import SavedModule
+from peanut.model.layers.saved_modules import SavedModule
 
 from ..support import distance, frozen_state, one_thread, randomised, refused, same_bits  # noqa: F401
 

@@ -11,8 +11,8 @@ import transformers as hf
 from torch import nn
 
 from peanut import LoraConfig, PeanutConfig, get_peft_model
-from peanut.model.adapter_set import AdapterSet
-from peanut.model.defaults import DEFAULT_TARGETS, HEADS
+from peanut.model.adapters.adapter_set import AdapterSet
+from peanut.model.targets.defaults import DEFAULT_TARGETS, HEADS
 
 from ..support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
 

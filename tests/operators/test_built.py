@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peanut.errors import PeanutError
 from peanut.operators import Operator
-from peanut.operators.built import Built
 from peanut.operators.dense import Dense
+from peanut.operators.materialised import Built
 
 from ..support import distance, one_thread  # noqa: F401
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from peanut.operators.built import Built
 from peanut.operators.circulant import Circulant
 from peanut.operators.fourier import Fourier
-from peanut.operators.gated import Gated
+from peanut.operators.hard_concrete import Gated
+from peanut.operators.inference import FEW
+from peanut.operators.materialised import Built
 from peanut.operators.operator import Operator
-from peanut.operators.settled import FEW
 from peanut.operators.sparse import Sparse
 
 from ..support import distance, one_thread  # noqa: F401

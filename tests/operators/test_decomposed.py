@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peanut.operators.decomposed import Decomposed
+from peanut.operators.magnitude import Decomposed
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 

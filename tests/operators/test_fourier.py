@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peanut.operators.fourier import Fourier
-from peanut.operators.settled import Settled
+from peanut.operators.inference import Settled
 
 from ..support import distance, one_thread  # noqa: F401
 from .test_built import check_laws

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from peanut.operators import LowRank
+from peanut.operators.inference import WrittenOut
 from peanut.operators.random_bases import RandomBases, rescaled
-from peanut.operators.settled import WrittenOut
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 

@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from peanut import BOFTConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
-from peanut.operators.decomposed import Decomposed
-from peanut.operators.gained import gained_product
 from peanut.operators.householder import Householder
+from peanut.operators.magnitude import Decomposed
 from peanut.operators.operator import Operator
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
-from peanut.operators.returned import Returned, pulled_gain, shaped
 from peanut.operators.rows import Rows
+from peanut.operators.saved_outputs import Returned, pulled_gain, shaped
+from peanut.operators.scaled_product import gained_product
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 

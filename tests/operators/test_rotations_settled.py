@@ -11,9 +11,9 @@ from torch import Tensor
 
 from peanut.lab.measure import peak_bytes
 from peanut.operators import Operator
-from peanut.operators.mixing import SMALL
+from peanut.operators.block_factors import SMALL
+from peanut.operators.inference import FEW
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
-from peanut.operators.settled import FEW
 
 from ..support import distance, one_thread  # noqa: F401
 

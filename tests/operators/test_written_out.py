@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peanut.operators import LowRank, Operator
-from peanut.operators.settled import FEW, WrittenOut
+from peanut.operators.inference import FEW, WrittenOut
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 

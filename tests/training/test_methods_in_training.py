@@ -24,7 +24,7 @@ from peanut import (
     penalty,
     predictive,
 )
-from peanut.model.adapter_set import AdapterSet
+from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.training.run import train
 from peanut.training.trainer import Trainer
 

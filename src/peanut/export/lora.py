@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..methods.lora import LoraConfig, suffixes
 from ..methods.peanut import PeanutConfig
-from ..model.adapter_set import AdapterSet
-from ..model.checkpoint import save_adapter
-from ..model.layer import AdaptedLayer
-from ..model.targets import target_paths
+from ..model.adapters.adapter_set import AdapterSet
+from ..model.checkpoints.checkpoint import save_adapter
+from ..model.layers.layer import AdaptedLayer
+from ..model.targets.matching import target_paths
 from ..operators import LowRank, singular_values
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 

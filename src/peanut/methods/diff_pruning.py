@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..operators.gated import Gated
+from ..operators.hard_concrete import Gated
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_finite
 from ..versions import counted

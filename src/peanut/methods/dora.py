@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LowRank
-from ..operators.decomposed import Decomposed
+from ..operators.magnitude import Decomposed
 from ..weights import FrozenLayer
 
 __all__ = ["decomposed", "norms_of_rows", "norms_with"]

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig, PeftType
-from .adapter_set import AdapterSet, experts_of
-from .checkpoint import StoredAdapter, adapter_state
-from .keys import KeyStyle, file_key, plain_key
-from .loading import load_state
-from .mixtures import all_or_none, name_for, ready
-from .surgery import SHARED
+from .adapters.adapter_set import AdapterSet, experts_of
+from .adapters.surgery import SHARED
+from .checkpoints.checkpoint import StoredAdapter, adapter_state
+from .checkpoints.keys import KeyStyle, file_key, plain_key
+from .checkpoints.loading import load_state
+from .checkpoints.mixtures import all_or_none, name_for, ready
 
 __all__ = [
     "AdaptedModel",

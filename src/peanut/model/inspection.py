@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..operators import Dense, effective_rank, singular_values
-from .adapter_set import AdapterSet
-from .layer import AdaptedLayer
+from .adapters.adapter_set import AdapterSet
+from .layers.layer import AdaptedLayer
 
 __all__ = ["LayerReport", "PlaceReport", "inspect_adapter", "inspect_places"]
 

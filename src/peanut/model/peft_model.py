@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import METHODS, InputMethod, PeftConfig, PeftType, method_of
-from .adapter_set import AdapterSet
-from .checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
+from .adapters.adapter_set import AdapterSet
+from .adapters.routing import per_sample
+from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
+from .checkpoints.loading import load_state, same_form
+from .checkpoints.mixtures import all_or_none, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
-from .loading import load_state, same_form
-from .mixtures import all_or_none, gathered, name_for, ready, save_experts
 from .models import MODELS
-from .routing import per_sample
 
 __all__ = ["PeftModel", "get_peft_model"]
 

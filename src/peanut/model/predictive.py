@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_set import AdapterSet
+from .adapters.adapter_set import AdapterSet
 
 __all__ = ["Prediction", "predictive"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..protocols import PeftType
 from .injection import AdaptedModel
-from .input import AdaptedMixture
+from .layers.input import AdaptedMixture
 
 __all__ = ["XLoraModel"]
 

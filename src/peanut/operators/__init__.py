@@ -1,6 +1,6 @@
 """Linear operators on weights: applied to activations, written out densely, with a backward that saves little."""
 
-from .combined import Chain, Gained, Sum
+from .compose import Chain, Gained, Sum
 from .dense import Dense
 from .low_rank import LowRank
 from .operator import Operator

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .built import Built, product_dtype
+from .materialised import Built, product_dtype
 from .operator import Operator
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["BlockAffine", "Blockwise"]
 

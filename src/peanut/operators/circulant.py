@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .built import Built
+from .inference import Settled
+from .materialised import Built
 from .operator import Operator
-from .settled import Settled
 
 __all__ = ["Circulant"]
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .built import product_dtype
 from .cayley import in_full
 from .low_rank import LowRank
+from .materialised import product_dtype
 from .operator import Operator, gained
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["Householder"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import Operator
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["LowRank"]
 

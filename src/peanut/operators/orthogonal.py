@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixing import Mixing, SettledMixing
+from .block_factors import Mixing, SettledMixing
 from .operator import Operator
 
 __all__ = ["BlockDiagonal", "Butterfly"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PeanutError
 from .operator import Operator
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["PerSample"]
 

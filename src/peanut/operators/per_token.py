@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from .low_rank import LowRank
 from .operator import Operator
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["PerToken"]
 

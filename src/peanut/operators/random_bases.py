@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inference import WrittenOut
 from .low_rank import LowRank
 from .operator import Operator
-from .returned import shaped
-from .settled import WrittenOut
+from .saved_outputs import shaped
 
 __all__ = ["RandomBases", "rescaled"]
 

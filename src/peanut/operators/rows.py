@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .built import product_dtype
+from .materialised import product_dtype
 from .operator import Operator
-from .returned import shaped
+from .saved_outputs import shaped
 
 __all__ = ["Rows"]
 

@@ -1,0 +1,1 @@
+"""Live models of Hugging Face PEFT made ours in place, and ours made theirs."""

@@ -1,0 +1,1 @@
+"""The adapters of a model: put in, planned, started, made active, merged, taken out."""

@@ -1,0 +1,427 @@
+"""The adapters of one model: put in, switched, merged, taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PeanutError, nearest
+from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
+from ...weights import settle
+from ..layers.adapted import Adapted
+from ..layers.layer import AdaptedLayer
+from ..layers.parameters import Parameters
+from ..layers.saved_modules import SavedModule
+from ..layers.state import AdapterState
+from ..layers.walk import walk
+from ..prompts.running import Runner
+from ..targets.matching import saved_paths
+from .adding import New, add_changes, add_input, add_mixture, add_outputs
+from .surgery import SHARED, Surgery
+from .training_hooks import follow, unfollow
+
+__all__ = ["SHARED", "AdapterSet"]
+
+
+class AdapterSet(Surgery):
+    """The adapters of ``model``, which is changed in place: its target layers are wrapped.
+
+    Args:
+        model: the base model; the set is kept on it, and ``AdapterSet.of`` finds it again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.runner = Runner(model, self.state)
+        self.configs: dict[str, PeftConfig] = {}
+        self.trained: list[str] = []
+        model.__dict__["_adapter_set"] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> AdapterSet:
+        """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none."""
+        # A wrapper (PeftModel, PeanutModel) knows the set of the model that it wraps.
+        found = model.__dict__.get("_adapter_set") or getattr(model, "adapters", None)
+        return found if isinstance(found, AdapterSet) else AdapterSet(model)
+
+    # What there is
+
+    def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
+        """The adapted layers with their paths, all or those that have adapter ``name``."""
+        for module in walk(self.model):
+            if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
+                yield module.path, module
+
+    def places(self, name: str | None = None) -> Iterator[Adapted]:
+        """Every place where adapters act, or those that have adapter ``name``."""
+        for module in walk(self.model):
+            if isinstance(module, Adapted) and (name is None or name in module.adapters):
+                yield module
+
+    def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
+        """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
+        for module in walk(self.model):
+            if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
+                yield module.path, module
+
+    def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
+        bank: Parameters | None = None
+        whole: list[SavedModule] = []
+        for module in walk(self.model):
+            if isinstance(module, Adapted) and name in module.adapters:
+                for suffix, value in module.adapters[name].values_by_suffix().items():
+                    yield f"{SHARED}{suffix}" if module.path == SHARED else f"{module.path}.{suffix}", value
+                if bank is None and name in module.banks:
+                    bank = module.banks[name]
+            elif isinstance(module, SavedModule) and name in module.modules_to_save:
+                whole.append(module)
+        for suffix, value in bank.values_by_suffix().items() if bank is not None else ():
+            yield f"{SHARED}{suffix}", value
+        for saved in whole:
+            for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
+                yield f"{saved.path}.{suffix}", value
+
+    def bank(self, name: str) -> Parameters | None:
+        """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
+        return next((place.banks[name] for place in self.places(name) if name in place.banks), None)
+
+    def penalty(self) -> Tensor | None:
+        """What the active adapters' methods add to the loss in training, or ``None``."""
+        total: Tensor | None = None
+        for name in self.state.active:
+            method = method_of(self.configs[name].peft_type)
+            values = self._values(name, method) if overrides(method, "penalty") else []
+            own = method.penalty(self.configs[name], values) if values else None
+            if own is not None:
+                total = own if total is None else total + own.to(total.device)
+        return total
+
+    def plan(self, steps: int, rows: int) -> None:
+        """Tells the active adapters' methods how long training will be."""
+        for name in self.state.active:
+            config = self.configs[name]
+            planned = method_of(config.peft_type).planned(config, steps, rows)
+            if planned is not config:
+                self.configure(name, planned)
+
+    @torch.no_grad()
+    def after_step(self, updated: Collection[int]) -> None:
+        """Lets methods with a schedule take their turn after an optimizer has updated the parameters of these ids."""
+        for name in self.trained:
+            method = method_of(self.configs[name].peft_type)
+            values = self._values(name, method) if overrides(method, "after_step") else []
+            if any(id(value) in updated for own in values for value in own.values()):
+                method.after_step(self.configs[name], values)
+
+    def _values(self, name: str, method: Method[Any]) -> list[dict[str, Tensor]]:
+        """The tensors of adapter ``name`` in each place where ``method``, not a companion of it, acts."""
+        return [place.values(name) for place in self.places(name) if place.method_of(name)[0] == method]
+
+    def known(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: there is no adapter of one of the names.
+        """
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.configs:
+                raise PeanutError(
+                    f"no adapter {name!r}",
+                    f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
+                    f"nearest: {nearest(name, self.configs, 1)}" if self.configs else "add it first",
+                )
+        return wanted
+
+    # In and out
+
+    def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True, copies: bool = True) -> None:
+        """Puts a new adapter into the model; it is neither active nor trained yet.
+
+        Args:
+            name: any name without a dot or slash.
+            config: what to put in.
+            meta: leave the parameters without storage, to be filled by loading.
+            wide: keep parameters in float32 at least, also on a half-precision base.
+            copies: copy the modules that are trained whole; else the caller puts them into ``saved_modules``.
+
+        Raises:
+            PeanutError: the name is taken or unusable, or the config does not fit the model, which is then unchanged.
+        """
+        if not name or any(character in name for character in "./\\") or name == "__base__":
+            raise PeanutError(f"adapter name {name!r}", "a name without dots and slashes", "choose another name")
+        if name in self.configs:
+            raise PeanutError(
+                f"an adapter {name!r} is there already", "a new name", "delete it first or choose another"
+            )
+        if self.state.merged:
+            raise PeanutError(
+                f"adapter {self.state.merged[0]!r} is merged", "an unmerged model", "call unmerge_adapter() first"
+            )
+        if any(place.state is not self.state for place in self.places()):
+            raise PeanutError(
+                f"a part of this {type(self.model).__name__}, or a model around it, has adapters of its own",
+                "one model that holds all adapters",
+                "add the adapter there, or unload() that one first",
+            )
+        method, given = method_of(config.peft_type), config
+        config = method.completed(config, str(getattr(getattr(self.model, "config", None), "model_type", "")))
+        settle(self.model)
+        heads = saved_paths(self.model, config)
+        for path in heads:
+            self.check_whole(path)
+        new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
+        if isinstance(method, WeightMethod):
+            add_changes(self, new, method, config, given)
+        elif isinstance(method, OutputMethod):
+            add_outputs(self, new, method, config)
+        elif isinstance(method, InputMethod):
+            config = add_input(self, new, method, config)
+        elif isinstance(method, MixtureMethod):
+            self.known(list(method.experts(config)))
+            config = add_mixture(self, new, method, config, self.configs)
+        memo: dict[int, Any] = {}
+        for path in heads:
+            if copies:
+                self.saved(path).add(name, wide=wide, memo=memo)
+            else:
+                self.saved(path).modules_to_save[name] = nn.Module()
+        self.configs[name] = config
+        self.freeze(self.trained)
+        self.runner.watch()
+        if overrides(method, "penalty") or overrides(method, "after_step"):
+            follow(self)
+
+    def configure(self, name: str, config: PeftConfig) -> None:
+        """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
+        method = method_of(config.peft_type)
+        for place in self.places(name):
+            if place.method_of(name)[0] == method:
+                place.configure(name, config.for_layer(place.path))
+        self.configs[name] = config
+
+    def delete(self, name: str) -> None:
+        """Takes an adapter out; layers that then have none are the base's own again."""
+        self.known(name)
+        if name in self.state.merged:
+            raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
+        mixed = [other for other, config in self.configs.items() if name in experts_of(config)]
+        if mixed:
+            raise PeanutError(
+                f"adapter {name!r} is an expert of {mixed[0]!r}",
+                "an adapter that stands alone",
+                f"delete {mixed[0]!r} first",
+            )
+        for place in list(self.places(name)):
+            place.delete(name)
+            if not len(place.adapters):
+                self.emptied(place)
+        for path, saved in list(self.saved_modules(name)):
+            saved.delete(name)
+            if not len(saved.modules_to_save):
+                self.put(path, saved.original_module)
+        del self.configs[name]
+        self.state.active = [other for other in self.state.active if other != name]
+        self.trained = [other for other in self.trained if other != name]
+        self.runner.watch()
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
+        self.unmerge()
+        for name in sorted(self.configs, key=lambda name: not experts_of(self.configs[name])):  # mixtures first
+            self.delete(name)
+        self._leave()
+        return self.model
+
+    def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
+        """The base model with adapters merged for good and the active adapters' heads put in place."""
+        wanted = self.mergeable(self.state.active if names is None else names)
+        before, self.state.active = self.state.active, list(dict.fromkeys([*self.state.merged, *wanted]))
+        try:
+            self.merge(wanted)
+        except PeanutError:
+            self.state.active = before
+            raise
+        self._tie_again()
+        for path, layer in list(self.layers()):
+            layer.frozen.forget()
+            self.put(path, layer.base_layer)
+        for path, saved in list(self.saved_modules()):
+            self.put(path, saved.adopted())
+        for place in list(self.places()):
+            self.emptied(place)
+        self._leave()
+        self.configs, self.state, self.trained = {}, AdapterState(), []
+        return self.model
+
+    # Which act
+
+    def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
+        """Makes exactly ``names`` active, and trainable unless told otherwise.
+
+        Raises:
+            PeanutError: an adapter is unknown; one that is merged would not be active, or not next to the weight; two
+                have a copy of one head.
+        """
+        wanted = self.known(names)
+        left = [name for name in self.state.merged if name not in wanted]
+        if left:
+            raise PeanutError(
+                f"adapter {left[0]!r} is merged into the weights and would stay so",
+                "an unmerged model",
+                "call unmerge_adapter() first",
+            )
+        self._refuse_two_heads(wanted)
+        for _, layer in self.layers() if self.state.merged else ():
+            layer.check_merge(self.state.merged, wanted)
+        self.state.active = wanted
+        self.freeze(trainable=wanted if trainable else ())
+
+    def freeze(self, trainable: Sequence[str]) -> None:
+        """Freezes the parameters of every adapter but those called ``trainable``."""
+        self.trained = list(trainable)
+        trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
+        for place in self.places():
+            for name in place.adapters:
+                place.adapters[name].requires_grad_(name in trainable)
+            for name in place.banks:
+                place.banks[name].requires_grad_(name in trainable)
+        for _, saved in self.saved_modules():
+            saved.original_module.requires_grad_(False)
+            for name in saved.modules_to_save:
+                saved.modules_to_save[name].requires_grad_(name in trainable)
+
+    def _trained_with(self, name: str) -> list[str]:
+        """The experts that are trained when mixture ``name`` is."""
+        config = self.configs.get(name)
+        method = None if config is None else method_of(config.peft_type)
+        if not isinstance(method, MixtureMethod) or not method.trains_experts(config):
+            return []
+        return list(method.experts(config))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the model answers exactly as its base; what was merged is merged again afterwards."""
+        merged, before = list(self.state.merged), self.state.disabled
+        self.unmerge()
+        self.state.disabled = True
+        try:
+            yield
+        finally:
+            self.state.disabled = before
+            if merged:
+                self.merge(merged)
+
+    # Merging
+
+    def mergeable(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: one of them is no change of a weight.
+        """
+        wanted = self.known(names)
+        for name in wanted:
+            if not isinstance(method_of(self.configs[name].peft_type), WeightMethod):
+                raise PeanutError(
+                    f"adapter {name!r}, of {method_of(self.configs[name].peft_type).name}, changes no weight, so it "
+                    "cannot be merged",
+                    "adapters that change weights",
+                    "name those, or unload() to leave it out",
+                )
+        return wanted
+
+    def merge(self, names: str | Sequence[str] | None = None) -> None:
+        """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
+
+        Raises:
+            PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
+                head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
+        """
+        wanted = self.mergeable(self.state.active if names is None else names)
+        before = list(self.state.merged)
+        active = list(dict.fromkeys([*self.state.active, *before, *wanted]))
+        merged = list(dict.fromkeys([*before, *wanted]))
+        self._refuse_two_heads(active)
+        for _, layer in self.layers():
+            layer.check_merge(merged, active)
+        tied = _shared_parameters(self.model)
+        try:
+            for _, layer in self.layers():
+                layer.merge([name for name in active if name in merged], shared=id(layer.weight) in tied)
+        except PeanutError:
+            for _, layer in self.layers():
+                layer.unmerge()
+                layer.merge([name for name in active if name in before], shared=id(layer.weight) in tied)
+            raise
+        self.state.merged, self.state.active = merged, active
+
+    def unmerge(self) -> None:
+        """Restores every weight bit for bit; the adapters stay active."""
+        for _, layer in self.layers():
+            layer.unmerge()
+        self.state.merged = []
+
+    # Leaving
+
+    def _tie_again(self) -> None:
+        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
+
+        If they do not, the model's config says so: else a saved model would come back with the head tied to the
+        embedding, and the merge lost.
+        """
+        apart: dict[int, list[AdaptedLayer]] = {}
+        for _, layer in self.layers():
+            if layer.frozen.untied_from is not None:
+                apart.setdefault(id(layer.frozen.untied_from), []).append(layer)
+        for first, *others in apart.values():
+            left = any(p is first.frozen.untied_from for p in self.model.parameters())
+            if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
+                for layer in others:
+                    layer.base_layer.weight = first.base_layer.weight
+            elif getattr(self.model, "config", None) is not None:
+                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def _leave(self) -> None:
+        """Leaves no trace of the adapters on the model."""
+        self.runner.leave()
+        unfollow(self)
+        self.model.__dict__.pop("_adapter_set", None)
+
+    def _refuse_two_heads(self, names: Sequence[str]) -> None:
+        for path, saved in self.saved_modules():
+            both = [name for name in names if name in saved.modules_to_save]
+            if len(both) > 1:
+                raise PeanutError(
+                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
+                    "one such adapter at a time",
+                    "activate one of them",
+                )
+
+
+def overrides(method: Method[Any], name: str) -> bool:
+    """Whether a method has its own version of an optional part of the protocol."""
+    return getattr(type(method), name) is not getattr(Method, name)
+
+
+def experts_of(config: PeftConfig) -> list[str]:
+    """The adapters that an adapter with ``config`` mixes."""
+    method = method_of(config.peft_type)
+    return list(method.experts(config)) if isinstance(method, MixtureMethod) else []
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in holders.items() if len(modules) > 1}

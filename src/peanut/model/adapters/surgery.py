@@ -1,0 +1,146 @@
+"""Modules of a model found, wrapped and put back by path."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...errors import PeanutError
+from ...weights import FrozenLayer, kind_of
+from ..layers.adapted import Adapted
+from ..layers.hooks import hook, move_hooks, unhook
+from ..layers.input import AdaptedInput, AdaptedMixture
+from ..layers.layer import AdaptedLayer
+from ..layers.output import AdaptedOutput, Listener
+from ..layers.saved_modules import SavedModule
+from ..layers.state import AdapterState
+from ..targets.matching import bare
+
+__all__ = ["SHARED", "Surgery"]
+
+SHARED = "/"
+"""What begins the keys of tensors that belong to no one layer: they lie beside the model's modules in files."""
+
+
+class Surgery:
+    """Finds the places of a model, and makes adapters a place in them.
+
+    Args:
+        model: the base model, changed in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = AdapterState()
+
+    def frozen(self, path: str) -> FrozenLayer:
+        """The layer at ``path`` as a frozen matrix."""
+        module = self.at(path)
+        if isinstance(module, AdaptedLayer):
+            return module.frozen
+        kind = kind_of(module)
+        assert kind is not None  # target_paths has checked it
+        return FrozenLayer(module, kind)
+
+    def wrapped(self, path: str) -> AdaptedLayer:
+        """The layer at ``path`` with adapters around it."""
+        module = self.at(path)
+        if isinstance(module, AdaptedLayer):
+            return module
+        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state)
+        if not module.training:
+            layer.eval()
+        self.put(path, layer)
+        return layer
+
+    def saved(self, path: str) -> SavedModule:
+        """The module at ``path`` with the copies of it that adapters train."""
+        module = self.at(path)
+        if isinstance(module, SavedModule):
+            return module
+        saved = SavedModule(module, path, self.state).train(module.training)
+        self.put(path, saved)
+        return saved
+
+    def output(self, path: str) -> AdaptedOutput:
+        """The adapters of the output of the module at ``path``."""
+        outer = self.at(path)
+        inner = bare(outer)
+        found = inner._modules.get("adapted_output")
+        if isinstance(found, AdaptedOutput):
+            return found
+        made = AdaptedOutput(inner, path, self.state).train(inner.training)
+        inner.add_module("adapted_output", made)
+        hook(outer, made.change)
+        return made
+
+    def listener(self, path: str, source: str | None) -> Listener | None:
+        """What adapters of the output at ``path`` hear the input of ``source`` by, if that is another module."""
+        if source is None:
+            return None
+        listeners = self.output(path).listeners
+        if source not in listeners:
+            listeners[source] = Listener(source, path)
+            hook(self.at(source), listeners[source].see, before=True)
+        return listeners[source]
+
+    def input(self) -> AdaptedInput:
+        """The adapters of the model's input."""
+        return self._own_holder("adapted_input", AdaptedInput)  # type: ignore[return-value]
+
+    def mixture(self) -> AdaptedMixture:
+        """The mixtures of the model's adapters."""
+        return self._own_holder("adapted_mixture", AdaptedMixture)  # type: ignore[return-value]
+
+    def _own_holder(self, name: str, kind: type[Adapted]) -> Adapted:
+        if name not in self.model._modules:
+            self.model.add_module(name, kind(SHARED, self.state).train(self.model.training))
+        return self.model._modules[name]  # type: ignore[return-value]
+
+    def emptied(self, place: Adapted) -> None:
+        """Takes a place without adapters out of the model."""
+        if isinstance(place, AdaptedLayer):
+            self.put(place.path, place.base_layer)
+        elif isinstance(place, AdaptedOutput):
+            outer = self.at(place.path)
+            unhook(outer, place)
+            for source, listener in place.listeners.items():
+                unhook(self.at(source), listener)
+            del bare(outer)._modules["adapted_output"]
+        else:
+            del self.model._modules["adapted_input" if isinstance(place, AdaptedInput) else "adapted_mixture"]
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Puts a module in the place of the one at ``path``; what hangs on that goes with the place."""
+        parent, _, name = path.rpartition(".")
+        move_hooks(self.at(path), module)
+        setattr(self.own(self.at(parent)), name, module)
+
+    def at(self, path: str) -> nn.Module:
+        """The module at ``path`` in the base model; through a module that is trained whole it leads by the original."""
+        module = self.model
+        for name in path.split(".") if path else ():
+            inner = self.own(module)
+            module = inner._modules.get(name) or getattr(inner, name)
+        return module
+
+    @staticmethod
+    def own(module: nn.Module) -> nn.Module:
+        """A module, or the base's own if it is trained whole."""
+        return module.original_module if isinstance(module, SavedModule) else module
+
+    def check_whole(self, path: str) -> None:
+        """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter."""
+        for inner, module in self.own(self.at(path)).named_modules(prefix=path):
+            kind = kind_of(bare(module))
+            if kind is not None and kind.quantised:
+                raise PeanutError(
+                    f"'{path}' is to be trained whole, and '{inner}' in it is quantised",
+                    "modules with weights that are numbers",
+                    "leave it out of what is trained whole",
+                )
+        if any(isinstance(module, Adapted) for module in self.own(self.at(path)).modules()):
+            raise PeanutError(
+                f"'{path}' is to be trained whole, and another adapter changes a layer in it",
+                "a module that no adapter changes",
+                "leave it out of modules_to_save, or delete that adapter first",
+            )

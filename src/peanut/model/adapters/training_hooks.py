@@ -1,0 +1,89 @@
+"""What a method needs of a training loop, without a call in it: penalties in the loss, and a turn after each step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..layers.state import AdapterState
+
+__all__ = ["Followed", "follow", "unfollow"]
+
+
+class Followed(Protocol):
+    """What the hooks must know of a model's adapters."""
+
+    model: nn.Module
+    state: AdapterState
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss."""
+
+    def after_step(self, updated: Collection[int]) -> None:
+        """Runs after an optimizer has updated the parameters of these ids."""
+
+
+_FOLLOWED: weakref.WeakSet[Followed] = weakref.WeakSet()
+_HOOKED: list[Any] = []
+
+
+def follow(adapters: Followed) -> None:
+    """From now on, penalties of ``adapters`` enter the loss that the model returns, and schedules follow the optimizer.
+
+    The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
+    accelerate, one's own) has the penalty in it. Schedules hang on torch's hook after every optimizer's step.
+    """
+    _watch(adapters)
+    if _before_loss_leaves not in adapters.model._forward_hooks.values():
+        adapters.model.register_forward_hook(_before_loss_leaves)
+
+
+def unfollow(adapters: Followed) -> None:
+    """Takes back what ``follow`` did."""
+    _FOLLOWED.discard(adapters)
+    hooks = adapters.model._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _before_loss_leaves]:
+        del hooks[key]
+
+
+def _watch(adapters: Followed) -> None:
+    if not _HOOKED:
+        _HOOKED.append(register_optimizer_step_post_hook(_after_step))
+    _FOLLOWED.add(adapters)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for adapters in list(_FOLLOWED):
+        adapters.after_step(updated)
+
+
+def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
+    """The model's output with the penalty of its active adapters in its loss."""
+    adapters = model.__dict__.get("_adapter_set")
+    if adapters is None or not model.training or not torch.is_grad_enabled():
+        return output
+    if not torch.compiler.is_compiling():
+        _watch(adapters)  # a copy of a model has this hook, and adapters that nobody has announced
+    if not adapters.state.penalising:
+        return output
+    penalty = adapters.penalty()
+    if penalty is None:
+        return output
+    if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+        output["loss"] = output["loss"] + penalty.to(output["loss"].device)
+    elif isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
+        output = (output[0] + penalty.to(output[0].device), *output[1:])
+    else:
+        warnings.warn(
+            f"{type(model).__name__} returned no loss, so the penalty of adapter {adapters.state.active[0]!r} is not "
+            "in it: give the model labels, or add peanut.penalty(model) to your loss",
+            stacklevel=2,
+        )
+    return output

@@ -1,0 +1,1 @@
+"""Adapters in files: keys, fingerprints of the base, saving and loading."""

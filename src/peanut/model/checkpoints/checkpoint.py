@@ -1,0 +1,262 @@
+"""An adapter as files: ``adapter_config.json`` and ``adapter_model.safetensors``, in Hugging Face PEFT's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import PeanutError
+from ...files import write_files
+from ...hub import locate
+from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
+from ...protocols.config import CONFIG_NAME
+from ..adapters.adapter_set import AdapterSet
+from ..adapters.surgery import SHARED
+from ..targets.defaults import HEADS
+from ..targets.matching import ALL_LINEAR
+from .fingerprint import fingerprint
+from .keys import PREFIX, KeyStyle, file_key, flat, key_of, plain_key
+
+__all__ = [
+    "TRAINING_NAME",
+    "WEIGHTS_NAME",
+    "StoredAdapter",
+    "adapter_state",
+    "by_place",
+    "file_config",
+    "parts_of",
+    "read_adapter",
+    "save_adapter",
+]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINING_NAME = "adapter_training.safetensors"
+"""What only training needs, to go on from: statistics of schedules. Loading an adapter for use ignores it."""
+_FINGERPRINT = "peanut_base"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter's folder holds.
+
+    Args:
+        config: its config.
+        state: its tensors by key, without the prefix.
+        base: the fingerprint of the base that it was trained on, if its writer recorded one.
+        source: the folder, for messages.
+        passing: what only training needs, by key.
+    """
+
+    config: PeftConfig
+    state: dict[str, Tensor]
+    base: str | None
+    source: str
+    passing: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def adapter_state(
+    adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The config of adapter ``name`` and its tensors by key, without the prefix, in the form that files hold.
+
+    Args:
+        adapters: the model's adapters.
+        name: which.
+        state_dict: full state dict of the model (as gathered by FSDP or DeepSpeed) to take the values from.
+    """
+    adapters.known(name)
+    own = {key: value.detach() for key, value in adapters.parameters(name)}
+    if state_dict is not None:
+        inner = {_plain(key): value for key, value in state_dict.items()}
+        names = {id(value): _plain(key) for key, value in adapters.model.state_dict(keep_vars=True).items()}
+        own = {key: inner.get(names.get(id(value), ""), value.detach()) for key, value in adapters.parameters(name)}
+    config, state = adapters.configs[name], dict[str, Tensor]()
+    grouped = by_place(adapters, name, own)
+    for method, part, paths in parts_of(adapters, name):
+        held, stored = method.stored(part, {path: grouped.pop(path, {}) for path in paths})
+        config = held if part is adapters.configs[name] else config
+        state |= flat(stored)
+    return config, state | flat(grouped)  # what no method knows: modules that are trained whole
+
+
+def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
+    """The tensors of adapter ``name`` that only training needs (statistics of a schedule), by key."""
+    wanted = {
+        key_of(path, suffix)
+        for method, config, paths in parts_of(adapters, name)
+        for suffix in method.passing(config) | method.scaffold(config)
+        for path in paths
+    }
+    return {key: value.detach() for key, value in adapters.parameters(name) if key in wanted} if wanted else {}
+
+
+def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
+    """The methods of an adapter, each with its config and the paths where its tensors are."""
+    main = method_of(adapters.configs[name].peft_type)
+    paths: dict[Method[Any], dict[str, None]] = {main: {SHARED: None}}
+    configs: dict[Method[Any], PeftConfig] = {main: adapters.configs[name]}
+    for place in adapters.places(name):
+        method, config = place.method_of(name)
+        configs.setdefault(method, config)
+        paths.setdefault(method, {})[place.path] = None
+    for method, own in paths.items():
+        yield method, configs[method], list(own)
+
+
+def by_place(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by key, grouped by the path of the layer that they belong to, then by suffix."""
+    paths = {place.path for place in adapters.places(name)}
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(SHARED):
+            grouped.setdefault(SHARED, {})[key.removeprefix(SHARED)] = value
+            continue
+        path = key.rpartition(".")[0]
+        while path and path not in paths:
+            path = path.rpartition(".")[0]
+        grouped.setdefault(path, {})[key.removeprefix(f"{path}.")] = value
+    return grouped
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Writes adapter ``name`` into ``folder``: both files, or, if that fails, neither.
+
+    Raises:
+        PeanutError: a value is not finite, or the folder cannot be written.
+    """
+    held, state = adapter_state(adapters, name, state_dict)
+    _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
+    config = file_config(adapters, name, _with_folders(held, Path(folder)))
+    metadata = {"format": "pt"}
+    base = fingerprint(adapters, name)
+    if base is not None:
+        metadata[_FINGERPRINT] = base
+    style = KeyStyle.of(config)
+    tensors = _for_file(state, style)
+    files: dict[str, Callable[[Path], object]] = {
+        CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
+        WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+    }
+    passing = _for_file(training_state(adapters, name), style)
+    _refuse_not_finite(passing, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
+    if passing:
+        files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
+    return write_files(folder, files)
+
+
+def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:
+    """The config of adapter ``name`` as files hold it, from what ``adapter_state`` says of it."""
+    model_config = getattr(adapters.model, "config", None)
+    return replace(
+        held,
+        inference_mode=True,
+        base_model_name_or_path=adapters.configs[name].base_model_name_or_path
+        or getattr(model_config, "_name_or_path", None)
+        or None,
+        modules_to_save=_modules_to_save(adapters, name),
+        target_modules=_target_modules(adapters, name, held),
+    )
+
+
+def _with_folders(config: PeftConfig, folder: Path) -> PeftConfig:
+    """The config of a mixture with the folders into which its experts are saved beside it."""
+    method = method_of(config.peft_type)
+    if not isinstance(method, MixtureMethod):
+        return config
+    mixed: PeftConfig = method.mixing(config, {name: str(folder / name) for name in method.experts(config)})
+    return mixed
+
+
+def _for_file(state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]:
+    return _unshared({file_key(key, style): value.cpu().contiguous() for key, value in sorted(state.items())})
+
+
+def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
+    """Reads an adapter's folder (or hub repository) whole, before any model is touched.
+
+    Raises:
+        PeanutError: a file is missing, truncated or not safetensors, or holds values that are not finite.
+    """
+    config = PeftConfig.from_pretrained(source, **hub) if config is None else config
+    path = locate(source, WEIGHTS_NAME, **hub)
+    style = KeyStyle.of(config)
+    state, metadata = _read(path, style)
+    training = Path(path).parent / TRAINING_NAME
+    passing = _read(training, style)[0] if training.is_file() else {}
+    return StoredAdapter(config, state, metadata.get(_FINGERPRINT), str(source), passing)
+
+
+def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, by key without the prefix, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except (SafetensorError, OSError) as error:
+        raise PeanutError(
+            f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
+        ) from error
+    _refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
+    return {plain_key(key, style): value for key, value in state.items()}, metadata
+
+
+def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:
+    """What the config names, and the task's heads under the names that the peer writes for them."""
+    config = adapters.configs[name]
+    task = str(getattr(config.task_type, "value", config.task_type))
+    return sorted({*(config.modules_to_save or []), *HEADS.get(task, ())}) or None
+
+
+def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[str] | str | None:
+    """The config's targets; where it left them open, the layers whose weight is changed."""
+    if not isinstance(method_of(held.peft_type), WeightMethod):
+        return held.target_modules
+    targets = adapters.configs[name].target_modules
+    if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return targets
+    main = method_of(adapters.configs[name].peft_type)
+    return (
+        sorted(
+            place.path for place in adapters.places(name) if place.method_of(name)[0] == main and place.path != SHARED
+        )
+        or None
+    )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, which safetensors refuses: a head may hold one bias under two names."""
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return tensors
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
+    for key, value in state.items():
+        # The norm is read fastest. It may be too large although no value is: then all are looked at.
+        if value.is_floating_point() and not (_norm(value).isfinite() or value.isfinite().all()):
+            raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
+
+
+def _norm(value: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+    return norm
+
+
+def _plain(key: str) -> str:
+    """A state dict's key without what wrappers put before and into it."""
+    for token in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+        key = key.replace(token, "")
+    return key.removeprefix("module.").removeprefix(PREFIX)

@@ -1,0 +1,66 @@
+"""A few numbers of the frozen weights, kept with an adapter, so that it does not load on another base unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from ...errors import PeanutError
+from ..adapters.adapter_set import AdapterSet
+
+__all__ = ["check_base", "fingerprint"]
+
+_LAYERS, _VALUES = 16, 16
+
+
+@torch.no_grad()
+def fingerprint(adapters: AdapterSet, name: str) -> str | None:
+    """JSON of samples of the weights under adapter ``name``: up to 16 values of up to 16 layers, evenly spread.
+
+    Values, not a hash: the same base in another precision must be known again. ``None`` on the meta device, and
+    where no layer is adapted.
+    """
+    layers = list(adapters.layers(name))
+    step = max(1, len(layers) // _LAYERS)
+    samples: dict[str, list[float]] = {}
+    for path, layer in layers[::step][:_LAYERS]:
+        matrix = layer.frozen.matrix()
+        if matrix.device.type == "meta" or layer.frozen.kind.quantised:
+            return None
+        flat = layer.frozen.weight.reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()
+        samples[path] = [float(f"{value:.6g}") for value in flat[places.to(flat.device)].double().tolist()]
+    return json.dumps(samples, sort_keys=True) if samples else None
+
+
+def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on: str | None) -> None:
+    """Compares the base under adapter ``name`` with the fingerprint that its file records, if it does.
+
+    A value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it.
+
+    Raises:
+        PeanutError: the weights differ by more.
+    """
+    own = fingerprint(adapters, name)
+    if not recorded or own is None:
+        return
+    then, now = json.loads(recorded), json.loads(own)
+    differs = then.keys() != now.keys() or any(len(then[path]) != len(now[path]) for path in then)
+    if not differs:
+        a = torch.tensor([value for path in sorted(then) for value in then[path]], dtype=torch.float64)
+        b = torch.tensor([value for path in sorted(now) for value in now[path]], dtype=torch.float64)
+        differs = bool(((a - b).abs() > 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-6).any())
+    if differs:
+        here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
+        raise PeanutError(
+            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(recorded)}) "
+            f"and this base is '{here}' (weights {_short(own)})",
+            "the base that it was trained on",
+            "load that one, or pass check_base=False",
+        )
+
+
+def _short(samples: str) -> str:
+    return hashlib.sha256(samples.encode()).hexdigest()[:8]

@@ -1,0 +1,214 @@
+"""Stored tensors put into an adapter: all that fits, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...errors import PeanutError, nearest
+from ...protocols import PeftConfig
+from ..adapters.adapter_set import AdapterSet
+from ..adapters.surgery import SHARED
+from ..layers.layer import AdaptedLayer
+from ..layers.parameters import Parameters
+from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, parts_of
+from .fingerprint import check_base
+from .keys import flat, key_of
+
+__all__ = ["load_state", "same_form"]
+
+
+def load_state(
+    adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
+) -> None:
+    """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
+
+    Args:
+        adapters: the model's adapters.
+        name: the adapter, which is in the model already.
+        stored: what was read.
+        check: refuse a base whose weights differ from those that the adapter was trained on.
+        alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
+            it may lie in the file still.
+
+    Raises:
+        PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
+    """
+    if name in adapters.state.merged:
+        raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
+    parts, there = list(parts_of(adapters, name)), dict(adapters.parameters(name))
+    left_out = {
+        key_of(path, suffix)
+        for method, config, paths in parts
+        for suffix in method.rebuilt(config) | method.passing(config) | method.scaffold(config)
+        for path in paths
+    }
+    own = {key: value for key, value in there.items() if key not in left_out}
+    grouped = by_place(adapters, name, stored.state)
+    state: dict[str, Tensor] = {}
+    for method, config, paths in parts:
+        restored = method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped})
+        state |= flat(restored)
+    state |= flat(grouped)
+    scaffold = {
+        key: there[key]
+        for method, config, paths in parts
+        for suffix in method.scaffold(config)
+        for path in paths
+        if (key := key_of(path, suffix)) in there
+    }
+    made = _made_by_scaffold(adapters, name, scaffold, state, stored)
+    state = {key: value for key, value in state.items() if key not in made}
+    state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
+    state = _without_copies(adapters, name, state)
+    read = {id(own[key]): value for key, value in state.items() if key in own}
+    state |= {key: read[id(value)] for key, value in own.items() if key not in state and id(value) in read}  # tied
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise PeanutError(
+            f"'{stored.source}' {_listed('lacks', missing)}{' and ' if missing and unexpected else ''}"
+            f"{_listed('has unexpected', unexpected)}",
+            f"the {len(own)} tensors of its config on {type(adapters.model).__name__}",
+            f"check the base model and the config{_hint(unexpected, own)}",
+        )
+    for key, parameter in own.items():
+        if parameter.shape != state[key].shape:
+            raise PeanutError(
+                f"'{stored.source}' holds {key} of shape {tuple(state[key].shape)}",
+                f"{tuple(parameter.shape)}",
+                "load it on the base it was trained on (for a head: with the same number of labels)",
+            )
+    if check:
+        check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
+    waiting = _without_storage(adapters, name)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            value = state[key]
+            if key in waiting:
+                holder, suffix, device = waiting[key]
+                holder.assign(suffix, value.to(device, parameter.dtype, copy=not alias))
+            elif parameter.is_meta:
+                raise PeanutError(
+                    f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded"
+                )
+            else:
+                parameter.copy_(value.to(parameter.device))
+        for key in left_out & there.keys() & stored.passing.keys():
+            if there[key].shape == stored.passing[key].shape:
+                there[key].copy_(stored.passing[key].to(there[key].device))
+
+
+def _made_by_scaffold(
+    adapters: AdapterSet,
+    name: str,
+    scaffold: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    stored: StoredAdapter,
+) -> dict[str, Tensor]:
+    """What the file holds of what the adapter's ``scaffold`` computes: the scaffold itself is read instead.
+
+    Raises:
+        PeanutError: training's own file is not there, or does not belong to the adapter's.
+    """
+    if not scaffold:
+        return {}
+    missing = sorted(
+        key for key, value in scaffold.items() if getattr(stored.passing.get(key), "shape", None) != value.shape
+    )
+    if missing:
+        raise PeanutError(
+            f"'{stored.source}' has no {missing[0]} in {TRAINING_NAME}",
+            "the tensors that the training went on with",
+            "load it with is_trainable=False, or give it the file that was saved beside it",
+        )
+    before = {key: value.detach().clone() for key, value in scaffold.items()}
+    with torch.no_grad():
+        for key, value in scaffold.items():
+            value.copy_(stored.passing[key].to(value.device))
+    own = dict(adapters.parameters(name))
+    made = {key: value for key, value in adapter_state(adapters, name)[1].items() if key not in own}
+    apart = [
+        key
+        for key, value in made.items()
+        if key not in state or not torch.allclose(value.cpu(), state[key].to(value.dtype), rtol=1e-3, atol=1e-4)
+    ]
+    if apart:
+        with torch.no_grad():
+            for key, value in scaffold.items():
+                value.copy_(before[key])
+        raise PeanutError(
+            f"{TRAINING_NAME} in '{stored.source}' computes another '{apart[0]}' than the adapter's file holds",
+            "files that were saved together",
+            "delete it and load with is_trainable=False, or save the adapter again",
+        )
+    return made
+
+
+def _without_copies(adapters: AdapterSet, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what the peer writes of a trained module twice (its biases, under bias="all")."""
+    parts = ("modules_to_save", "original_module")
+    copies = tuple(f"{path}.{part}." for path, _ in adapters.saved_modules(name) for part in parts)
+    return {key: value for key, value in state.items() if not key.startswith(copies)} if copies else state
+
+
+def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
+    """Whether ``config``, read from a file, is what adapter ``name`` would be saved with: then it stays as it is."""
+    held, _ = adapter_state(adapters, name)
+    mine, read = held.to_dict(), config.to_dict()
+    return all(mine.get(field) == read.get(field) for field in (mine.keys() | read.keys()) - _CIRCUMSTANCES)
+
+
+_CIRCUMSTANCES = {
+    "adapters",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "target_modules",
+}
+"""Fields that say where and on what an adapter was saved, not what it computes."""
+
+
+def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Parameters, str, torch.device]]:
+    """The tensors on the meta device by key: what holds them, under which suffix, and the device where they belong."""
+    first = next((parameter.device for parameter in adapters.model.parameters()), torch.device("cpu"))
+    held: list[tuple[str, Parameters, torch.device]] = []
+    for place in adapters.places(name):
+        near = (place.frozen.weight,) if isinstance(place, AdaptedLayer) else place.parameters()
+        beside = next((own.device for own in near if own.device.type != "meta"), first)
+        held.append((SHARED if place.path == SHARED else f"{place.path}.", place.adapters[name], beside))
+        if name in place.banks:
+            held.append((SHARED, place.banks[name], beside))
+    return {
+        f"{start}{suffix}": (holder, suffix, device)
+        for start, holder, device in held
+        for suffix, value in holder.values_by_suffix().items()
+        if value.is_meta
+    }
+
+
+def _is_base_copy(key: str, adapters: AdapterSet, value: Tensor) -> bool:
+    """Whether a key that no adapter owns is a copy of a frozen tensor of this base (the peer saves embeddings so)."""
+    *_, leaf = key.split(".")
+    for path, layer in adapters.layers():
+        if key == f"{path}.base_layer.{leaf}" and leaf == "weight":
+            return layer.frozen.weight.shape == value.shape and torch.equal(
+                layer.frozen.weight.cpu().to(value.dtype), value
+            )
+    base = {k: v for k, v in adapters.model.state_dict().items() if k == key}
+    return key in base and base[key].shape == value.shape and torch.equal(base[key].cpu().to(value.dtype), value)
+
+
+def _listed(verb: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{verb} {', '.join(keys[:3])}{more}"
+
+
+def _hint(unexpected: list[str], own: Mapping[str, Tensor]) -> str:
+    return f" (nearest to the first: {nearest(unexpected[0], own, 1)})" if unexpected and own else ""

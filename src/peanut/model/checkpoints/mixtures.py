@@ -1,0 +1,168 @@
+"""The experts of a mixture: read into the model before it, and saved with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ...errors import PeanutError
+from ...protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
+from ...protocols.config import CONFIG_NAME
+from ..adapters.adapter_set import AdapterSet, experts_of
+from ..adapters.surgery import SHARED
+from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
+from .loading import load_state, same_form
+
+__all__ = ["all_or_none", "gathered", "name_for", "ready", "save_experts"]
+
+
+@contextmanager
+def all_or_none(adapters: AdapterSet) -> Iterator[None]:
+    """Within the context adapters are added; if one is refused, all that were added are taken out again."""
+    there = set(adapters.configs)
+    try:
+        yield
+    except PeanutError:
+        for name in [name for name in reversed(adapters.configs) if name not in there]:  # mixtures before experts
+            adapters.delete(name)
+        raise
+
+
+def ready(
+    adapters: AdapterSet,
+    config: PeftConfig,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    wide: bool = True,
+    check_base: bool = True,
+) -> PeftConfig:
+    """Reads the experts that ``config`` names and that are not in the model yet; returns the config with their names.
+
+    The folders are left out of it: saving names those that are then written.
+
+    Args:
+        adapters: the model's adapters.
+        config: any adapter's config; that of a mixture without experts takes all that change weights in the model.
+        folder: the mixture's own folder, where its experts lie under their names.
+        wide: keep parameters in float32 at least.
+        check_base: refuse a base whose weights differ from those that an expert was trained on.
+
+    Raises:
+        PeanutError: there are no experts, or one is not where the config says. The model is then unchanged.
+    """
+    method = method_of(config.peft_type)
+    if not isinstance(method, MixtureMethod):
+        return config
+    wanted = method.experts(config)
+    if not wanted:
+        there = {
+            name: None for name, own in adapters.configs.items() if isinstance(method_of(own.peft_type), WeightMethod)
+        }
+        if not there:
+            raise PeanutError(
+                f"{method.name} without experts: the model has no adapters",
+                "adapters to mix",
+                "load LoRAs first, or name their folders: adapters={'name': 'folder'}",
+            )
+        return _mixing(method, config, there)
+    with all_or_none(adapters):
+        for name, source in wanted.items():
+            if name in adapters.configs:
+                _check_same(adapters, name, source, folder)
+            else:
+                _read(adapters, name, _found(name, source, folder), wide=wide, check_base=check_base)
+    return _mixing(method, config, dict.fromkeys(wanted))
+
+
+def _mixing(method: MixtureMethod[Any], config: PeftConfig, experts: dict[str, Any]) -> PeftConfig:
+    mixed: PeftConfig = method.mixing(config, experts)
+    return mixed
+
+
+def _check_same(adapters: AdapterSet, name: str, source: Any, folder: str | os.PathLike[str] | None) -> None:
+    """Refuses an expert that has the name of another adapter of the model."""
+    if source is None and folder is None:
+        return
+    stored, (_, state) = read_adapter(_found(name, source, folder)), adapter_state(adapters, name)
+    same = stored.state.keys() == state.keys() and same_form(adapters, name, stored.config)
+    if not same or not all(torch.equal(value.cpu(), stored.state[key].to(value.dtype)) for key, value in state.items()):
+        raise PeanutError(
+            f"expert {name!r} of '{stored.source}' is another adapter than the one of that name in the model",
+            "the same adapter, or a name that is free",
+            f"delete adapter {name!r}, or leave out the expert's folder to mix the one in the model",
+        )
+
+
+def _found(name: str, source: Any, folder: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """Where an expert lies: under the mixture's folder if it was saved there whole, else where the config says."""
+    own = None if folder is None else Path(folder) / name
+    if own is not None and (own / CONFIG_NAME).is_file():
+        if _is_whole(own):
+            return own
+        if source is None or not Path(source).exists():
+            raise PeanutError(
+                f"'{own}' has tensors of several experts in it and lacks others, as the peer writes them",
+                f"the folder into which expert {name!r} was saved by itself",
+                f"load with config=XLoraConfig(adapters={{{name!r}: 'that folder', ...}}, ...)",
+            )
+    if source is None:
+        raise PeanutError(
+            f"expert {name!r} is neither in the model nor in the mixture's folder",
+            "its folder",
+            "name it: adapters={'name': 'folder'}",
+        )
+    return source  # type: ignore[no-any-return]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an expert was saved as adapters are. The peer takes numbers in layers' paths for names of experts."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        return True  # reading it says so
+    with safe_open(path, framework="pt") as file:
+        return not any(key.startswith("base_model.lora_model.") for key in file.keys())  # noqa: SIM118
+
+
+def gathered(stored: StoredAdapter) -> StoredAdapter:
+    """A mixture with what the peer wrote of its gate into the folders of its experts.
+
+    It takes the number of a gate's layer for an expert's name, leaves it out of the key, and puts the tensor there.
+    """
+    method = method_of(stored.config.peft_type)
+    state = dict(stored.state)
+    for name in method.experts(stored.config) if isinstance(method, MixtureMethod) else ():
+        path = Path(stored.source) / name / WEIGHTS_NAME
+        if not path.is_file() or _is_whole(path.parent):
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                plain = key.removeprefix("base_model.")
+                if not plain.startswith("lora_model.") and f"{SHARED}{plain}" not in state:
+                    place, _, leaf = plain.rpartition(".")
+                    state.setdefault(f"{SHARED}{place}.{name}.{leaf}", file.get_tensor(key))
+    return replace(stored, state=state)
+
+
+def _read(adapters: AdapterSet, name: str, source: str | os.PathLike[str], *, wide: bool, check_base: bool) -> None:
+    stored = read_adapter(source)
+    adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
+    load_state(adapters, name, stored, check=check_base)
+
+
+def save_experts(folder: Path, adapters: AdapterSet, name: str) -> None:
+    """Writes the experts of adapter ``name``, if it is a mixture, into the folder that it is saved in."""
+    for expert in experts_of(adapters.configs[name]):
+        save_adapter(folder / expert, adapters, expert)
+
+
+def name_for(adapters: AdapterSet, config: PeftConfig, name: str) -> str:
+    """The name of a new adapter: a mixture whose expert has the default name is called after its method."""
+    method, taken = method_of(config.peft_type), name == "default" and name in adapters.configs
+    return method.name.lower() if taken and isinstance(method, MixtureMethod) else name

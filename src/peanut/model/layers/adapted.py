@@ -1,0 +1,108 @@
+"""A place in a model where adapters act, and their tensors there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import PeanutError
+from ...protocols import PeftConfig
+from .parameters import NamedModules, Parameters, Place
+from .state import AdapterState
+
+__all__ = ["Adapted"]
+
+
+class Adapted(nn.Module):
+    """The tensors of the adapters that act in one place; what they do there, the classes below say.
+
+    Args:
+        path: where in the model.
+        state: which adapters act, shared by all places.
+    """
+
+    def __init__(self, path: str, state: AdapterState) -> None:
+        super().__init__()
+        self.adapters: NamedModules[Parameters] = NamedModules()
+        self.banks: NamedModules[Parameters] = NamedModules()
+        self.path = path
+        self.state = state
+        self._methods: dict[str, tuple[Any, Any]] = {}
+        self._shared: dict[str, tuple[Parameters, ...]] = {}  # in tuples, so that they are no modules of this one
+
+    def add(
+        self,
+        name: str,
+        method: Any,
+        config: PeftConfig,
+        parameters: Parameters,
+        shared: Parameters | None = None,
+        holds: bool = False,
+    ) -> None:
+        """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
+
+        Args:
+            name: its name.
+            method: its method.
+            config: its config here.
+            parameters: its tensors here.
+            shared: those that it shares with other places.
+            holds: whether this place, the first of them, is where the model keeps them.
+        """
+        if shared is not None and holds:
+            self.banks[name] = shared
+        self.adapters[name] = parameters
+        self._methods[name] = (method, config)
+        self._shared[name] = () if shared is None else (shared,)
+        self.forget(name)
+
+    def configure(self, name: str, config: PeftConfig) -> None:
+        """Gives an adapter another config of its method."""
+        self._methods[name] = (self._methods[name][0], config)
+        self.forget(name)
+
+    def delete(self, name: str) -> None:
+        """Removes an adapter."""
+        del self.adapters[name], self._methods[name], self._shared[name]
+        if name in self.banks:
+            del self.banks[name]
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Lets go of what was computed for an adapter that is now another."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters that are here."""
+        return [name for name in self.state.active if name in self.adapters]
+
+    def method_of(self, name: str) -> tuple[Any, Any]:
+        """The method of an adapter and its config here."""
+        return self._methods[name]
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter here by suffix, those that it shares with other places among them."""
+        own = self.adapters[name].values_by_suffix()
+        for shared in self._shared[name]:
+            own.update(shared.values_by_suffix())
+        return own
+
+    def kept_at(self, name: str) -> list[Place]:
+        """Where the tensors of ``values`` are kept."""
+        return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuses torch.nn.DataParallel: a copy of a module there would go on reading the tensors of the original.
+
+        Raises:
+            PeanutError: always.
+        """
+        raise PeanutError(
+            f"torch.nn.DataParallel, and adapters at '{self.path}'",
+            "one process for each device (DistributedDataParallel)",
+            "start the script with torchrun or accelerate launch, or show it one device: CUDA_VISIBLE_DEVICES=0",
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())

@@ -1,0 +1,109 @@
+"""Modules that are trained whole beside the adapter, such as a classification head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ...errors import PeanutError
+from .parameters import NamedModules
+from .state import BASE, AdapterState
+
+__all__ = ["SavedModule"]
+
+
+class SavedModule(nn.Module):
+    """A module of the base and, for each adapter that trains it, a copy; the active adapter's copy answers.
+
+    A copy is trained, so it is kept in float32 at least; on a half-precision base it sees its inputs cast up, and what
+    it answers is cast back.
+    """
+
+    def __init__(self, original_module: nn.Module, path: str, state: AdapterState) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save: NamedModules[nn.Module] = NamedModules()
+        self.path = path
+        self.state = state
+
+    def add(self, name: str, *, wide: bool = True, memo: dict[int, Any] | None = None) -> None:
+        """Gives adapter ``name`` a copy of the module as it is in the base.
+
+        Args:
+            name: the adapter.
+            wide: keep the copy in float32 at least.
+            memo: what has been copied for the same adapter already: what was tied stays so.
+        """
+        own = copy.deepcopy(self.original_module, memo)
+        dtype = _dtype(own)
+        if wide and dtype is not None:
+            own = own.to(torch.promote_types(dtype, torch.float32))
+        self.modules_to_save[name] = own.requires_grad_(True)
+
+    def delete(self, name: str) -> None:
+        """Removes an adapter's copy."""
+        del self.modules_to_save[name]
+
+    def acting(self) -> nn.Module:
+        """The module that answers now."""
+        names = [name for name in self.state.active if name in self.modules_to_save]
+        if self.state.disabled or not names:
+            return self.original_module
+        return self.modules_to_save[names[0]]
+
+    def adopted(self) -> nn.Module:
+        """The module that answers now, as the base is to keep it: in the base's own dtype."""
+        dtype = _dtype(self.original_module)
+        return self.acting() if dtype is None else self.acting().to(dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.disabled or self.state.samples is None:
+            return self._answer(self.acting(), *args, **kwargs)
+        return self._forward_per_sample(*args, **kwargs)
+
+    def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each sample's rows through its own adapter's copy."""
+        y: Tensor | None = None
+        for name, index in self.state.placed(x.shape[0], x.device).items():
+            own = name != BASE and name in self.modules_to_save
+            module = self.modules_to_save[name] if own else self.original_module
+            part = self._answer(module, x[index], *args, **kwargs)
+            if y is not None and part.shape[1:] != y.shape[1:]:
+                raise PeanutError(
+                    f"the copies of '{self.path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
+                    "the same shape for every sample of a batch",
+                    "run adapters with different heads in different batches",
+                )
+            y = x.new_empty(x.shape[0], *part.shape[1:], dtype=part.dtype) if y is None else y
+            y = y.index_copy(0, index, part)
+        assert y is not None  # groups() raises on an empty batch
+        return y
+
+    def _answer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What ``module`` answers to inputs of the base's dtype, in the base's dtype."""
+        base, own = _dtype(self.original_module), _dtype(module)
+        if base is None or own is None or base == own:
+            return module(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map(lambda value: _cast(value, base, own), (args, kwargs))
+        return tree_map(lambda value: _cast(value, own, base), module(*wide_args, **wide_kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.acting(), name)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first floating-point parameter."""
+    return next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
+
+
+def _cast(value: Any, found: torch.dtype, wanted: torch.dtype) -> Any:
+    return value.to(wanted) if isinstance(value, Tensor) and value.dtype == found else value

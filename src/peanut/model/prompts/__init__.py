@@ -1,0 +1,1 @@
+"""Virtual tokens and prefixes around a model's forward: masks, positions, labels, caches, gates of mixtures."""

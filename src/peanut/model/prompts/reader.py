@@ -1,0 +1,206 @@
+"""What a batch's arguments become when something comes before the user's tokens: masks, positions, ids, labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PeanutError
+from ..layers.hooks import names_of
+from ..layers.input import Front
+from ..targets.shape import longest, position_padding, virtual_id
+from .aligning import arranged, order_of, padding_first
+from .prefix import length_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["IGNORED", "Reader", "with_front"]
+
+IGNORED = -100
+"""The label of a token that has none."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The stack that reads the user's tokens, and what it makes of their places.
+
+    Args:
+        model: the base model.
+        stack: the model itself, or the encoder of two stacks.
+        names: of the parameters of its forward.
+        inner: of those of its backbone's, the model without a head.
+        virtual: the id that stands in for virtual tokens.
+        longest: how many tokens it has positions for, ``None`` for any number.
+        padding: the id that it leaves out where it counts positions from the ids, if it does (RoBERTa).
+    """
+
+    model: nn.Module
+    stack: PreTrainedModel
+    names: tuple[str, ...]
+    inner: tuple[str, ...]
+    virtual: int
+    longest: int | None
+    padding: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module, stack: PreTrainedModel) -> Reader:
+        """What is known of a model's reading stack."""
+        return cls(
+            model,
+            stack,
+            names_of(stack),
+            names_of(stack.base_model),
+            virtual_id(stack),
+            longest(stack),
+            position_padding(stack),
+        )
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether there is but one stack."""
+        return self.stack is self.model
+
+    def fit_mask(self, arguments: dict[str, Any], there: Tensor | None, seen: int, rows: int, width: int) -> None:
+        """The attention mask over what comes before, and the ``seen`` tokens of the user."""
+        mask = arguments.get("attention_mask")
+        if mask is None and there is None:
+            return
+        if mask is None:
+            assert there is not None  # as just seen
+            mask = torch.ones(rows, seen, dtype=torch.long, device=there.device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise PeanutError(
+                f"an attention_mask of shape {shape} beside virtual tokens",
+                "one of shape (batch, tokens)",
+                "give the mask of the padding; in generate, leave cache_implementation open",
+            )
+        if mask.shape[1] != seen:
+            raise PeanutError(
+                f"an attention_mask for {mask.shape[1]} tokens",
+                f"one for the {seen} tokens that the user gave, those in the cache among them",
+                "leave the virtual tokens out of it, and begin the cache with the adapter active",
+            )
+        arguments["attention_mask"] = with_front(mask, there, width)
+
+    def fit_positions(
+        self, arguments: dict[str, Any], there: Tensor | None, rows: int, width: int, inserted: int
+    ) -> None:
+        """Position ids that count what comes before, and no padding."""
+        if "position_ids" not in self.names:
+            return
+        given, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+        read = arguments.get("input_ids")
+        read = arguments["inputs_embeds"] if read is None else read
+        count = read.shape[1] + inserted
+        if given is None:
+            if mask is not None and self.padding is None and "past_key_values" in self.names:
+                arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
+            return
+        if given.dim() != 2:
+            raise PeanutError(f"position_ids of shape {tuple(given.shape)}", "(batch, tokens)", "leave them out")
+        given = given.expand(rows, -1)
+        front = torch.ones(rows, width, dtype=torch.long, device=given.device) if there is None else there.long()
+        before = (front.cumsum(1) - 1).clamp(min=0)[:, width - inserted :]
+        before = before + (0 if self.padding is None else self.padding + 1)
+        arguments["position_ids"] = torch.cat([before, given + front.sum(1, keepdim=True)], dim=1)
+
+    def skip_prefix(self, arguments: dict[str, Any], there: Tensor) -> None:
+        """Position ids for a model that gives all rows one past, where some rows have less of a prefix than others."""
+        if "past_key_values" in self.names or arguments.get("position_ids") is not None:
+            return
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if ids is None and self.padding is not None:
+            return  # it counts without the past
+        read = embeds if ids is None else ids
+        assert read is not None  # else it had not come here
+        past = there.to(read.device).sum(1, keepdim=True)
+        if self.padding is None:
+            arguments["position_ids"] = torch.arange(read.shape[1], device=read.device) + past
+        elif ids is not None:
+            known = (ids != self.padding).long()
+            arguments["position_ids"] = (known.cumsum(1) + past) * known + self.padding
+
+    def check_length(self, width: int, count: int, past: Any, begun: bool) -> None:
+        """Refuses more tokens than the model has positions for."""
+        total = count + (length_of(past) if begun else width)
+        if self.longest is not None and total > self.longest:
+            raise PeanutError(
+                f"{width} virtual tokens and {total - width} tokens",
+                f"at most {self.longest} together, for which {type(self.model).__name__} has positions",
+                "cut the texts to fewer tokens",
+            )
+
+    def insert(self, arguments: dict[str, Any], tokens: Front, rows: int) -> Tensor | None:
+        """Puts virtual tokens before the user's, and what is said of each token; returns the order if it is another.
+
+        Where rows have fewer than others, a model that reads in one go (BERT) is given the empty places last: it
+        answers from the first one, and counts from there. One that writes (GPT) is given them first.
+        """
+        width = tokens.values.shape[1]
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        read = ids if ids is not None else embeds
+        assert read is not None  # else it had not come here
+        if ids is not None:
+            front = ids.new_full((rows, width), self.virtual)
+            padding = getattr(self.stack.config, "pad_token_id", None)
+            if tokens.there is not None:
+                front[~tokens.there.to(ids.device)] = self.virtual if padding is None else padding
+            arguments["input_ids"] = torch.cat([front, ids], dim=1)
+        elif embeds is not None:
+            arguments["inputs_embeds"] = torch.cat([tokens.values.to(embeds), embeds], dim=1)
+        if arguments.get("token_type_ids") is not None:
+            types = arguments["token_type_ids"]
+            arguments["token_type_ids"] = torch.cat([types.new_zeros(rows, width), types], dim=1)
+        labels = arguments.get("labels")
+        if labels is not None and self.labels_tokens(labels, read.shape[1]):
+            arguments["labels"] = torch.cat([labels.new_full((rows, width), IGNORED), labels], dim=1)
+        order = None
+        before: Tensor | int = width
+        if tokens.there is not None and self.reads_alone and "past_key_values" not in self.names:
+            order = order_of(tokens.there.to(read.device), read.shape[1])
+            before = tokens.there.to(read.device).sum(1)
+            places = width + read.shape[1]
+            for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels"):
+                value = arguments.get(name)
+                if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == places:
+                    arguments[name] = arranged(value, order)
+            mask = arguments["attention_mask"]  # it has a prefix in front
+            parts = mask[:, : mask.shape[1] - places], mask[:, mask.shape[1] - places :]
+            arguments["attention_mask"] = torch.cat([parts[0], arranged(parts[1], order)], dim=1)
+        elif not self.reads_alone and arguments.get("attention_mask") is not None:
+            order = padding_first(arguments["attention_mask"], width)
+            for name in ("input_ids", "inputs_embeds", "attention_mask"):
+                if arguments.get(name) is not None:
+                    arguments[name] = arranged(arguments[name], order)
+        for name in ("start_positions", "end_positions"):
+            if arguments.get(name) is not None:
+                arguments[name] = arguments[name].clamp(min=0) + before
+        return order
+
+    def labels_tokens(self, labels: Tensor, count: int) -> bool:
+        """Whether there is a label for each token, not for each sample."""
+        per_sample = type(self.model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
+        return self.reads_alone and not per_sample and labels.dim() == 2 and labels.shape[1] == count
+
+    def prompt(self, arguments: dict[str, Any], rows: int, count: int, begun: bool, device: torch.device) -> Tensor:
+        """(batch, tokens), which of the tokens belong to the user's prompt: no padding, and no answer."""
+        if begun:
+            return torch.zeros(rows, count, dtype=torch.bool, device=device)
+        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        two = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == count
+        known = mask.bool() if two else torch.ones(rows, count, dtype=torch.bool, device=device)  # type: ignore[union-attr]
+        if labels is None or not self.labels_tokens(labels, count):
+            return known
+        asked = known & ~((labels != IGNORED).cumsum(1) > 0)
+        return torch.where(asked.any(1, keepdim=True), asked, known)  # where all is answer, all is prompt
+
+
+def with_front(mask: Tensor, there: Tensor | None, width: int) -> Tensor:
+    """A mask (batch, tokens) with that of the ``width`` places before, ``there`` or all, in front."""
+    front = mask.new_ones(mask.shape[0], width) if there is None else there.to(mask.device, mask.dtype)
+    return torch.cat([front, mask], dim=1)

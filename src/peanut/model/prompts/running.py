@@ -1,0 +1,301 @@
+"""Around a forward of the whole model: virtual tokens come in, masks and labels are made to fit, mixtures get gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PeanutError
+from ..layers.hooks import Hooking, hook, names_of, unhook
+from ..layers.input import AdaptedInput, AdaptedMixture, Front
+from ..layers.output import AdaptedOutput
+from ..layers.state import AdapterState, Running
+from ..layers.walk import walk
+from ..targets.shape import reading_stack
+from .aligning import aligned, arranged, padding_first, with_loss, without_cache
+from .first_pass import gates_of
+from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
+from .reader import IGNORED, Reader, with_front
+from .replay import put_back, replayed
+
+__all__ = ["Runner"]
+
+
+class Runner(Hooking):
+    """Hooks around a model's forward, so that it works the same however it is called: alone, by Trainers, by generate.
+
+    A virtual token is a token like others: it has an id that means nothing, and where the model looks its embedding
+    up, the trained one is put. So whatever a model makes of ids (positions, the place of the last token) stays right.
+
+    Args:
+        model: the base model.
+        state: which adapters act.
+    """
+
+    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+        self.model = model
+        self.state = state
+        self._reader: Reader | None = None
+        self._written: tuple[str, ...] = ()  # the names of the parameters of the decoder's forward, if there is one
+        self._kept: dict[int, tuple[Running, Any]] = {}
+        self._uncached: set[int] = set()
+        self._pending: tuple[Tensor, Tensor | None] | None = None
+        self._after: tuple[Any, ...] | None = None
+
+    # Being there
+
+    def watch(self) -> None:
+        """Hangs on the model what its adapters need, and takes off what they no longer need."""
+        self.leave()
+        reads = [
+            module.method_of(name)[0].reads_prompt
+            for module in walk(self.model)
+            if isinstance(module, AdaptedOutput)
+            for name in module.adapters
+        ]
+        inputs, mixtures = self._inputs(), self._mixtures()
+        if not any(reads) and inputs is None and mixtures is None:
+            return
+        try:
+            stack = reading_stack(self.model)
+        except PeanutError:
+            if inputs is None and mixtures is None:
+                return  # a model that tells nothing of its tokens, or has none
+            raise
+        self._reader = Reader.of(self.model, stack)
+        self._listen(stack, self.before, self.after)
+        if inputs is None:
+            return
+        hook(stack.get_input_embeddings(), self.embed)
+        kinds = {inputs.method_of(name)[0].prepends for name in inputs.adapters}
+        if stack is not self.model:
+            self._listen(self._decoder(), self.before_decoder, self.after)
+            self._written = names_of(self._decoder())
+        if "keys_values" in kinds:
+            for module in holds_prefix(self.model if stack is self.model else self._decoder()):
+                hook(module, self.see_prefix, before=True)
+
+    def leave(self) -> None:
+        """Takes everything off the model."""
+        for module in walk(self.model):
+            unhook(module, self)
+        self._kept.clear()
+
+    def _listen(self, module: nn.Module, before: Any, after: Any) -> None:
+        hook(module, before, before=True)
+        hook(module, after)
+
+    def _decoder(self) -> nn.Module:
+        decoder: nn.Module = self.model.get_decoder()  # type: ignore[operator]
+        return decoder
+
+    def _inputs(self) -> AdaptedInput | None:
+        return self.model._modules.get("adapted_input")  # type: ignore[return-value]
+
+    def _mixtures(self) -> AdaptedMixture | None:
+        return self.model._modules.get("adapted_mixture")  # type: ignore[return-value]
+
+    # Before and after the stack that reads
+
+    def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before the stack that reads the user's tokens."""
+        self._leave(stack)
+        self._after = self._pending = None
+        reader = self._reader
+        assert reader is not None  # it is running
+        arguments = dict(zip(reader.names, args, strict=False)) | kwargs
+        extra = self._extra(arguments)
+        read = arguments.get("input_ids")
+        read = arguments.get("inputs_embeds") if read is None else read
+        if self.state.disabled or read is None:
+            return (), arguments
+        if read.dim() != (3 if arguments.get("input_ids") is None else 2):
+            raise PeanutError(
+                f"{type(self.model).__name__} is given tokens of shape {tuple(read.shape)}",
+                "(batch, tokens)",
+                "use a method that changes weights or outputs",
+            )
+        rows, count = read.shape[0], read.shape[1]
+        own = reader.reads_alone  # else keys and values are for the decoder
+        kinds = ("keys_values", "tokens") if own else ("tokens",)  # in the order in which they stand
+        past = arguments.get("past_key_values") if own else None
+        begun = length_of(past) > 0  # then all that comes before is in the cache
+        prefix = self._front("keys_values", rows) if own and not begun else None
+        tokens = self._front("tokens", rows) if not begun else None
+        width, there = self._room(kinds, rows, read.device)
+        prompt = reader.prompt(arguments, rows, count, begun, read.device)
+        if width:
+            check_grows(past)
+            inserted = 0 if tokens is None else tokens.values.shape[-2]
+            reader.check_length(width, count, past, begun)
+            reader.fit_mask(arguments, there, count + (length_of(past) - width if begun else 0), rows, width)
+            reader.fit_positions(arguments, there, rows, width, inserted)
+            if prefix is not None:
+                self._begin(stack, arguments, prefix, past)
+            if tokens is not None:
+                order = reader.insert(arguments, tokens, rows)
+                if arguments.get("input_ids") is not None:
+                    self._pending = tokens.values.to(read.device), order
+                prompt = arranged(torch.cat([prompt.new_zeros(rows, inserted), prompt], dim=1), order)
+                self._after = (inserted, count, self._objective(arguments, extra), order)
+            if prefix is not None and prefix.there is not None:
+                reader.skip_prefix(arguments, prefix.there)
+        running = Running(prompt, begun, None if prefix is None else PrefixView(prefix.values))
+        mixtures = self._mixtures()
+        if mixtures is not None and mixtures.acting():
+            pending = self._pending
+            running = replace(running, gates=gates_of(mixtures, self.state, reader, arguments, running))
+            self._pending = pending
+        self._enter(stack, running)
+        return (), arguments
+
+    def after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Hook after a stack."""
+        self._leave(stack)
+        if id(stack) in self._uncached:
+            self._uncached.remove(id(stack))
+            output = without_cache(output)
+        if stack is not self.model:
+            return output
+        after, self._after = self._after, None
+        if after is None:
+            return output
+        width, count, finish, order = after
+        if finish is not None:
+            output = with_loss(output, finish(output[0] if isinstance(output, tuple) else output["logits"]))
+        return aligned(self.model, output, width, count, order)
+
+    def embed(self, embedding: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Hook after the token embeddings: puts the virtual tokens where their ids stand."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        tokens, order = pending
+        if order is not None:
+            output = arranged(output, order.argsort(dim=1))
+        return arranged(torch.cat([tokens.to(output.dtype), output[:, tokens.shape[1] :]], dim=1), order)
+
+    def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before the decoder of two stacks: the encoder's virtual tokens are there, and a prefix of its own."""
+        self._leave(decoder)
+        self._pending = None
+        arguments = dict(zip(self._written, args, strict=False)) | kwargs
+        inputs, reader = self._inputs(), self._reader
+        if self.state.disabled or inputs is None or reader is None:
+            return (), arguments
+        read = arguments.get("input_ids")
+        read = arguments["inputs_embeds"] if read is None else read
+        rows, count = read.shape[0], read.shape[1]
+        width, there = self._room(("tokens",), rows, read.device)
+        states, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
+        if width and states is not None and (mask is not None or there is not None):
+            seen = states.shape[1] - width
+            mask = read.new_ones(rows, seen) if mask is None else mask
+            if mask.dim() == 2 and mask.shape[1] == seen:
+                whole = with_front(mask, there, width)
+                arguments["encoder_attention_mask"] = arranged(whole, padding_first(whole, width))
+        wide, there = self._room(("keys_values",), rows, read.device)
+        if wide:
+            past = arguments.get("past_key_values")
+            begun = length_of(past) > 0
+            reader.fit_mask(arguments, there, count + (length_of(past) - wide if begun else 0), rows, wide)
+            prefix = None if begun else self._front("keys_values", rows)
+            if prefix is not None:
+                if past is None:
+                    from transformers import DynamicCache, EncoderDecoderCache
+
+                    arguments["past_key_values"] = EncoderDecoderCache(
+                        DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
+                    )
+                self._begin(decoder, arguments, prefix, past)
+                self._enter(decoder, replace(self.state.running, prefix=PrefixView(prefix.values)))
+        return (), arguments
+
+    def see_prefix(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before an attention module: gives it the keys and values that gradient checkpointing took away."""
+        prefix = self.state.running.prefix
+        crosses = kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
+        if prefix is None or self.state.disabled or crosses or kwargs.get("past_key_values") is not None:
+            return None
+        if not attention.training:
+            return None
+        return args, {**kwargs, "past_key_values": prefix}
+
+    # Parts of it
+
+    def _begin(self, stack: nn.Module, arguments: dict[str, Any], prefix: Front, past: Any) -> None:
+        """Begins a cache, ``past`` or a new one, with a prefix."""
+        assert self._reader is not None  # it is running
+        embedding: Any = self._reader.stack.get_input_embeddings()
+        cache = arguments.get("past_key_values")
+        arguments["past_key_values"] = filled(cache, prefix.values.to(embedding.weight.dtype), stack.config)
+        if past is None and arguments.get("use_cache") is False:
+            self._uncached.add(id(stack))
+
+    def _enter(self, module: nn.Module, running: Running) -> None:
+        self._kept[id(module)] = (self.state.running, [])
+        self.state.running = running
+        if torch.is_grad_enabled() and module.training:
+            self._kept[id(module)][1].extend(replayed(module, self.state))
+
+    def _leave(self, module: nn.Module) -> None:
+        """Puts back what held before the module's last forward, also if that was broken off."""
+        kept = self._kept.pop(id(module), None)
+        if kept is not None:
+            self.state.running = kept[0]
+            put_back(kept[1])
+
+    def _front(self, kind: str, rows: int) -> Front | None:
+        inputs = self._inputs()
+        return None if inputs is None else inputs.front(kind, rows)
+
+    def _room(self, kinds: Sequence[str], rows: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """p, the places that are taken before the user's tokens, and (batch, p) which of them are, ``None`` for all."""
+        inputs = self._inputs()
+        if inputs is None:
+            return 0, None
+        widths = [inputs.width(kind) for kind in kinds]
+        there = [inputs.there(kind, rows) for kind in kinds]
+        if all(each is None for each in there):
+            return sum(widths), None
+        parts = [
+            torch.ones(rows, width, dtype=torch.bool) if each is None else each
+            for width, each in zip(widths, there, strict=True)
+        ]
+        return sum(widths), torch.cat(parts, dim=1).to(device)
+
+    def _extra(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Takes out the arguments that are for a method, not for the model."""
+        inputs = self._inputs()
+        names = {read for name in inputs.adapters for read in inputs.method_of(name)[0].reads} if inputs else set()
+        return {name: arguments.pop(name) for name in names if name in arguments}
+
+    def _objective(self, arguments: dict[str, Any], extra: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
+        """The loss of the acting method that has one of its own; the labels are then taken from the model."""
+        inputs, labels = self._inputs(), arguments.get("labels")
+        if inputs is None or labels is None:
+            return None
+        acting = inputs.acting("tokens")
+        names = [name for name in acting if inputs.method_of(name)[0].own_loss]
+        if not names:
+            return None
+        if self.state.samples is not None or names != acting[-1:]:
+            raise PeanutError(
+                f"labels while adapter {names[0]!r}, which has a loss of its own, is one of several",
+                "it alone, or as the last of the active prompts",
+                "activate it last, or leave the labels out",
+            )
+        del arguments["labels"]
+        own, items = labels[:, inputs.width("tokens") :], arguments.get("num_items_in_batch")
+        return partial(_loss, *inputs.method_of(names[0]), own, extra, items)
+
+
+def _loss(method: Any, config: Any, labels: Tensor, extra: dict[str, Any], items: Any, logits: Tensor) -> Tensor:
+    """A method's own loss; where gradients of several batches add up to ``items`` labels, this batch's share of it."""
+    loss: Tensor = method.loss(config, logits[:, -(config.num_virtual_tokens + labels.shape[1]) :], labels, extra)
+    return loss if items is None else loss * (labels[:, 1:] != IGNORED).sum() / items

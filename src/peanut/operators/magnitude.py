@@ -1,0 +1,244 @@
+"""Δ = diag(g)(W + s · up · down) − W, the operator of DoRA: a low-rank change and a gain of every output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .materialised import product_dtype
+from .operator import Operator
+from .saved_outputs import Returned, pulled_gain, shaped, tells_gain, weight_is_less
+
+__all__ = ["Decomposed"]
+
+
+@dataclass(frozen=True)
+class Decomposed(Operator):
+    """Δ = diag(gain)(W + scaling · up · down) − W with W (out, in), up (out, r), down (r, in), gain (out); never built.
+
+    Everything is computed from gain − 1, taken before the gain is cast: in 16 bits 1.001 is 1, and 0.001 is 0.001.
+    A gain of one over a product of zero so changes nothing, exactly.
+
+    Args:
+        weight: the frozen W, in its own dtype, or what reads it where it is made of codes; nothing flows back to it.
+        up: the second factor.
+        down: the first factor.
+        scaling: s.
+        gain: g, kept in its own dtype by ``to``.
+        whole: the weight that ``joined`` is given is W itself, nothing merged into it, so that one product serves both.
+    """
+
+    weight: Tensor | Callable[[], Tensor]
+    up: Tensor
+    down: Tensor
+    scaling: float
+    gain: Tensor
+    whole: bool = False
+
+    def matrix(self) -> Tensor:
+        """W."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._product(x, self.matrix(), None, whole=False)
+
+    def beside(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self.whole:
+            return self.apply(x)
+        product = y if bias is None else y - bias
+        up = (self.gain[:, None] * self.up * self.scaling).to(x.dtype)
+        low = F.linear(F.linear(x, self.down.to(x.dtype)), up)
+        return low + product * (self.gain - 1).to(product.dtype)
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.whole:
+            return F.linear(x, weight, bias) + self.apply(x)
+        return self._product(x, weight, bias, whole=True)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return _GainedRows.apply(ids, self.matrix(), self.up, self.down, self.gain, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+
+    def dense(self) -> Tensor:
+        less_one = (self.gain - 1)[:, None] * self.matrix().to(self.up.dtype)
+        return (less_one + self.gain[:, None] * self.scaling * (self.up @ self.down)).to(self.up.dtype)
+
+    def to(self, dtype: torch.dtype) -> Decomposed:
+        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
+
+    def settled(self, dtype: torch.dtype) -> _Settled:
+        up = (self.gain[:, None] * self.up * self.scaling).to(dtype)
+        return _Settled(self, up, self.down.to(dtype), (self.gain - 1).to(dtype))
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) -> Tensor:
+        dtype = product_dtype(x)
+        x, weight, up, down = (value.to(dtype) for value in (x, weight, self.up, self.down))
+        bias = None if bias is None else bias.to(dtype)
+        return _GainedProduct.apply(x, weight, bias, up, down, self.gain, self.scaling, whole)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Settled(Operator):
+    """A ``Decomposed`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
+
+    inner: Decomposed
+    up: Tensor
+    down: Tensor
+    less_one: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        tokens, weight = x.reshape(-1, x.shape[-1]), self.inner.matrix().to(x.dtype)
+        y = F.linear(tokens, weight).mul_(self.less_one)
+        return y.addmm_(tokens @ self.down.T, self.up.T).view(*x.shape[:-1], y.shape[-1])
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.inner.whole:
+            return F.linear(x, weight, bias) + self.apply(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = _gained(tokens, weight, bias, self.up, self.down, self.less_one)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.inner.rows(ids).to(self.up.dtype)
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().to(self.up.dtype)
+
+    def to(self, dtype: torch.dtype) -> _Settled:
+        return self.inner.settled(dtype)
+
+
+def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, less_one: Tensor) -> Tensor:
+    """g ⊙ (x Wᵀ) + (x downᵀ) upᵀ + b, of an ``up`` with the gain in it, in one buffer."""
+    # With the bias in the product, a gain of one gives the bits that the layer itself gives.
+    y = F.linear(tokens, weight, bias)
+    y.addcmul_(y, less_one).addmm_(tokens @ down.T, up.T)
+    return y if bias is None else y.sub_(less_one * bias)
+
+
+SHARE = 4
+"""Of one in so many tokens the output before the gain is kept where nobody else keeps it."""
+
+
+class _GainedProduct(torch.autograd.Function):
+    """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
+
+    Keeps x. The gain's gradient can be read off y, or off the gradient of W', which takes a product as large as W's and
+    gives those of the factors by products with no tokens in them. So y is kept where that is cheap; else, on a CPU,
+    where the product is what the backward waits for, a copy of y for some of the tokens.
+    Where tokens are many, passes over them are dear: then W' is made, in the forward and again in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        gain: Tensor,
+        scaling: float,
+        whole: bool,
+    ) -> Tensor:
+        ctx.scaling, ctx.whole = scaling, whole
+        tokens, gained_up = x.reshape(-1, x.shape[-1]), (gain[:, None] * up * scaling).to(up.dtype)
+        less_one = (gain - 1).to(x.dtype)
+        if not whole:
+            y = F.linear(tokens, weight).mul_(less_one).addmm_(tokens @ down.T, gained_up.T)
+        elif weight_is_less(tokens):
+            y = F.linear(tokens, _changed(weight, gain, gained_up, down), bias)
+        else:
+            y = _gained(tokens, weight, bias, gained_up, down, less_one)
+        y, kept = shaped(y, x.shape[:-1]), None
+        ctx.returned = None
+        if whole and ctx.needs_input_grad[5] and tells_gain(y, gain):
+            if Returned.cheap(weight.shape):
+                kept, ctx.returned = y.data.view(-1, y.shape[-1]), Returned(y)
+            else:
+                kept = y.view(-1, y.shape[-1])[: len(tokens) // SHARE].clone()
+        ctx.save_for_backward(x, weight, up, down, gain, bias, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, up, down, gain, bias, kept = ctx.saved_tensors
+        need_x, _, need_bias, *need_parts = ctx.needs_input_grad[:6]
+        grads, tokens = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        gained_up = (gain[:, None] * up * ctx.scaling).to(up.dtype)
+        grad_x = grad_bias = grad_up = grad_down = grad_gain = None
+        if need_bias:
+            grad_bias = grads.sum(0)
+        if any(need_parts):
+            returned = ctx.returned is None or ctx.returned.untouched()
+            # Where the backward is itself differentiated, what is kept must not pass for a constant.
+            n = len(kept) if kept is not None and returned and not torch.is_grad_enabled() else 0
+            found = []
+            if n:
+                early, first = grads[:n], tokens[:n]
+                of_gain = pulled_gain(kept, bias, gain, early)
+                found += [(early.T @ (first @ down.T), (early @ gained_up).T @ first, of_gain)]
+            if n < len(tokens) or not n:
+                of_weight = grads[n:].T @ tokens[n:]
+                of_up = of_weight @ down.T
+                of_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
+                of_gain = of_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
+                found += [(of_up, gained_up.T @ of_weight, of_gain)]
+            of_up, grad_down, grad_gain = found[0] if len(found) == 1 else (a + b for a, b in zip(*found, strict=True))
+            grad_up = (of_up * (gain * ctx.scaling)[:, None]).to(up.dtype)
+        if need_x and ctx.whole and weight_is_less(tokens):
+            grad_x = (grads @ _changed(weight, gain, gained_up, down)).view(x.shape)
+        elif need_x:
+            less_one = (gain - 1).to(x.dtype)
+            through = torch.addcmul(grads, grads, less_one) if ctx.whole else grads * less_one
+            grad_x = (through @ weight).addmm_(grads @ gained_up, down).view(x.shape)
+        return grad_x, None, grad_bias, grad_up, grad_down, grad_gain, None, None
+
+
+def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """W' = diag(g) W + up · down, of an ``up`` with the gain in it."""
+    return (weight * gain.to(weight.dtype)[:, None]).addmm_(up, down)
+
+
+class _GainedRows(torch.autograd.Function):
+    """Δᵀ at ``ids``; keeps the ids."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, gain: Tensor, scaling: float
+    ) -> Tensor:
+        ctx.save_for_backward(ids, weight, up, down, gain)
+        ctx.scaling = scaling
+        low = F.linear(F.embedding(ids, down.T), up).mul_(scaling)
+        before = F.embedding(ids, weight.T).to(low.dtype) + low
+        return shaped(low.addcmul_(before, (gain - 1).to(low.dtype)).view(-1, low.shape[-1]), ids.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, weight, up, down, gain = ctx.saved_tensors
+        _, _, need_up, need_down, need_gain, _ = ctx.needs_input_grad
+        grads, places = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
+        hidden = F.embedding(places, down.T)
+        grad_up = grad_down = grad_gain = None
+        gained = torch.addcmul(grads, grads, (gain - 1).to(grads.dtype))
+        if need_gain:
+            before = F.embedding(places, weight.T).to(grads.dtype).addmm(hidden, up.T, alpha=ctx.scaling)
+            grad_gain = before.mul_(grads).sum(0, dtype=gain.dtype)
+        if need_up:
+            grad_up = (gained.T @ hidden).mul_(ctx.scaling)
+        if need_down:
+            grad_hidden = (gained @ up).mul_(ctx.scaling)
+            grad_down = torch.zeros_like(down.T).index_add(0, places, grad_hidden).T
+        return None, None, grad_up, grad_down, grad_gain, None

@@ -1,0 +1,39 @@
+"""The table of methods on the demo's task: every method takes part, and a short run ends in a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.every_method import CONTESTANTS, main
+
+from peanut.lab.reviews import Contestant
+from peanut.protocols import METHODS, PeftConfig
+
+
+def config_of(contestant: Contestant) -> PeftConfig:
+    return PeftConfig.from_dict(contestant.adapter)
+
+
+def test_every_method_takes_part() -> None:
+    elsewhere = {"ADAPTION_PROMPT", "CPT", "XLORA"}  # for causal models, or over trained adapters
+    assert {str(config_of(each).method.value) for each in CONTESTANTS.values()} == METHODS.keys() - elsewhere
+
+
+def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["linear probing", "LoRA", "variational LoRA"]
+    code = main(["--output", str(tmp_path), "--rows", "32", "--held-back", "16", "--only", *names])
+    found = json.loads((tmp_path / "outcomes.json").read_text())
+    assert [outcome["method"] for outcome in found["outcomes"]] == names
+    assert found["methods"]["LoRA"]["r"] == 8
+    assert set(found["calibration"]) == {"samples", "LoRA", "variational LoRA, mean", "variational LoRA, averaged"}
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+    probe, *others = (outcome["accuracy"] for outcome in found["outcomes"])
+    assert code == int(any(other <= probe for other in others))
+    assert "trained parameters" in capsys.readouterr().out
+
+
+def test_a_wrong_name_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), "--only", "LORAA"]) == 2
+    assert "error: --only 'LORAA'; expected names of the table; nearest: 'LoRA'" in capsys.readouterr().err
