@@ -15,8 +15,8 @@ from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.checkpoints.checkpoint import read_adapter
 from peanut.model.layers.layer import AdaptedLayer
-from peanut.operators import LowRank, Operator
-from peanut.protocols import METHODS
+from peanut.operators import LowRank
+from peanut.protocols import METHODS, Change
 
 from .support import (
     CASES,
@@ -62,7 +62,7 @@ def can_merge(model: PeftModel) -> bool:
 def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
     """The layer's output from the definition of its adapters together, built densely and put into a copy of it.
 
-    W' = diag(Π out_scale) (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = Π bias_scale ⊙ b + Σ shift.
+    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ L₁ b + Σ shift.
     """
     changes = [layer.change(name) for name in names]
     kind, module = layer.frozen.kind, case.net().layer
@@ -72,9 +72,9 @@ def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) ->
     for change in changes:
         matrix = matrix if change.delta is None else matrix + change.delta.dense()
     for change in changes:
-        matrix = matrix if change.out_scale is None else torch.diag(change.out_scale) @ matrix
+        matrix = matrix if change.left is None else change.left.dense() @ matrix
         matrix = matrix if change.in_scale is None else matrix @ torch.diag(change.in_scale)
-        bias = bias if bias is None or change.bias_scale is None else bias * change.bias_scale
+        bias = bias if bias is None or change.left is None else change.left.dense() @ bias
         if change.shift is not None:
             shift = change.shift if shift is None else shift + change.shift
     if bias is not None and shift is not None:
@@ -262,31 +262,31 @@ def test_operators_pass_gradcheck(case: Case) -> None:
     weight = layer.frozen.matrix()
     at = torch.tensor([[0, inputs - 1], [inputs // 2, 0]])
 
-    def operators(own: tuple[Tensor, ...]) -> list[Operator]:
-        change = method.change(config, values | dict(zip(trained, own, strict=True)), layer.frozen)
-        return [operator for operator in (change.delta, change.rotation) if operator is not None]
+    def change(own: tuple[Tensor, ...]) -> Change:
+        return method.change(config, values | dict(zip(trained, own, strict=True)), layer.frozen)
 
     def fast(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            y
-            for operator in operators(own)
-            for y in (operator.apply(x), operator.rows(at), operator.joined(x, joinable(operator), None))
-        )
+        made, found = change(own), []
+        if made.delta is not None:
+            found += [made.delta.apply(x), made.delta.rows(at), made.delta.joined(x, weight, None)]
+        if made.rotation is not None:
+            found += [made.rotation.apply(x), made.rotation.times(weight), made.rotation.turned(x, weight, None)]
+        return (*found, *([] if made.left is None else [made.left.apply(x @ weight.T), made.left.times(weight.T)]))
 
     def slow(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            y
-            for operator in operators(own)
-            for matrix in [operator.dense()]
-            for y in (x @ matrix.T, matrix.T[at], x @ (joinable(operator) + matrix).T)
-        )
-
-    def joinable(operator: Operator) -> Tensor:
-        return weight if operator.shape == weight.shape else torch.eye(inputs, dtype=torch.float64)
+        made, found = change(own), []
+        if made.delta is not None:
+            D = made.delta.dense()
+            found += [x @ D.T, D.T[at], x @ (weight + D).T]
+        if made.rotation is not None:
+            R = made.rotation.dense()
+            found += [x @ R.T, weight @ R, x @ (weight @ R).T]
+        L = None if made.left is None else made.left.dense()
+        return (*found, *([] if L is None else [x @ weight.T @ L.T, weight.T @ L]))
 
     x = torch.randn(3, inputs, dtype=torch.float64, requires_grad=True)
-    if not operators(tuple(trained.values())):
-        return  # gains and shifts alone
+    if not fast(x, *trained.values()):
+        return  # gains of the input and shifts alone
     assert torch.autograd.gradcheck(fast, (x, *trained.values()), fast_mode=True)
     for found, expected in zip(fast(x, *trained.values()), slow(x, *trained.values()), strict=True):
         assert distance(found, expected) < TIGHT
@@ -348,7 +348,7 @@ def test_no_dense_change_and_no_second_set_of_activations_is_kept(case: Case) ->
         return
     # What grows with the tokens: at most one tensor of the output's size, which a gain needs for its gradient.
     growing = [tensor.numel() for tensor in kept.values() if tensor.shape[:1] == x.shape[:1]]
-    assert sum(growing) <= (y.numel() if layer.change("default").out_scale is not None else 0)
+    assert sum(growing) <= (y.numel() if layer.change("default").left is not None else 0)
 
 
 # 6. Two adapters: each alone, both together, one for each sample

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.lab.measure import saved_bytes
 from peanut.methods.diff_pruning import DiffPruning, DiffPruningConfig
-from peanut.operators import gated
-from peanut.operators.hard_concrete import Gated, logistic
+from peanut.operators import hard_concrete
+from peanut.operators.hard_concrete import HardConcrete, logistic
 
 from ..operators.test_built import check_laws
 from ..support import Net, distance, one_thread, randomised  # noqa: F401
@@ -50,7 +50,7 @@ def test_operator(structured: bool) -> None:
     dense = hard(logits) * values * (1 if group is None else hard(group))
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     parts = (values, logits) if group is None else (values, logits, group)
-    check_laws(Gated(values, logits, group), parts, dense, x)
+    check_laws(HardConcrete(values, logits, group), parts, dense, x)
 
 
 def noise_of(seed: int, shape: tuple[int, int], rows: int) -> Tensor:
@@ -69,14 +69,14 @@ def noise_of(seed: int, shape: tuple[int, int], rows: int) -> Tensor:
 def test_noise_is_drawn_from_a_seed_whenever_it_is_needed(
     structured: bool, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated, "SPAN", span)
+    monkeypatch.setattr(hard_concrete, "SPAN", span)
     torch.manual_seed(1)
     values, logits = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     group = torch.tensor([0.9], dtype=torch.float64, requires_grad=True) if structured else None
     dense = hard(logits + noise_of(11, (5, 7), max(1, span // 7))) * values * (1 if group is None else hard(group))
     x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     parts = (values, logits) if group is None else (values, logits, group)
-    operator = Gated(values, logits, group, seed=11)
+    operator = HardConcrete(values, logits, group, seed=11)
     check_laws(operator, parts, dense, x, compiled=False)
     with torch.no_grad():
         assert distance(operator.dense(), dense) < 1e-14
@@ -86,7 +86,7 @@ def test_noise_is_drawn_from_a_seed_whenever_it_is_needed(
 def test_a_gate_exactly_at_its_cut_has_a_gradient() -> None:
     values, logits = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
     x, W = torch.ones(1, 3, requires_grad=True), torch.zeros(2, 3)
-    Gated(values, logits).joined(x, W, None).sum().backward()
+    HardConcrete(values, logits).joined(x, W, None).sum().backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.full((2, 3), 0.75))  # (r − l) σ' (0)
 

@@ -124,7 +124,7 @@ def test_feed_forward_layers_of_an_architecture(targets: list[str], given: Any, 
     for path, layer in AdapterSet.of(model).layers():
         inside = any(path.endswith(name) for name in expected)
         assert (layer.change("default").in_scale is not None) == inside
-        assert (layer.change("default").out_scale is None) == inside
+        assert (layer.change("default").left is None) == inside
 
 
 def test_file_of_the_peer_on_an_architecture(tmp_path: Path) -> None:

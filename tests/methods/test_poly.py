@@ -81,7 +81,7 @@ def test_each_sample_gets_the_change_of_its_task(splits: int, skills: int) -> No
                 for rows, task in zip(each, TASKS, strict=True)
             ]
         ).reshape(*shape[:-1], 20)
-        with AdapterSet.of(model).state.during(None, TASKS):
+        with AdapterSet.of(model).state.during(tasks=TASKS):
             assert distance(layer(x), expected) < TIGHT
         assert distance(expected, x @ plain[0].T + plain[1]) > 0.05
 
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_definition(tiny_llama: Builder) -> None:
     values = layer.values("default")
     A, B, logits = (values[name] for name in ("poly_lora_A", "poly_lora_B", "poly_router.module_logits"))
     x, direction = torch.randn(4, 5, 32, dtype=torch.float64), torch.randn(4, 5, 32, dtype=torch.float64)
-    with model.adapters.state.during(None, TASKS):
+    with model.adapters.state.during(tasks=TASKS):
         found = torch.autograd.grad((layer(x) * direction).sum(), [A, B, logits])
     gates = torch.sigmoid(logits[TASKS].view(4, 2, 2))
     gates = gates / gates.sum(-1, keepdim=True)
@@ -114,7 +114,7 @@ def test_training_draws_gates_for_each_sample(tiny_llama: Builder) -> None:
     tasks = torch.ones(3000, dtype=torch.long)
     method, own = layer.method_of("default")
     values = {key: value.detach() for key, value in layer.values("default").items()}
-    with model.adapters.state.during(None, tasks), torch.no_grad():
+    with model.adapters.state.during(tasks=tasks), torch.no_grad():
         drawn = layer(x)
         assert drawn.std(0).max() > 0.05  # no two samples have the same
         assert not same_bits(layer(x), drawn)
@@ -199,7 +199,7 @@ def test_two_polys_and_a_lora_together(tiny_llama: Builder) -> None:
     layer = next(layer for _, layer in model.adapters.layers())
     x = torch.randn(4, 5, 32, dtype=torch.float64)
     plain = layer.base_layer(x)
-    with model.adapters.state.during(None, TASKS):
+    with model.adapters.state.during(tasks=TASKS):
         alone = {}
         for name in ("default", "lora", "other"):
             model.set_adapter(name)
@@ -211,9 +211,7 @@ def test_two_polys_and_a_lora_together(tiny_llama: Builder) -> None:
     assert layer.merged_adapters == ["lora"]
 
 
-def test_evaluation_mixes_once_while_the_task_and_parameters_stay(
-    tiny_llama: Builder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_within_inference_a_task_is_mixed_once(tiny_llama: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_llama().double()).eval()
     count, calls, routed = sum(1 for _ in model.adapters.layers()), [0], Poly.routed
 
@@ -229,12 +227,14 @@ def test_evaluation_mixes_once_while_the_task_and_parameters_stay(
         return calls[0]
 
     monkeypatch.setattr(Poly, "routed", counted)
-    assert mixings([2, 2, 2, 2]) == count
-    assert mixings([2, 2, 2, 2]) == 0
-    assert mixings([2, 2], IDS[:2]) == 0
-    assert mixings([1, 1], IDS[:2]) == count
-    assert mixings([2, 0], IDS[:2]) == mixings([2, 0], IDS[:2]) == count  # of each row nothing is kept
-    assert mixings([1, 1, 1, 1]) == 0
+    assert mixings([2, 2, 2, 2]) == mixings([2, 2, 2, 2]) == count
+    with model.inference():
+        assert mixings([2, 2, 2, 2]) == count
+        assert mixings([2, 2, 2, 2]) == 0
+        assert mixings([2, 2], IDS[:2]) == 0
+        assert mixings([1, 1], IDS[:2]) == count
+        assert mixings([2, 0], IDS[:2]) == mixings([2, 0], IDS[:2]) == count  # of each row nothing is kept
+        assert mixings([1, 1, 1, 1]) == 0
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -276,7 +276,7 @@ def test_compiles_with_tasks(tiny_llama: Builder) -> None:
     model = adapted(tiny_llama()).eval()
     layer = next(layer for _, layer in model.adapters.layers())
     x = torch.randn(4, 5, 32)
-    with model.adapters.state.during(None, TASKS):
+    with model.adapters.state.during(tasks=TASKS):
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert distance(compiled(x), layer(x)) < 1e-5
 

@@ -7,7 +7,8 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +53,49 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 # What is kept
 
 
-def test_factors_are_kept_in_evaluation_alone(tiny_llama: Build, computed: Callable[[], int]) -> None:
+def test_factors_are_kept_where_the_caller_says_so_and_in_evaluation_alone(
+    tiny_llama: Build, computed: Callable[[], int]
+) -> None:
     model = adapted(tiny_llama())
+    for _ in range(2):
+        logits(model)
+        assert computed() == 4  # nothing outlives the call
+    model.generate(IDS, max_new_tokens=5, pad_token_id=0)
+    assert computed() == 4  # for five tokens
+    with model.inference():
+        for expected in (4, 0):
+            logits(model)
+            assert computed() == expected
+        model.generate(IDS, max_new_tokens=5, pad_token_id=0)
+        assert computed() == 0
+        model(IDS)
+        assert computed() == 4  # gradients may be wanted
+        with torch.no_grad():
+            model.train()(IDS)
+            assert computed() == 4
+            model.eval()(IDS)
+            assert computed() == 0
     logits(model)
     assert computed() == 4
-    logits(model)
-    model.generate(IDS, max_new_tokens=5, pad_token_id=0)
-    assert computed() == 0
-    model(IDS)
-    assert computed() == 4  # gradients may be wanted
-    with torch.no_grad():
-        model.train()(IDS)
+
+
+def test_threads_that_enter_the_same_context_share_what_is_kept_and_others_keep_nothing(
+    tiny_llama: Build, computed: Callable[[], int]
+) -> None:
+    model = adapted(tiny_llama())
+    kept, expected = model.inference(), logits(model)
+    computed()
+
+    def answer(entered: bool) -> Tensor:
+        with kept if entered else nullcontext():
+            return logits(model)
+
+    with kept, ThreadPoolExecutor(1) as pool:
+        assert same_bits(logits(model), expected)
         assert computed() == 4
-        model.eval()(IDS)
-        assert computed() == 4  # training may have changed anything
-    with torch.inference_mode():
-        model(IDS)
-        first = computed()
-        assert same_bits(model(IDS).logits.clone(), logits(model))
-    assert first == 0
+        for entered, counted in ((True, 0), (False, 4), (True, 0)):
+            assert same_bits(pool.submit(answer, entered).result(), expected)
+            assert computed() == counted
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -78,13 +103,13 @@ def test_copies_leave_behind_what_is_kept(copied: Callable[[Any], Any], tiny_lla
     model = adapted(tiny_llama())
     model.train()(IDS)
     expected = logits(model.eval())
-    again = copied(model)
-    assert all(layer._kept is not None for _, layer in model.adapters.layers())
-    assert not any(layer._kept or layer._known for _, layer in again.adapters.layers())
-    assert same_bits(logits(again), expected)
-    randomised(again)
-    assert distance(logits(again), expected) > 1e-3
-    assert same_bits(logits(model), expected)
+    with model.inference():
+        logits(model)
+        again = copied(model)
+        assert same_bits(logits(again), expected)
+        randomised(again)
+        assert distance(logits(again), expected) > 1e-3
+        assert same_bits(logits(model), expected)
 
 
 @contextmanager
@@ -136,13 +161,14 @@ def changed_in_the_base(model: PeftModel, folder: Path) -> Iterator[None]:
         changed_in_the_base,
     ],
 )
-def test_what_is_kept_is_let_go_when_anything_changes(changed: Any, tiny_llama: Build, tmp_path: Path) -> None:
+def test_whatever_changes_is_seen(changed: Any, tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     with changed(model, tmp_path):
         before = logits(model)
     after = logits(model)
     assert distance(after, before) > 1e-3
-    assert same_bits(logits(model.eval()), after)  # eval() forgets all that is kept
+    with model.inference():
+        assert same_bits(logits(model), after)
 
 
 def test_casting_a_model_lets_go_of_the_old_dtype(tiny_llama: Build) -> None:

@@ -43,25 +43,25 @@ def test_modules_by_names_that_torch_would_refuse() -> None:
 @settings(deadline=None, max_examples=25)
 @given(samples=st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=1, max_size=6), share=st.integers(1, 4))
 def test_every_row_belongs_to_the_sample_it_came_from(samples: list[str], share: int) -> None:
-    state = AdapterState(samples=samples)
-    groups = state.groups(len(samples) * share)
+    state = AdapterState()
+    with state.during(samples=samples):
+        groups = state.groups(len(samples) * share)
     assert sorted(row for rows in groups.values() for row in rows) == list(range(len(samples) * share))
     assert all(samples[row // share] == name for name, rows in groups.items() for row in rows)
 
 
 @pytest.mark.parametrize(("samples", "rows"), [([], 3), (["a", "b"], 3), (["a", "b"], 1)])
 def test_rows_that_no_sample_owns_are_refused(samples: list[str], rows: int) -> None:
-    with pytest.raises(
-        PeanutError,
-        match=rf"^adapter_names has {len(samples)} names and a layer sees a batch of {rows}; .*'__base__' for none",
-    ):
-        AdapterState(samples=samples).groups(rows)
+    state = AdapterState()
+    refusal = rf"^adapter_names has {len(samples)} names and a layer sees a batch of {rows}; .*'__base__' for none"
+    with state.during(samples=samples), pytest.raises(PeanutError, match=refusal):
+        state.groups(rows)
 
 
 def test_names_hold_within_their_context_alone() -> None:
     state = AdapterState()
-    with state.during(["a"], None):
-        with state.during(["b", "b"], None):
+    with state.during(samples=["a"]):
+        with state.during(samples=["b", "b"]):
             assert state.samples == ["b", "b"]
         assert state.samples == ["a"]
     assert state.samples is None

@@ -33,7 +33,7 @@ def test_laws(r: int, m: int) -> None:
 @pytest.mark.parametrize("m", [2, 6], ids=["mini", "whole"])
 def test_settled_answers_the_same(r: int, m: int) -> None:
     operator = Blockwise(torch.randn(r, m, dtype=torch.float64), (6, 8))
-    settled = operator.settled(torch.float64)
+    settled = operator.for_inference(torch.float64)
     x, W, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 8), (6, 8), (6,)))
     dense = torch.stack([torch.stack([operator.block[i % r, o % m] for i in range(8)]) for o in range(6)])
     for some in (x, x[0, 0], x[:0]):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from peanut.errors import PeanutError
-from peanut.operators import Operator
+from peanut.operators import Delta
 from peanut.operators.dense import Dense
-from peanut.operators.materialised import Built
+from peanut.operators.materialised import Materialised
 
 from ..support import distance, one_thread  # noqa: F401
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 
 @dataclass(frozen=True)
-class Outer(Built):
+class Outer(Materialised):
     """Δ = scale · (u ∘ gain) vᵀ: two trained parts with a fixed tensor and a number between them in the fields."""
 
     u: Tensor
@@ -50,12 +50,12 @@ def made(dtype: torch.dtype = torch.float64) -> tuple[Outer, Tensor, Tensor, Ten
     return operator, x, torch.randn(7, 5, dtype=dtype), torch.randn(7, dtype=dtype, requires_grad=True)
 
 
-def tensors_of(operator: Operator) -> list[Tensor]:
+def tensors_of(operator: Delta) -> list[Tensor]:
     return [value for value in vars(operator).values() if isinstance(value, Tensor)]
 
 
 def check_laws(
-    operator: Operator,
+    operator: Delta,
     parts: tuple[Tensor, ...],
     dense: Tensor,
     x: Tensor,
@@ -131,7 +131,7 @@ def check_laws(
 
 
 def check_gradients(
-    operator: Operator, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor, *, refuses_second: bool = False
+    operator: Delta, parts: tuple[Tensor, ...], dense: Tensor, x: Tensor, *, refuses_second: bool = False
 ) -> None:
     """Gradients for more tokens than are dealt with together; gradients of gradients, or that they are refused."""
     tokens = torch.randn(1100, x.shape[-1], dtype=x.dtype)

@@ -43,7 +43,7 @@ def test_settled(shape: tuple[int, int, int], count: int) -> None:
             for column in range(columns):
                 for u in range(b):
                     expected[:, row * b + t] += -0.3 * kernel[row, column, u] * x[:, column * b + (t + u) % b]
-    settled = Circulant(kernel, -0.3).settled(torch.float64)
+    settled = Circulant(kernel, -0.3).for_inference(torch.float64)
     weight = torch.randn(rows * b, columns * b, dtype=torch.float64)
     assert distance(settled.apply(x), expected) < 1e-13
     assert distance(settled.joined(x, weight, None), x @ weight.T + expected) < 1e-13

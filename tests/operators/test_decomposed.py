@@ -10,26 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peanut.operators.magnitude import Decomposed
+from peanut.operators.magnitude import MagnitudeDirection
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 
 
-def random_operator(out: int = 5, inputs: int = 7, r: int = 2, dtype: torch.dtype = torch.float64) -> Decomposed:
+def random_operator(
+    out: int = 5, inputs: int = 7, r: int = 2, dtype: torch.dtype = torch.float64
+) -> MagnitudeDirection:
     generator = torch.Generator().manual_seed(3)
     weight, up, down = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         for shape in ((out, inputs), (out, r), (r, inputs))
     )
     gain = torch.rand(out, generator=generator, dtype=torch.float64) + 0.5
-    return Decomposed(weight, up, down, 0.7, gain if dtype == torch.float64 else gain.float(), whole=True)
+    return MagnitudeDirection(weight, up, down, 0.7, gain if dtype == torch.float64 else gain.float(), whole=True)
 
 
-def leaves(operator: Decomposed) -> list[Tensor]:
+def leaves(operator: MagnitudeDirection) -> list[Tensor]:
     return [value.requires_grad_() for value in (operator.up, operator.down, operator.gain)]
 
 
-def written_out(operator: Decomposed) -> Tensor:
+def written_out(operator: MagnitudeDirection) -> Tensor:
     W = operator.weight
     return torch.diag(operator.gain) @ (W + operator.scaling * operator.up @ operator.down) - W
 
@@ -79,7 +81,7 @@ def test_gradcheck(tokens: int) -> None:
     ids = torch.tensor([[0, 6], [6, 2]])
 
     def run(x: Tensor, b: Tensor, up: Tensor, down: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
-        own = Decomposed(operator.weight, up, down, 0.7, gain, whole=True)
+        own = MagnitudeDirection(operator.weight, up, down, 0.7, gain, whole=True)
         return own.apply(x), own.joined(x, own.weight, b), own.rows(ids)
 
     assert torch.autograd.gradcheck(run, (x, b, *leaves(operator)))
@@ -105,16 +107,16 @@ def test_a_weight_with_something_merged_into_it_is_used_as_given() -> None:
     operator, other = random_operator(), torch.randn(5, 7, dtype=torch.float64)
     x, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     merged = operator.weight + other
-    apart = Decomposed(operator.weight, operator.up, operator.down, operator.scaling, operator.gain)
+    apart = MagnitudeDirection(operator.weight, operator.up, operator.down, operator.scaling, operator.gain)
     assert distance(apart.joined(x, merged, b), x @ (merged + written_out(operator)).T + b) < 1e-13
 
 
 def test_a_gain_of_one_over_nothing_changes_no_bit() -> None:
     weight, x, b = torch.randn(300, 700), torch.randn(900, 700), torch.randn(300)
-    operator = Decomposed(weight, torch.zeros(300, 4), torch.randn(4, 700), 2.0, torch.ones(300), whole=True)
+    operator = MagnitudeDirection(weight, torch.zeros(300, 4), torch.randn(4, 700), 2.0, torch.ones(300), whole=True)
     for some in (x, x[:9], x[0]):  # of many tokens W' is made, of few not
         assert same_bits(operator.joined(some, weight, b), F.linear(some, weight, b))
-        assert same_bits(operator.settled(torch.float32).joined(some, weight, b), F.linear(some, weight, b))
+        assert same_bits(operator.for_inference(torch.float32).joined(some, weight, b), F.linear(some, weight, b))
     assert not operator.apply(x).any()
     assert not operator.dense().any()
     assert not operator.rows(torch.tensor([4, 699])).any()
@@ -123,7 +125,9 @@ def test_a_gain_of_one_over_nothing_changes_no_bit() -> None:
 def test_16_bits_keep_a_gain_that_they_cannot_write() -> None:
     operator = random_operator(dtype=torch.float32)
     gain = torch.full((5,), 1.001)
-    small = Decomposed(operator.weight, torch.zeros(5, 2), operator.down, 1.0, gain, whole=True).to(torch.bfloat16)
+    small = MagnitudeDirection(operator.weight, torch.zeros(5, 2), operator.down, 1.0, gain, whole=True).to(
+        torch.bfloat16
+    )
     x = torch.randn(3, 7)
     expected = 0.001 * F.linear(x, operator.weight)
     assert gain.bfloat16().eq(1).all()
@@ -175,7 +179,7 @@ def test_a_gain_of_zero_has_its_gradient() -> None:
 @pytest.mark.parametrize("whole", [True, False])
 def test_settled_answers_the_same(dtype: torch.dtype, near: float, whole: bool) -> None:
     operator = replace(random_operator(), whole=whole)
-    settled, dense = operator.settled(dtype), written_out(operator)
+    settled, dense = operator.for_inference(dtype), written_out(operator)
     x, b, ids = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64), torch.tensor([[0, 6]])
     given, bias = operator.weight.to(dtype) * (1 if whole else 2), b.to(dtype)
     for found, expected in (
@@ -184,7 +188,7 @@ def test_settled_answers_the_same(dtype: torch.dtype, near: float, whole: bool) 
         (settled.joined(x[0, 0].to(dtype), given, None), x[0, 0] @ (given.double() + dense).T),
         (settled.rows(ids), dense.T[ids]),
         (settled.dense(), dense),
-        (settled.to(torch.float64).apply(x), x @ dense.T),
+        (settled.to(dtype).apply(x.to(dtype)), x @ dense.T),
     ):
         assert found.shape == expected.shape
         assert distance(found, expected) < near

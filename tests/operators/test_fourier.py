@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peanut.operators.fourier import Fourier
-from peanut.operators.inference import Settled
+from peanut.operators.inference import Evaluated, few_tokens
 
 from ..support import distance, one_thread  # noqa: F401
 from .test_built import check_laws
@@ -49,12 +49,12 @@ def test_settled_on_both_sides_of_its_border(size: tuple[int, int]) -> None:
     dense = torch.zeros(size, dtype=torch.float64)
     for value, (row, column) in zip(spectrum, places.T.tolist(), strict=True):
         dense += 5.0 / (out * inputs) * value * torch.cos(2 * math.pi * (row * j / out + column * k / inputs))
-    settled = Fourier(spectrum, places, size, 5.0).settled(torch.float64)
-    assert isinstance(settled, Settled)
+    settled = Fourier(spectrum, places, size, 5.0).for_inference(torch.float64)
+    assert isinstance(settled, Evaluated)
     weight = torch.randn(size, dtype=torch.float64)
     for count in (1, 2, settled.few, settled.few + 1):
         x = torch.randn(count, inputs, dtype=torch.float64)
-        assert settled.takes(x) == (count <= settled.few)
+        assert few_tokens(x, settled.few) == (count <= settled.few)
         assert distance(settled.joined(x, weight, None), x @ (weight + dense).T) < 1e-13
         assert distance(settled.apply(x), x @ dense.T) < 1e-12
 
@@ -63,7 +63,7 @@ def test_settled_on_both_sides_of_its_border(size: tuple[int, int]) -> None:
 def test_more_entries_are_transformed_for_fewer_tokens() -> None:
     few = []
     for n in (10, 1000):
-        settled = Fourier(torch.randn(n), torch.randint(90, (2, n)), (90, 90)).settled(torch.float32)
-        assert isinstance(settled, Settled)
+        settled = Fourier(torch.randn(n), torch.randint(90, (2, n)), (90, 90)).for_inference(torch.float32)
+        assert isinstance(settled, Evaluated)
         few.append(settled.few)
     assert 0 < few[1] < few[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peanut.lab.measure import saved_bytes
-from peanut.operators import LowRank, Operator, effective_rank, singular_values
+from peanut.operators import Delta, LowRank, effective_rank, singular_values
 
 from ..support import distance, one_thread  # noqa: F401
 
@@ -36,7 +36,7 @@ def test_every_form_is_the_same_matrix(scaling: float) -> None:
     assert distance(delta.dense(), matrix) < 1e-14
     assert distance(delta.apply(x), x @ matrix.T) < 1e-14
     assert distance(delta.rows(ids), matrix.T[ids]) < 1e-14
-    assert distance(Operator.rows(delta, ids), matrix.T[ids]) < 1e-14
+    assert distance(Delta.rows(delta, ids), matrix.T[ids]) < 1e-14
     up, down = delta.factors()
     assert distance(up @ down, matrix) < 1e-14
 
@@ -44,7 +44,7 @@ def test_every_form_is_the_same_matrix(scaling: float) -> None:
 def test_weighted_is_the_answer_weighted_token_by_token() -> None:
     delta = LowRank(torch.randn(OUT, 3).double(), torch.randn(3, IN).double(), 0.3)
     x, gate = torch.randn(2, 4, IN).double(), torch.rand(2, 4, 1).double().requires_grad_()
-    found, expected = delta.weighted(x, gate), delta.apply(x) * gate
+    found, expected = delta.gated(gate).apply(x), delta.apply(x) * gate
     assert distance(found, expected) < 1e-14
     direction = torch.randn_like(found)
     (ours,), (theirs,) = torch.autograd.grad(found, gate, direction), torch.autograd.grad(expected, gate, direction)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peanut.lab.measure import saved_bytes
-from peanut.operators import Operator, mixing
+from peanut.operators import Rotation, block_factors
 from peanut.operators.cayley import cayley, cayley_neumann
 from peanut.operators.householder import Householder
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
@@ -70,7 +70,7 @@ def spanned_written_out(directions: Tensor) -> Tensor:
     return reflections_written_out(torch.stack(basis, 1))
 
 
-Case = tuple[Callable[[Tensor], Operator], Callable[[Tensor], Tensor], Tensor]
+Case = tuple[Callable[[Tensor], Rotation], Callable[[Tensor], Tensor], Tensor]
 CASES: dict[str, Case] = {
     "blocks": (BlockDiagonal, blocks_written_out, drawn(3, 5, 5)),
     "wide blocks": (BlockDiagonal, blocks_written_out, drawn(2, 40, 40)),
@@ -99,24 +99,19 @@ def test_equals_its_dense_formula_forward_and_backward(case: Case) -> None:
     values = values.clone().requires_grad_()
     operator, matrix = make(values), written_out(values)
     width = matrix.shape[0]
-    assert operator.shape == (width, width)
+    assert operator.width == width
     x, weight = drawn(2, 3, width, seed=2).requires_grad_(), drawn(5, width, seed=3).requires_grad_()
-    square = drawn(width, width, seed=5)
     fast = {
         "dense": operator.dense(),
         "apply": operator.apply(x),
-        "rotated": operator.rotated(weight),  # type: ignore[attr-defined]
-        "joined": operator.joined(x, square, None),
-        "rows": operator.rows(torch.tensor([[0, width - 1], [1, 1]])),
+        "times": operator.times(weight),
     }
     slow = {
         "dense": matrix,
         "apply": x @ matrix.T,
-        "rotated": weight @ matrix,
-        "joined": x @ (square + matrix).T,
-        "rows": matrix.T[torch.tensor([[0, width - 1], [1, 1]])],
+        "times": weight @ matrix,
     }
-    inputs = {"apply": [x], "rotated": [weight], "joined": [x]}
+    inputs = {"apply": [x], "times": [weight]}
     for name, found in fast.items():
         expected = slow[name]
         assert distance(found, expected) < TIGHT, name
@@ -192,7 +187,7 @@ def test_passes_gradcheck(case: Case) -> None:
     make, _, values = case
     if values.numel() > 1000:
         return
-    x = drawn(2, make(values).shape[1], seed=2).requires_grad_()
+    x = drawn(2, make(values).width, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x, values: make(values).apply(x), (x, values.clone().requires_grad_()), fast_mode=True
     )
@@ -202,7 +197,7 @@ def test_passes_gradcheck(case: Case) -> None:
 def test_backward_keeps_x_and_what_has_the_size_of_the_parameters(case: Case) -> None:
     make, _, values = case
     operator = make(values.clone().requires_grad_())
-    x = drawn(4000, operator.shape[1], seed=2).requires_grad_()
+    x = drawn(4000, operator.width, seed=2).requires_grad_()
     kept: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -255,7 +250,7 @@ def test_compiles_in_one_graph(name: str) -> None:
         return make(values).apply(x)
 
     values = values.clone().requires_grad_()
-    x = drawn(2, 3, make(values).shape[1], seed=2).requires_grad_()
+    x = drawn(2, 3, make(values).width, seed=2).requires_grad_()
     compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
     expected, found = run(x, values), compiled(x, values)
     assert distance(found, expected) < TIGHT
@@ -268,32 +263,28 @@ def test_compiles_in_one_graph(name: str) -> None:
         assert distance(one, other) < TIGHT
 
 
-def turned_written_out(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, matrix: Tensor) -> Tensor:
+def turned_written_out(x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor) -> Tensor:
     y = x @ matrix.T @ weight.T
-    y = y if gain is None else y * gain
     return y if bias is None else y + bias
 
 
 @every_case
-@pytest.mark.parametrize(("span", "extras"), [(1, ""), (7, "bias gain"), (1 << 20, "bias"), (1 << 20, "gain")])
+@pytest.mark.parametrize(("span", "biased"), [(1, False), (7, True), (1 << 20, False), (1 << 20, True)])
 def test_turned_product_equals_its_formula_forward_and_backward(
-    case: Case, span: int, extras: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, span: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, written_out, values = case
-    width = make(values).shape[1]
-    monkeypatch.setattr(mixing, "SPAN", span * width)  # so many tokens are turned at a time
+    width = make(values).width
+    monkeypatch.setattr(block_factors, "SPAN", span * width)  # so many tokens are turned at a time
     weight, x = drawn(5, width, seed=3), drawn(2, 5, width, seed=2)
-    bias = drawn(5, seed=4) if "bias" in extras else None
-    gain = drawn(5, seed=5) if "gain" in extras else None
-    inputs = [value.clone().requires_grad_() for value in (values, x, bias, gain) if value is not None]
-    rest = iter(inputs[2:])
-    bias, gain = (None if value is None else next(rest) for value in (bias, gain))
-    found = make(inputs[0]).turned(inputs[1], weight, bias, gain)  # type: ignore[attr-defined]
-    expected = turned_written_out(inputs[1], weight, bias, gain, written_out(inputs[0]))
+    bias = drawn(5, seed=4).requires_grad_() if biased else None
+    inputs = [values.clone().requires_grad_(), x.requires_grad_(), *([] if bias is None else [bias])]
+    found = make(inputs[0]).turned(inputs[1], weight, bias)
+    expected = turned_written_out(inputs[1], weight, bias, written_out(inputs[0]))
     assert distance(found, expected) < TIGHT
     with torch.no_grad():
-        settled: Any = make(values).settled(torch.float64)
-        assert distance(settled.turned(inputs[1], weight, bias, gain), expected) < TIGHT
+        settled: Any = make(values).for_inference(torch.float64)
+        assert distance(settled.turned(inputs[1], weight, bias), expected) < TIGHT
         assert distance(settled.apply(x), x @ written_out(values).T) < TIGHT
         assert distance(settled.dense(), written_out(values)) < TIGHT
     firsts, twice = [], [value for value in inputs if value is not bias]
@@ -309,16 +300,10 @@ def test_turned_product_equals_its_formula_forward_and_backward(
 def test_turned_product_keeps_nothing_of_the_size_of_the_tokens_but_x_and_y(case: Case) -> None:
     make, _, values = case
     operator: Any = make(values.clone().requires_grad_())
-    x = drawn(4000, operator.shape[1], seed=2).requires_grad_()
-    weight, small = drawn(6, operator.shape[1]), drawn(6) / 100
-    size, gelu = x.untyped_storage().nbytes(), torch.nn.GELU()
-    # A gain near zero cannot be read off y; none has to be; others are, and y is what the next layer keeps.
-    for gain in (small, None, 1 + small):
-        if gain is not None and isinstance(operator, Householder):
-            continue  # no method has one beside reflections
-        own = gain if gain is None else gain.clone().requires_grad_()
-        run = lambda own=own: gelu(operator.turned(x, weight, None, own))  # noqa: E731
-        assert 0 < saved_bytes(run, [gelu], [weight, x]) < size / 2
+    x = drawn(4000, operator.width, seed=2).requires_grad_()
+    weight, gelu = drawn(6, operator.width), torch.nn.GELU()
+    size = x.untyped_storage().nbytes()
+    assert 0 < saved_bytes(lambda: gelu(operator.turned(x, weight, None)), [gelu], [weight, x]) < size / 2
 
 
 @pytest.mark.parametrize("name", ["blocks", "butterfly 3", "five reflections"])
@@ -327,15 +312,15 @@ def test_turned_product_in_16_bits_and_under_autocast(name: str, dtype: torch.dt
     make, written_out, values = CASES[name]
     operator, matrix = make(values), written_out(values)
     x, weight = drawn(20, matrix.shape[0], seed=2), drawn(6, matrix.shape[0], seed=3)
-    bias, gain = drawn(6, seed=4), 1 + 1e-3 * drawn(6, seed=5)
-    expected = turned_written_out(x, weight, bias, gain, matrix)
+    bias = drawn(6, seed=4)
+    expected = turned_written_out(x, weight, bias, matrix)
     low: Any = operator.to(dtype)
-    found = low.turned(x.to(dtype), weight.to(dtype), bias.to(dtype), gain.float())
+    found = low.turned(x.to(dtype), weight.to(dtype), bias.to(dtype))
     assert found.dtype == dtype
     assert distance(found, expected) < 50 * torch.finfo(dtype).eps
     wide: Any = operator.to(torch.float32)
     with torch.autocast("cpu", dtype):
-        found = wide.turned(x.float(), weight.float(), bias.float(), gain.float())
+        found = wide.turned(x.float(), weight.float(), bias.float())
     assert found.dtype == dtype
     assert distance(found, expected) < 50 * torch.finfo(dtype).eps
 
@@ -379,15 +364,15 @@ def test_cayley_hands_on_what_is_no_number() -> None:
 def test_turned_product_compiles_in_one_graph(name: str) -> None:
     make, _, values = CASES[name]
     torch._dynamo.reset()
-    width = make(values).shape[1]
+    width = make(values).width
     weight = drawn(5, width, seed=3)
 
-    def run(x: Tensor, values: Tensor, gain: Tensor) -> Tensor:
+    def run(x: Tensor, values: Tensor) -> Tensor:
         operator: Any = make(values)
-        y: Tensor = operator.turned(x, weight, None, gain)
+        y: Tensor = operator.turned(x, weight, None)
         return y
 
-    inputs = [value.requires_grad_() for value in (drawn(2, 3, width, seed=2), values.clone(), drawn(5, seed=4))]
+    inputs = [value.requires_grad_() for value in (drawn(2, 3, width, seed=2), values.clone())]
     compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
     expected, found = run(*inputs), compiled(*inputs)
     assert distance(found, expected) < TIGHT

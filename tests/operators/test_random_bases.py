@@ -107,7 +107,7 @@ def test_without_gradients_factors_of_low_rank_are_ready(side: str, kind: type) 
 @pytest.mark.parametrize(("side", "kind"), [("up", LowRank), ("down", WrittenOut), ("full up", WrittenOut)])
 def test_settled_answers_the_same(side: str, kind: type, dtype: torch.dtype) -> None:
     operator, x, W, b = made(side), torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
-    settled, near = operator.settled(dtype), 1e-12 if dtype == torch.float64 else 0.02
+    settled, near = operator.for_inference(dtype), 1e-12 if dtype == torch.float64 else 0.02
     assert isinstance(settled, kind)
     x, W, b = x.to(dtype), W.to(dtype), b.to(dtype)
     dense, wide = written_out(operator), x.double()

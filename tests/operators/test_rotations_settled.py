@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peanut.lab.measure import peak_bytes
-from peanut.operators import Operator
+from peanut.operators import Rotation
 from peanut.operators.block_factors import SMALL
 from peanut.operators.inference import FEW
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
@@ -19,7 +19,7 @@ from ..support import distance, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
-Case = Callable[[], tuple[Operator, Tensor]]
+Case = Callable[[], tuple[Rotation, Tensor]]
 
 
 def drawn(*shape: int, seed: int = 1) -> Tensor:
@@ -35,7 +35,7 @@ def butterfly(f: int, n: int, b: int) -> Case:
     """Factor i mixes half blocks j and j + 2^i of each run of 2^(i+1): found for each row of the matrix by itself."""
     levels, half = drawn(f, n, b, b), b // 2
 
-    def make() -> tuple[Operator, Tensor]:
+    def make() -> tuple[Rotation, Tensor]:
         total = torch.eye(n * b, dtype=torch.float64)
         for level in range(f):
             factor, apart = torch.zeros_like(total), 2**level
@@ -74,12 +74,12 @@ def test_the_cases_go_all_ways() -> None:
 def test_the_same_answers(case: Case, shape: tuple[int, ...]) -> None:
     operator, matrix = case()
     width = len(matrix)
-    settled = operator.settled(torch.float64)
-    x, weight, bias, gain = drawn(*shape, width), drawn(9, width, seed=2), drawn(9, seed=3), drawn(9, seed=4)
+    settled = operator.for_inference(torch.float64)
+    x, weight, bias = drawn(*shape, width), drawn(9, width, seed=2), drawn(9, seed=3)
     before = x.clone()
     for found, expected in (
         (settled.apply(x), x @ matrix.T),
-        (settled.turned(x, weight, bias, gain), gain * (x @ (weight @ matrix).T) + bias),
+        (settled.turned(x, weight, bias), x @ (weight @ matrix).T + bias),
         (settled.turned(x, weight, None), x @ (weight @ matrix).T),
     ):
         assert found.shape == expected.shape
@@ -94,7 +94,7 @@ def test_the_same_answers(case: Case, shape: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_sixteen_bits(case: Case, dtype: torch.dtype) -> None:
     operator, matrix = case()
-    settled = operator.settled(dtype)
+    settled = operator.for_inference(dtype)
     for count in (1, 3):
         x = drawn(count, len(matrix))
         y = settled.apply(x.to(dtype))
@@ -107,7 +107,7 @@ def test_sixteen_bits(case: Case, dtype: torch.dtype) -> None:
 @every_case
 def test_gradients_still_flow_to_the_input(case: Case) -> None:
     operator, matrix = case()
-    settled = operator.settled(torch.float64)
+    settled = operator.for_inference(torch.float64)
     x, direction = drawn(2, len(matrix)).requires_grad_(), drawn(2, len(matrix), seed=2)
     (grad,) = torch.autograd.grad(settled.apply(x), x, direction)
     assert distance(grad, direction @ matrix) < 1e-13
@@ -115,7 +115,7 @@ def test_gradients_still_flow_to_the_input(case: Case) -> None:
 
 @torch.no_grad()
 def test_many_tokens_are_turned_with_one_copy_of_them() -> None:
-    settled = blocks(64, 32)()[0].settled(torch.float32)
+    settled = blocks(64, 32)()[0].for_inference(torch.float32)
     x = torch.randn(3000, 2048)
     size = x.untyped_storage().nbytes()
     assert size <= peak_bytes(lambda: settled.apply(x), x.device) < 1.8 * size

@@ -134,7 +134,7 @@ def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
 def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
     """b' − b, or ``None`` where an adapter leaves the bias alone."""
     change, bias = layer.change(name), layer.frozen.bias()
-    if change.shift is None and (change.bias_scale is None or bias is None):
+    if change.shift is None and (change.left is None or bias is None):
         return None
     offset = change.offset(bias)
     return offset if bias is None or offset is None else offset - bias

@@ -255,8 +255,6 @@ def _take_over(
             # The peer trains the base's own bias, ours a copy: now the base has a copy, which is at rest.
             layer._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
     fill(own, values, made_anew(adapters, name), f"adapter {name!r}")
-    for place in adapters.places(name):
-        place.forget(name)
 
 
 def _take_schedule(allocator: Any, adapters: AdapterSet) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
+from ..operators import Diagonal
 from ..operators.cayley import cayley
 from ..operators.orthogonal import Butterfly
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
@@ -106,7 +107,9 @@ class BOFT(WeightMethod[BOFTConfig]):
     def change(self, config: BOFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
         M = parameters["boft_R"]
         rotations = cayley(0.5 * (M - M.transpose(2, 3)))
-        return Change(rotation=Butterfly(rotations), out_scale=parameters["boft_s"].flatten())
+        gains, bias = parameters["boft_s"].flatten(), layer.bias()
+        shift = None if bias is None else bias - gains.to(bias.dtype) * bias  # the bias itself is not scaled
+        return Change(rotation=Butterfly(rotations), left=Diagonal(gains), shift=shift)
 
     def sampled(self, config: BOFTConfig, parameters: Values) -> Values:
         """Blocks of one factor dropped at random: with M = 0 a block turns nothing."""

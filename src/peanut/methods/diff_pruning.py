@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..operators.hard_concrete import Gated
+from ..operators.hard_concrete import HardConcrete
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_finite
-from ..versions import counted
 from ..weights import FrozenLayer
 
 __all__ = ["DiffPruning", "DiffPruningConfig"]
@@ -70,7 +69,7 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
 
     def change(self, config: DiffPruningConfig, parameters: Values, layer: FrozenLayer) -> Change:
         group, seed = parameters.get("diff_group_log_alpha"), parameters.get(SEED)
-        gates = Gated(parameters["diff_w"], parameters["diff_log_alpha"], group, LOW, HIGH)
+        gates = HardConcrete(parameters["diff_w"], parameters["diff_log_alpha"], group, LOW, HIGH)
         return Change(delta=gates if seed is None else replace(gates, seed=int(seed)))
 
     def sampled(self, config: DiffPruningConfig, parameters: Values) -> Values:
@@ -79,7 +78,8 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
         Where there are no numbers to draw, in a compiled graph and with fake tensors, their noise is a tensor, too.
         """
         alpha = parameters["diff_log_alpha"]
-        seeded = not torch.compiler.is_compiling() and counted(alpha) and alpha.device.type in ("cpu", "cuda")
+        fake = torch.compiler.is_compiling() or type(alpha).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        seeded = not fake and alpha.device.type in ("cpu", "cuda")
         drawn: dict[str, Tensor] = {SEED: torch.randint(2**63 - 1, (), device="cpu")} if seeded else {}
         noisy = {
             suffix: value + logistic_noise(value)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
+from ..operators import Diagonal
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_pattern
 from ..weights import FrozenLayer
@@ -147,7 +148,7 @@ class IA3(WeightMethod[IA3Config]):
     def change(self, config: IA3Config, parameters: Values, layer: FrozenLayer) -> Change:
         gains = parameters["ia3_l"].flatten()
         if not config.scales_input:
-            return Change(out_scale=gains, bias_scale=gains)
+            return Change(left=Diagonal(gains))
         # The columns of a kernel's matrix are channel by channel, h·w of each.
         return Change(in_scale=gains.repeat_interleave(layer.in_features // gains.numel()))
 

@@ -16,7 +16,7 @@ from ..operators import LowRank
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_whole
 from ..weights import FrozenLayer
-from .dora import decomposed, norms_of_rows, norms_with
+from .dora import decomposed, norms_with
 from .lora_fields import LoraFields
 from .olora import orthonormal_factors
 from .pissa import minor_triplets, principal_triplets
@@ -123,10 +123,11 @@ class Lora(WeightMethod[LoraConfig]):
         if config.lora_bias:
             values["lora_B.bias"] = torch.zeros(layer.out_features)
         if config.use_dora:
-            W, norms = layer.matrix(), norms_of_rows(layer.matrix())
-            low = low_rank(config, {suffix: value.to(W.device, norms.dtype) for suffix, value in values.items()})
+            W = layer.matrix().to("meta") if A.is_meta else layer.matrix()
+            wide = torch.promote_types(W.dtype, torch.float32)
+            low = low_rank(config, {suffix: value.to(W.device, wide) for suffix, value in values.items()})
             shape = (1, -1, 1, 1) if layer.kind.name == "conv2d" else (-1,)
-            values |= {"lora_magnitude_vector": norms_with(W, norms, low).reshape(shape), "weight_norm": norms}
+            values["lora_magnitude_vector"] = norms_with(W, low).reshape(shape)
         return values
 
     def change(self, config: LoraConfig, parameters: Values, layer: FrozenLayer) -> Change:
@@ -134,15 +135,14 @@ class Lora(WeightMethod[LoraConfig]):
         shift = config.scaling * parameters["lora_B.bias"] if config.lora_bias else None
         if not config.use_dora:
             return Change(delta=low, shift=shift, dropout=config.lora_dropout)
-        magnitude, norms = parameters["lora_magnitude_vector"].flatten(), parameters["weight_norm"]
-        return Change(delta=decomposed(magnitude, norms, low, layer), dropout=config.lora_dropout)
+        magnitude = parameters["lora_magnitude_vector"].flatten()
+        return Change(delta=decomposed(magnitude, low, layer), dropout=config.lora_dropout)
 
     def companions(self, config: LoraConfig) -> list[tuple[WeightMethod[Any], PeftConfig]]:
         return config.token_adapters()
 
     def rebuilt(self, config: LoraConfig) -> frozenset[str]:
-        start = {"start_A", "start_B"} if config.starts_in_weight else set()
-        return frozenset(start | ({"weight_norm"} if config.use_dora else set()))
+        return frozenset({"start_A", "start_B"} if config.starts_in_weight else ())
 
     def stored(
         self, config: LoraConfig, layers: Mapping[str, Values]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..operators import Operator
+from ..operators import Delta
 from ..operators.blockwise import BlockAffine, Blockwise
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_probability, check_whole
@@ -88,7 +88,7 @@ def first_block(r: int, width: int, init_weights: bool | str, generator: torch.G
     return block if init_weights else nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
 
 
-def repeated(block: Tensor, layer: FrozenLayer) -> Operator:
+def repeated(block: Tensor, layer: FrozenLayer) -> Delta:
     """The change that a block makes, of three dimensions if it multiplies the frozen weight."""
     if block.ndim == 3:
         return BlockAffine(block, layer.matrix())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..operators import Diagonal
 from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
@@ -47,5 +48,4 @@ class RED(WeightMethod[REDConfig]):
         return {"red_scale": scale, "red_shift": shift}
 
     def change(self, config: REDConfig, parameters: Values, layer: FrozenLayer) -> Change:
-        scale = parameters["red_scale"]
-        return Change(out_scale=scale, bias_scale=scale, shift=parameters["red_shift"])
+        return Change(left=Diagonal(parameters["red_scale"]), shift=parameters["red_shift"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import METHODS, InputMethod, PeftConfig, PeftType, method_of
 from .adapters.adapter_set import AdapterSet
-from .adapters.routing import per_sample
+from .adapters.routing import Inference, calling
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import load_state, same_form
 from .checkpoints.mixtures import all_or_none, gathered, name_for, ready, save_experts
@@ -131,8 +131,10 @@ class PeftModel(nn.Module):
             adapter_names: for each sample the adapter that it goes through, ``"__base__"`` for none.
             task_ids: for each sample its task, for mixtures by task.
         """
-        with per_sample(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
-            return self.base_model(*args, **kwargs)
+        with calling(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
+            output = self.base_model(*args, **kwargs)
+            self.adapters.state.leads_to(output)
+        return output
 
     def generate(
         self,
@@ -141,9 +143,22 @@ class PeftModel(nn.Module):
         task_ids: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's ``generate``; ``adapter_names`` and ``task_ids`` as in ``forward``."""
-        with per_sample(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
+        """The base model's ``generate``; ``adapter_names`` and ``task_ids`` as in ``forward``.
+
+        What is computed from the adapters is kept until it returns, as within ``inference``.
+        """
+        with calling(self.adapters, adapter_names, task_ids, _rows(args, kwargs), keep=True):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def inference(self) -> Inference:
+        """A context in which evaluation keeps what it computes from the weights, for a server or a loop.
+
+        In ``eval()`` and without gradients, what adapters make of the weights (factors, rotations, spectra) is computed
+        once and kept until the context is left. Nothing else may write to the weights meanwhile: only changes that are
+        made by this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
+        which then share what is kept; a call in a thread that has not entered it keeps nothing.
+        """
+        return Inference(self.adapters.state)
 
     # Which adapters act
 
@@ -163,7 +178,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model answers exactly as its base, also if adapters are merged."""
+        """Within the context the model answers this thread exactly as its base, also if adapters are merged."""
         with self.adapters.disabled():
             yield
 

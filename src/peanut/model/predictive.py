@@ -36,14 +36,11 @@ def predictive(model: nn.Module, samples: int = 16, **inputs: Any) -> Prediction
         inputs: the model's inputs.
     """
     state = AdapterSet.of(model).state
-    before, state.sampling = state.sampling, True
     total = squares = torch.zeros(())
-    try:
+    with state.during(sampling=True):
         for _ in range(samples):
             chances = model(**inputs).logits.double().softmax(-1)
             total, squares = total + chances.cpu(), squares + chances.cpu().square()
-    finally:
-        state.sampling = before
     mean = total / samples
     spread = (squares / samples - mean.square()).clamp_min(0) * (samples / max(samples - 1, 1))
     return Prediction(mean.float(), spread.sqrt().float())

@@ -1,22 +1,27 @@
-"""Linear operators on weights: applied to activations, written out densely, with a backward that saves little."""
+"""Linear operators on weights: applied to activations, written as matrices, with a backward that saves little."""
 
-from .compose import Chain, Gained, Sum
+from .compose import Between, Chain, Gated, Sum, chain, gated, total
+from .delta import Delta
 from .dense import Dense
 from .low_rank import LowRank
-from .operator import Operator
 from .per_sample import PerSample
-from .per_token import PerToken
+from .rotation import Diagonal, Rotation
 from .spectrum import effective_rank, singular_values
 
 __all__ = [
+    "Between",
     "Chain",
+    "Delta",
     "Dense",
-    "Gained",
+    "Diagonal",
+    "Gated",
     "LowRank",
-    "Operator",
     "PerSample",
-    "PerToken",
+    "Rotation",
     "Sum",
+    "chain",
     "effective_rank",
+    "gated",
     "singular_values",
+    "total",
 ]

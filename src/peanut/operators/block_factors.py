@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .delta import product_dtype, shaped
 from .inference import few_tokens
-from .materialised import product_dtype
-from .operator import Operator, gained
-from .saved_outputs import Returned, pulled_gain, shaped, tells_gain, weight_is_less
+from .rotation import Rotation
 
-__all__ = ["Mixing", "SettledMixing"]
+__all__ = ["BlockFactors", "EvaluatedBlockFactors"]
 
 WIDTH = 32
 """Narrower blocks are set side by side up to this width: one product of that size is up to five times as fast as many
@@ -28,7 +27,7 @@ SPAN = 3 * 2**19
 
 
 @dataclass(frozen=True)
-class Mixing(Operator):
+class BlockFactors(Rotation):
     """R = F_f … F₂ F₁: block-diagonal factors, each between permutations, F₁ acting on the input first.
 
     A factor's block mixes two half blocks of features, or several such pairs. The backward keeps x and the factors.
@@ -44,48 +43,47 @@ class Mixing(Operator):
     distances: tuple[int, ...]
 
     @staticmethod
-    def of(levels: Tensor, distances: tuple[int, ...]) -> Mixing:
+    def of(levels: Tensor, distances: tuple[int, ...]) -> BlockFactors:
         """With narrow blocks side by side; the permutations still go by the halves of the blocks given."""
         n, b = levels.shape[1:3]
         side = next(side for side in range(max(1, min(n, WIDTH // b)), 0, -1) if n % side == 0)
         if side > 1:
             spread = torch.diag_embed(levels.reshape(-1, side, b, b).permute(0, 2, 3, 1))
             levels = spread.permute(0, 3, 1, 4, 2).reshape(-1, n // side, side * b, side * b)
-        return Mixing(levels, b // 2, distances)
+        return BlockFactors(levels, b // 2, distances)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        width = self.levels.shape[1] * self.levels.shape[2]
-        return width, width
+    def width(self) -> int:
+        return self.levels.shape[1] * self.levels.shape[2]
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._product(x, None, None, None)
+        return self._product(x, None, None)
 
-    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
-        return self._product(x, weight, bias, gain)
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight, bias)
 
-    def rotated(self, weight: Tensor) -> Tensor:
-        """W · R for W (…, in), R never written out."""
-        return Mixing(self.levels.flip(0).transpose(2, 3), self.half, self.distances[::-1]).apply(weight)
+    def times(self, weight: Tensor) -> Tensor:
+        """W R for W (…, in), R never written out."""
+        return BlockFactors(self.levels.flip(0).transpose(2, 3), self.half, self.distances[::-1]).apply(weight)
 
     def dense(self) -> Tensor:
-        return self.rotated(torch.eye(self.shape[0], dtype=self.levels.dtype, device=self.levels.device))
+        return self.times(torch.eye(self.width, dtype=self.levels.dtype, device=self.levels.device))
 
-    def to(self, dtype: torch.dtype) -> Mixing:
-        return Mixing(self.levels.to(dtype), self.half, self.distances)
+    def to(self, dtype: torch.dtype) -> BlockFactors:
+        return BlockFactors(self.levels.to(dtype), self.half, self.distances)
 
-    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
         x, levels = x.to(dtype), self.levels.to(dtype)
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
-        arguments = (x, levels, weight, bias, gain, self.half, self.distances)
+        arguments = (x, levels, weight, bias, self.half, self.distances)
         if torch.is_grad_enabled():
             return _Turned.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
         return _turned(*arguments)
 
 
 @dataclass(frozen=True)
-class SettledMixing(Mixing):
+class EvaluatedBlockFactors(BlockFactors):
     """In evaluation few tokens go straight to the products.
 
     Args:
@@ -97,21 +95,22 @@ class SettledMixing(Mixing):
     narrow: tuple[Tensor, ...]
 
     @staticmethod
-    def of(levels: Tensor, distances: tuple[int, ...]) -> SettledMixing:
-        wide = Mixing.of(levels, distances)
+    def of(levels: Tensor, distances: tuple[int, ...]) -> EvaluatedBlockFactors:
+        wide = BlockFactors.of(levels, distances)
         # Transposed in memory, as products take them: a token's takes a third less time.
         turns = wide.levels.mT.contiguous()
         narrow = turns if levels.shape == turns.shape else levels.mT.contiguous()
-        return SettledMixing(turns.mT, wide.half, distances, tuple(turns), tuple(narrow))
+        return EvaluatedBlockFactors(turns.mT, wide.half, distances, tuple(turns), tuple(narrow))
+
+    def to(self, dtype: torch.dtype) -> EvaluatedBlockFactors:
+        return self  # it was made for that dtype
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is few tokens."""
         return few_tokens(x) and not torch.is_grad_enabled()
 
-    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
-        if not self.takes(x):
-            return super().turned(x, weight, bias, gain)
-        return gained(F.linear(self.apply(x), weight, bias), bias, gain)
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(self.apply(x), weight, bias) if self.takes(x) else super().turned(x, weight, bias)
 
     def apply(self, x: Tensor) -> Tensor:
         if not self.takes(x):
@@ -167,11 +166,10 @@ def _turned(
     factors: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    gain: Tensor | None,
     half: int,
     distances: tuple[int, ...],
 ) -> Tensor:
-    """gain ⊙ (R x) Wᵀ + b, or R x without a W."""
+    """(R x) Wᵀ + b, or R x without a W."""
     tokens = x.reshape(-1, x.shape[-1])
     if weight is None:
         spans = _spans(tokens)
@@ -182,16 +180,10 @@ def _turned(
             y[span] = _seen(tokens[span], factors, half, distances)[-1]
         return shaped(y, x.shape[:-1])
     if _turns_weight(tokens, weight):
-        weight = Mixing(factors, half, distances).rotated(weight)
+        weight = BlockFactors(factors, half, distances).times(weight)
     else:
         tokens = _seen(tokens, factors, half, distances)[-1]
-    if gain is not None and weight_is_less(tokens):
-        y = F.linear(tokens, weight * gain.to(weight.dtype)[:, None], bias)
-    else:
-        y = F.linear(tokens, weight, bias)
-        if gain is not None:
-            y.addcmul_(y if bias is None else y - bias, (gain - 1).to(y.dtype))
-    return shaped(y, x.shape[:-1])
+    return shaped(F.linear(tokens, weight, bias), x.shape[:-1])
 
 
 def _turns_weight(tokens: Tensor, weight: Tensor) -> bool:
@@ -209,49 +201,33 @@ def _seen(tokens: Tensor, factors: Tensor, half: int, distances: tuple[int, ...]
 
 
 class _Turned(torch.autograd.Function):
-    """``_turned`` for a frozen W; what the factors and W make on the way is computed again in the backward.
-
-    The gain's gradient is read off the output where that is cheap to keep, else off the output made again.
-    """
+    """``_turned`` for a frozen W; what the factors make on the way is computed again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, factors, weight, bias, gain, ctx.half, ctx.distances = arguments
-        y, kept = _turned(*arguments), None
-        if ctx.needs_input_grad[4] and Returned.cheap(weight.shape) and tells_gain(y, gain):
-            kept, ctx.returned = y.data, Returned(y)
-        ctx.save_for_backward(x, factors, weight, bias, gain, kept)
-        return y
+        x, factors, weight, _, ctx.half, ctx.distances = arguments
+        ctx.save_for_backward(x, factors, weight)
+        return _turned(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, factors, weight, bias, gain, kept = ctx.saved_tensors
+        x, factors, weight = ctx.saved_tensors
         half, distances = ctx.half, ctx.distances
-        need_x, need_factors, _, need_bias, need_gain, *_ = ctx.needs_input_grad
+        need_x, need_factors, _, need_bias, *_ = ctx.needs_input_grad
         tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x, grad_gain = torch.empty_like(tokens) if need_x else None, None
-        if kept is not None and ctx.returned.tells():
-            grad_gain, need_gain = pulled_gain(kept, bias, gain, grads), False
-        less_one, scaled = None if gain is None else (gain - 1).to(x.dtype), weight
-        if gain is not None and weight_is_less(tokens):
-            less_one, scaled = None, weight * gain.to(weight.dtype)[:, None]
+        grad_x = torch.empty_like(tokens) if need_x else None
         grad_factors: dict[int, Tensor] = {}
-        last = len(distances) if need_gain else len(distances) - 1 if need_factors else 0
+        last = len(distances) - 1 if need_factors else 0
         for span in _spans(tokens):
             part, seen = grads[span], _seen(tokens[span], factors[:last], half, distances[:last])
-            if need_gain:
-                before = part * F.linear(seen.pop(), weight)
-                grad_gain = _added(grad_gain, before.sum(0, dtype=gain.dtype))
-            if less_one is not None:
-                part = torch.addcmul(part, part, less_one)
-            if scaled is not None:
-                part = part @ scaled
+            if weight is not None:
+                part = part @ weight
             for level in reversed(range(len(distances))):
                 blocks, distance = factors[level], distances[level]
                 inner = _gathered(part, blocks, half, distance)
                 if need_factors:
                     pulled = torch.bmm(inner.transpose(1, 2), _gathered(seen[level], blocks, half, distance))
-                    grad_factors[level] = _added(grad_factors.get(level), pulled)
+                    grad_factors[level] = grad_factors[level] + pulled if level in grad_factors else pulled
                 part = _scattered(torch.bmm(inner, blocks), half, distance)
                 if level:
                     part = part.reshape(-1, tokens.shape[1])
@@ -262,11 +238,6 @@ class _Turned(torch.autograd.Function):
             torch.stack([grad_factors[level] for level in range(len(distances))]) if need_factors else None,
             None,
             grads.sum(0) if need_bias else None,
-            grad_gain,
             None,
             None,
         )
-
-
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total + more

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .materialised import Built, product_dtype
-from .operator import Operator
-from .saved_outputs import shaped
+from .delta import Delta, product_dtype, shaped
+from .materialised import Materialised
 
 __all__ = ["BlockAffine", "Blockwise"]
 
 
 @dataclass(frozen=True)
-class Blockwise(Operator):
+class Blockwise(Delta):
     """Δ[o, i] = block[i mod r, o mod m]: the columns repeat with period r, the rows with period m.
 
     So Δ x is a sum over the input's blocks of r, one thin product, and a repetition; Δ has rank ≤ r. Where r does not
@@ -134,7 +133,7 @@ def _fold(x: Tensor, r: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BlockAffine(Built):
+class BlockAffine(Materialised):
     """Δ_ac = (W_ac + I) B_a for the blocks (r, r) of W: each block of the frozen weight through a learned product.
 
     Args:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inference import Settled
-from .materialised import Built
-from .operator import Operator
+from .delta import Delta
+from .inference import Evaluated
+from .materialised import Materialised
 
 __all__ = ["Circulant"]
 
@@ -18,7 +18,7 @@ _AT_ONCE = 256  # tokens that are transformed together
 
 
 @dataclass(frozen=True)
-class Circulant(Built):
+class Circulant(Materialised):
     """Δ of blocks (b, b), the block at (i, j) being scaling · kernel[i, j, (column − row) mod b].
 
     Each block correlates: y_i[t] = scaling · Σ_j Σ_u kernel[i, j, u] · x_j[(t + u) mod b], a product of real Fourier
@@ -79,7 +79,7 @@ class Circulant(Built):
         columns = self.kernel[:, at // b, (at - place) % b].movedim(0, -2)  # (…, out/b, b)
         return self.scaling * columns.flatten(-2)
 
-    def settled(self, dtype: torch.dtype) -> Operator:
+    def for_inference(self, dtype: torch.dtype) -> Delta:
         cast = self.to(dtype)
         rows, columns, b = self.kernel.shape
         wide = cast.kernel.to(torch.promote_types(dtype, torch.float32))  # there is no Fourier transform in 16 bits
@@ -88,7 +88,7 @@ class Circulant(Built):
         angles = (column[:, None] / columns - row[:, None, None] / rows) * entry * (2 * math.pi / b)
         turned = waves * torch.polar(torch.ones_like(angles), angles).to(waves)
         whole = torch.fft.ifft(torch.fft.fft(turned, dim=0)[: rows // 2 + 1], dim=1)
-        return _SettledCirculant(cast, dtype, waves[:, :, : b // 2 + 1].contiguous(), whole)
+        return _EvaluatedCirculant(cast, waves[:, :, : b // 2 + 1].contiguous(), whole)
 
     def _blocks(self) -> Tensor:
         """Δ as (out/b, b, in/b, b): a kernel b times in line, read in rows that begin b − 1 apart."""
@@ -98,7 +98,7 @@ class Circulant(Built):
 
 
 @dataclass(frozen=True)
-class _SettledCirculant(Settled):
+class _EvaluatedCirculant(Evaluated):
     """Few tokens go block by block through short transforms, a single one through one transform and one back.
 
     (On a CPU a batch of short ones wakes other threads, for longer than they take.) For that, the n = in/b blocks of a

@@ -1,23 +1,27 @@
-"""Operators made of operators: their sum and their product."""
+"""Operators made of operators: sums and products of them, a change between two gains, a gated change."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .operator import Operator
+from ..errors import PeanutError
+from .delta import Delta
+from .low_rank import LowRank
+from .rotation import Diagonal, Rotation
 
-__all__ = ["Chain", "Gained", "Sum"]
+__all__ = ["Between", "Chain", "Gated", "Sum", "chain", "gated", "total"]
 
 
 @dataclass(frozen=True)
-class Sum(Operator):
+class Sum(Delta):
     """Δ₁ + Δ₂ + …, each applied in its own way."""
 
-    terms: tuple[Operator, ...]
+    terms: tuple[Delta, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -30,6 +34,9 @@ class Sum(Operator):
         first, *others = self.terms
         return reduce(torch.add, (term.apply(x) for term in others), first.joined(x, weight, bias))
 
+    def beside(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reduce(torch.add, (term.beside(x, y, bias) for term in self.terms))
+
     def rows(self, ids: Tensor) -> Tensor:
         return reduce(torch.add, (term.rows(ids) for term in self.terms))
 
@@ -39,46 +46,44 @@ class Sum(Operator):
     def to(self, dtype: torch.dtype) -> Sum:
         return Sum(tuple(term.to(dtype) for term in self.terms))
 
-    def settled(self, dtype: torch.dtype) -> Sum:
-        return Sum(tuple(term.settled(dtype) for term in self.terms))
+    def for_inference(self, dtype: torch.dtype) -> Sum:
+        return Sum(tuple(term.for_inference(dtype) for term in self.terms))
 
 
 @dataclass(frozen=True)
-class Chain(Operator):
-    """R₁ R₂ …, a product of operators: the last acts on the input first."""
+class Gated(Delta):
+    """gate ⊙ Δ x, gate (…, 1) with the shape of x before its last: each token has a Δ of its own."""
 
-    links: tuple[Operator, ...]
+    inner: Delta
+    gate: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.links[0].shape[0], self.links[-1].shape[1]
+        return self.inner.shape
 
     def apply(self, x: Tensor) -> Tensor:
-        for link in reversed(self.links):
-            x = link.apply(x)
-        return x
+        return self.inner.apply(x) * self.gate.to(x.dtype)
 
-    def rotated(self, weight: Tensor) -> Tensor:
-        for link in self.links:
-            weight = link.rotated(weight)
-        return weight
+    def rows(self, ids: Tensor) -> Tensor:
+        rows = self.inner.rows(ids)
+        return rows * self.gate.to(rows.dtype)
 
     def dense(self) -> Tensor:
-        return reduce(torch.matmul, (link.dense() for link in self.links))
+        raise PeanutError("the weight of a layer that has another one for each token", "a single expert", "name one")
 
-    def to(self, dtype: torch.dtype) -> Chain:
-        return Chain(tuple(link.to(dtype) for link in self.links))
+    def to(self, dtype: torch.dtype) -> Gated:
+        return Gated(self.inner.to(dtype), self.gate)
 
-    def settled(self, dtype: torch.dtype) -> Chain:
-        return Chain(tuple(link.settled(dtype) for link in self.links))
+    def for_inference(self, dtype: torch.dtype) -> Gated:
+        return Gated(self.inner.for_inference(dtype), self.gate)
 
 
 @dataclass(frozen=True)
-class Gained(Operator):
-    """diag(out_scale) · Δ · diag(in_scale), either gain optional."""
+class Between(Delta):
+    """L · Δ · diag(in_scale), either side optional: what is left of a Δ to add where L and the gain are merged."""
 
-    inner: Operator
-    out_scale: Tensor | None
+    left: Rotation | None
+    inner: Delta
     in_scale: Tensor | None
 
     @property
@@ -87,20 +92,72 @@ class Gained(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         y = self.inner.apply(x if self.in_scale is None else x * self.in_scale)
-        return y if self.out_scale is None else y * self.out_scale
+        return y if self.left is None else self.left.apply(y)
 
     def dense(self) -> Tensor:
         matrix = self.inner.dense()
-        if self.out_scale is not None:
-            matrix = self.out_scale[:, None] * matrix
+        if self.left is not None:
+            matrix = self.left.apply(matrix.T).T
         return matrix if self.in_scale is None else matrix * self.in_scale
 
-    def to(self, dtype: torch.dtype) -> Gained:
+    def to(self, dtype: torch.dtype) -> Between:
         return self._around(self.inner.to(dtype), dtype)
 
-    def settled(self, dtype: torch.dtype) -> Gained:
-        return self._around(self.inner.settled(dtype), dtype)
+    def for_inference(self, dtype: torch.dtype) -> Between:
+        return self._around(self.inner.for_inference(dtype), dtype)
 
-    def _around(self, inner: Operator, dtype: torch.dtype) -> Gained:
-        scales = [None if scale is None else scale.to(dtype) for scale in (self.out_scale, self.in_scale)]
-        return Gained(inner, *scales)
+    def _around(self, inner: Delta, dtype: torch.dtype) -> Between:
+        left = None if self.left is None else self.left.to(dtype)
+        return Between(left, inner, None if self.in_scale is None else self.in_scale.to(dtype))
+
+
+@dataclass(frozen=True)
+class Chain(Rotation):
+    """R₁ R₂ …, a product of square operators: the last acts on the input first."""
+
+    links: tuple[Rotation, ...]
+
+    @property
+    def width(self) -> int:
+        return self.links[0].width
+
+    def apply(self, x: Tensor) -> Tensor:
+        for link in reversed(self.links):
+            x = link.apply(x)
+        return x
+
+    def times(self, weight: Tensor) -> Tensor:
+        for link in self.links:
+            weight = link.times(weight)
+        return weight
+
+    def dense(self) -> Tensor:
+        return reduce(torch.matmul, (link.dense() for link in self.links))
+
+    def to(self, dtype: torch.dtype) -> Chain:
+        return Chain(tuple(link.to(dtype) for link in self.links))
+
+    def for_inference(self, dtype: torch.dtype) -> Chain:
+        return Chain(tuple(link.for_inference(dtype) for link in self.links))
+
+
+def gated(delta: Delta, gate: Tensor) -> Delta:
+    """gate ⊙ Δ x, gate (…, 1) with the shape of x before its last: an expert of a mixture, weighted token by token."""
+    return delta.gated(gate) if isinstance(delta, LowRank) else Gated(delta, gate)
+
+
+def total(deltas: Sequence[Delta]) -> Delta | None:
+    """Σ Δ as one operator, ``None`` for none: low-rank ones side by side as one of them."""
+    if len(deltas) < 2:
+        return deltas[0] if deltas else None
+    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
+    alike = len({delta.gate is None for delta in low_rank}) == 1
+    return LowRank.sum(low_rank) if alike and len(low_rank) == len(deltas) else Sum(tuple(deltas))
+
+
+def chain(links: Sequence[Rotation]) -> Rotation | None:
+    """The product of square operators as one, ``None`` for none: gains multiplied."""
+    if len(links) < 2:
+        return links[0] if links else None
+    gains = [link.gain for link in links if isinstance(link, Diagonal)]
+    return Diagonal(torch.stack(gains).prod(0)) if len(gains) == len(links) else Chain(tuple(links))

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator import Operator
+from .delta import Delta
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
-class Dense(Operator):
+class Dense(Delta):
     """Δ = matrix, (out, in): itself a trained tensor, or a small one (a norm's weight is a matrix (dim, 1))."""
 
     matrix: Tensor

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inference import Settled
-from .materialised import Built
-from .operator import Operator
+from .delta import Delta
+from .inference import Evaluated
+from .materialised import Materialised
 
 __all__ = ["Fourier"]
 
@@ -17,7 +17,7 @@ _AT_ONCE = 256  # tokens that are transformed together
 
 
 @dataclass(frozen=True)
-class Fourier(Built):
+class Fourier(Materialised):
     """Δ = scaling · Re ifft2(S), S zero but for ``spectrum`` at ``places``.
 
     A place (row, column) adds to Δ the wave spectrum/(out·in) · cos 2π(row·j/out + column·k/in), the same as its mirror
@@ -81,13 +81,13 @@ class Fourier(Built):
         assert total is not None  # there are tokens
         return ((total[:, 0] - sign * total[:, 1]) * (self.scaling / (out * inputs)),)
 
-    def settled(self, dtype: torch.dtype) -> Operator:
+    def for_inference(self, dtype: torch.dtype) -> Delta:
         out, inputs = self.size
         rows, columns = self.places.long()
         lower = rows > out // 2  # such a place is replaced by its mirror, and a row that is its own counts once
         rows, columns = torch.where(lower, out - rows, rows), torch.where(lower, columns, -columns % inputs)
         values = _wide(self.spectrum.to(dtype)) * torch.where((rows == 0) | (2 * rows == out), 1.0, 0.5)
-        return _SettledFourier(self.to(dtype), dtype, rows, columns, values * (self.scaling / inputs))
+        return _EvaluatedFourier(self.to(dtype), rows, columns, values * (self.scaling / inputs))
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """The rows and columns, those in the right half of the spectrum replaced by their mirrors."""
@@ -110,7 +110,7 @@ class Fourier(Built):
 
 
 @dataclass(frozen=True)
-class _SettledFourier(Settled):
+class _EvaluatedFourier(Evaluated):
     """y = irfft(M fft(x)), M real, (out/2 + 1, in), and zero but for ``values`` at (``rows_of``, ``columns``)."""
 
     rows_of: Tensor

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .materialised import Built
+from .materialised import Materialised
 
-__all__ = ["Gated", "gate", "logistic"]
+__all__ = ["HardConcrete", "gate", "logistic"]
 
 SPAN = 1 << 19
 """About so many entries are dealt with together on a CPU: all that is made of them stays in its caches."""
 
 
 @dataclass(frozen=True)
-class Gated(Built):
+class HardConcrete(Materialised):
     """Δ = gate(logits + noise) ⊙ gate(group) ⊙ values, gate(α) = clamp(low + (high − low) · σ(α), 0, 1).
 
     Args:
@@ -70,7 +70,7 @@ class Gated(Built):
         grad_tokens = grads @ self._joined(weight, stretched.clamp(0, 1))
         return grad_tokens, self._pulled_in_place((grads.T @ tokens).to(self.values.dtype), stretched)
 
-    def to(self, dtype: torch.dtype) -> Gated:
+    def to(self, dtype: torch.dtype) -> HardConcrete:
         return replace(self, dtype=dtype)
 
     def _joined(self, weight: Tensor | None, opening: Tensor) -> Tensor:

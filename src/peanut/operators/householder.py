@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cayley import in_full
+from .delta import product_dtype, shaped
 from .low_rank import LowRank
-from .materialised import product_dtype
-from .operator import Operator, gained
-from .saved_outputs import shaped
+from .rotation import Rotation
 
 __all__ = ["Householder"]
 
 
 @dataclass(frozen=True)
-class Householder(Operator):
+class Householder(Rotation):
     """R = I − V K Vᵀ with V (in, r) and K (r, r), a product of r reflections in compact form: two thin products.
 
     The backward keeps x, V and K, and r numbers a token.
@@ -63,8 +62,8 @@ class Householder(Operator):
         return Householder(basis, 2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.vectors.shape[0], self.vectors.shape[0]
+    def width(self) -> int:
+        return self.vectors.shape[0]
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
@@ -73,28 +72,28 @@ class Householder(Operator):
             return _Reflected.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
         return _reflected(*arguments)
 
-    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x is neither turned nor copied.
 
         Without a gradient few tokens are turned: W V costs as much as W's rows would.
         """
         if not torch.is_grad_enabled() and x.numel() < weight.numel():
-            return super().turned(x, weight, bias, gain)
+            return super().turned(x, weight, bias)
         dtype = product_dtype(x)
         x, weight, vectors, core = (value.to(dtype) for value in (x, weight, self.vectors, self.core))
         bias = None if bias is None else bias.to(dtype)
-        return gained(LowRank(weight @ vectors @ core, vectors.T, -1.0).joined(x, weight, bias), bias, gain)
+        return LowRank(weight @ vectors @ core, vectors.T, -1.0).joined(x, weight, bias)
 
     def beyond_identity(self) -> tuple[Tensor, Tensor]:
         """I − V K Vᵀ is I plus a product of rank r."""
         return -self.vectors @ self.core, self.vectors.T
 
-    def rotated(self, weight: Tensor) -> Tensor:
+    def times(self, weight: Tensor) -> Tensor:
         """W · R for W (…, in), R never written out."""
         return Householder(self.vectors, self.core.T).apply(weight)
 
     def dense(self) -> Tensor:
-        eye = torch.eye(self.shape[0], dtype=self.vectors.dtype, device=self.vectors.device)
+        eye = torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device)
         return eye - self.vectors @ self.core @ self.vectors.T
 
     def to(self, dtype: torch.dtype) -> Householder:

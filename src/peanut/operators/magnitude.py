@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .materialised import product_dtype
-from .operator import Operator
-from .saved_outputs import Returned, pulled_gain, shaped, tells_gain, weight_is_less
+from .delta import Delta, product_dtype, shaped
+from .saved_outputs import Returned, pulled_gain, tells_gain, weight_is_less
 
-__all__ = ["Decomposed"]
+__all__ = ["MagnitudeDirection"]
 
 
 @dataclass(frozen=True)
-class Decomposed(Operator):
+class MagnitudeDirection(Delta):
     """Δ = diag(gain)(W + scaling · up · down) − W with W (out, in), up (out, r), down (r, in), gain (out); never built.
 
     Everything is computed from gain − 1, taken before the gain is cast: in 16 bits 1.001 is 1, and 0.001 is 0.001.
@@ -71,12 +70,12 @@ class Decomposed(Operator):
         less_one = (self.gain - 1)[:, None] * self.matrix().to(self.up.dtype)
         return (less_one + self.gain[:, None] * self.scaling * (self.up @ self.down)).to(self.up.dtype)
 
-    def to(self, dtype: torch.dtype) -> Decomposed:
+    def to(self, dtype: torch.dtype) -> MagnitudeDirection:
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 
-    def settled(self, dtype: torch.dtype) -> _Settled:
+    def for_inference(self, dtype: torch.dtype) -> _Evaluated:
         up = (self.gain[:, None] * self.up * self.scaling).to(dtype)
-        return _Settled(self, up, self.down.to(dtype), (self.gain - 1).to(dtype))
+        return _Evaluated(self, up, self.down.to(dtype), (self.gain - 1).to(dtype))
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) -> Tensor:
         dtype = product_dtype(x)
@@ -86,10 +85,10 @@ class Decomposed(Operator):
 
 
 @dataclass(frozen=True)
-class _Settled(Operator):
-    """A ``Decomposed`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
+class _Evaluated(Delta):
+    """A ``MagnitudeDirection`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
 
-    inner: Decomposed
+    inner: MagnitudeDirection
     up: Tensor
     down: Tensor
     less_one: Tensor
@@ -116,8 +115,8 @@ class _Settled(Operator):
     def dense(self) -> Tensor:
         return self.inner.dense().to(self.up.dtype)
 
-    def to(self, dtype: torch.dtype) -> _Settled:
-        return self.inner.settled(dtype)
+    def to(self, dtype: torch.dtype) -> _Evaluated:
+        return self  # it was made for that dtype
 
 
 def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, less_one: Tensor) -> Tensor:

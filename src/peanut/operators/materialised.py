@@ -10,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .delta import Delta, product_dtype, shaped
 from .inference import WrittenOut
-from .operator import Operator
-from .saved_outputs import shaped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Built", "product_dtype"]
+__all__ = ["Materialised"]
 
 
 @dataclass(frozen=True)
-class Built(Operator):
+class Materialised(Delta):
     """A Δ for which no order of products is cheaper than building it from its small parts.
 
     A subclass is a frozen dataclass whose fields are tensors, or plain values (numbers, strings, tuples of them), and
@@ -68,8 +67,8 @@ class Built(Operator):
         cast = {name: value.to(dtype) for name, value in self._tensors().items() if value.is_floating_point()}
         return replace(self, **cast)
 
-    def settled(self, dtype: torch.dtype) -> Operator:
-        return WrittenOut(self.to(dtype), dtype)
+    def for_inference(self, dtype: torch.dtype) -> Delta:
+        return WrittenOut(self.to(dtype))
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -99,15 +98,9 @@ class Built(Operator):
         return _Made.apply(*self._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product with ``x``: its own, or the one that autocast has products computed in now."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
-
-
-def _again(made_of: type[Built], plain: Any, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Built:
+def _again(
+    made_of: type[Materialised], plain: Any, names: tuple[str, ...], tensors: tuple[Tensor, ...]
+) -> Materialised:
     return made_of(**dict(plain), **dict(zip(names, tensors, strict=True)))
 
 
@@ -120,7 +113,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        made_of: type[Built],
+        made_of: type[Materialised],
         plain: Any,
         trained: tuple[str, ...],
         other: tuple[str, ...],
@@ -170,7 +163,7 @@ class _Made(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        made_of: type[Built],
+        made_of: type[Materialised],
         plain: Any,
         trained: tuple[str, ...],
         other: tuple[str, ...],

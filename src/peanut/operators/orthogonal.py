@@ -8,42 +8,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block_factors import Mixing, SettledMixing
-from .operator import Operator
+from .block_factors import BlockFactors, EvaluatedBlockFactors
+from .rotation import Rotation
 
 __all__ = ["BlockDiagonal", "Butterfly"]
 
 
-class Blocks(Operator):
-    """What is made of blocks: everything is done by the ``Mixing`` that they make."""
+class Blocks(Rotation):
+    """A rotation made of blocks: the ``BlockFactors`` that they make do everything."""
 
     @abstractmethod
     def factors_in_order(self) -> tuple[Tensor, tuple[int, ...]]:
         """The factors' blocks, (f, n, b, b), in the order in which they act, and their distances."""
 
-    def mixing(self) -> Mixing:
-        """The same rotation."""
-        return Mixing.of(*self.factors_in_order())
+    def product(self) -> BlockFactors:
+        """The same rotation as a product of factors."""
+        return BlockFactors.of(*self.factors_in_order())
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.mixing().shape
+    def width(self) -> int:
+        return self.product().width
 
     def apply(self, x: Tensor) -> Tensor:
-        return self.mixing().apply(x)
+        return self.product().apply(x)
 
-    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
-        return self.mixing().turned(x, weight, bias, gain)
+    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.product().turned(x, weight, bias)
 
-    def rotated(self, weight: Tensor) -> Tensor:
-        """W · R for W (…, in), R never written out."""
-        return self.mixing().rotated(weight)
+    def times(self, weight: Tensor) -> Tensor:
+        """W R for W (…, in), R never written out."""
+        return self.product().times(weight)
 
     def dense(self) -> Tensor:
-        return self.mixing().dense()
+        return self.product().dense()
 
-    def settled(self, dtype: torch.dtype) -> Operator:
-        return SettledMixing.of(*self.to(dtype).factors_in_order())
+    def for_inference(self, dtype: torch.dtype) -> Rotation:
+        return EvaluatedBlockFactors.of(*self.to(dtype).factors_in_order())
 
 
 @dataclass(frozen=True)

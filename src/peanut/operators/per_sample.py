@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .operator import Operator
-from .saved_outputs import shaped
+from .delta import Delta, shaped
 
 __all__ = ["PerSample"]
 
 
 @dataclass(frozen=True)
-class PerSample(Operator):
+class PerSample(Delta):
     """Δ_i = s · up_i · down_i for sample i, up (batch, out, r), down (batch, r, in); applied as s (x_i down_iᵀ) up_iᵀ.
 
     x is (batch, …, in); where it has more rows than there are samples, each sample has a run of them. There is no one

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .delta import Delta, shaped
 from .inference import WrittenOut
 from .low_rank import LowRank
-from .operator import Operator
-from .saved_outputs import shaped
 
 __all__ = ["RandomBases", "rescaled"]
 
@@ -20,7 +19,7 @@ Side = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
-class RandomBases(Operator):
+class RandomBases(Delta):
     """Δ = scaling · up · down, one factor fixed and the other basis ⊙ left ⊙ right (broadcast, then flattened to 2D).
 
     A ``LowRank`` of the product would keep the rescaled factor, which for a basis of full rank is as large as Δ, from
@@ -71,10 +70,10 @@ class RandomBases(Operator):
     def to(self, dtype: torch.dtype) -> RandomBases:
         return replace(self, dtype=dtype)
 
-    def settled(self, dtype: torch.dtype) -> Operator:
+    def for_inference(self, dtype: torch.dtype) -> Delta:
         operator, rank = self.to(dtype), self.fixed.shape[0 if self.side == "up" else 1]
         if rank >= min(self.shape):
-            return WrittenOut(operator, dtype)
+            return WrittenOut(operator)
         up, down = operator._factors()
         return LowRank(up * self.scaling, down)
 
@@ -88,7 +87,7 @@ class RandomBases(Operator):
         )
 
 
-def rescaled(basis: Tensor, left: Tensor, right: Tensor, fixed: Tensor, side: Side, scaling: float = 1.0) -> Operator:
+def rescaled(basis: Tensor, left: Tensor, right: Tensor, fixed: Tensor, side: Side, scaling: float = 1.0) -> Delta:
     """The ``RandomBases`` of these; where no backward has to save memory and the rank is low, a ready ``LowRank``."""
     operator = RandomBases(basis, left, right, fixed, side, scaling)
     rank = fixed.shape[0 if side == "up" else 1]

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .materialised import product_dtype
-from .operator import Operator
-from .saved_outputs import shaped
+from .delta import Delta, product_dtype, shaped
 
 __all__ = ["Rows"]
 
 
 @dataclass(frozen=True)
-class Rows(Operator):
+class Rows(Delta):
     """What is added to the vectors of n tokens of a vocabulary.
 
     On an embedding Δ is (dim, vocabulary), its columns at ``ids`` being ``vectors``; on a head it is the transpose.

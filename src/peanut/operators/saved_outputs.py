@@ -1,4 +1,4 @@
-"""What a function returns: fit to be changed in place, and kept for its own backward where that is no more memory."""
+"""The output of a function, saved for its own backward where that costs no more memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Returned", "pulled_gain", "shaped", "tells_gain", "weight_is_less"]
+__all__ = ["Returned", "pulled_gain", "tells_gain", "weight_is_less"]
 
 SPAN = 128
 """So many tokens' products are summed up at a time: they never leave a CPU's cache."""
-
-
-def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
-    """y, (tokens, out), as (*places, out), which is no view of it.
-
-    Autograd forbids to change a view that a function returns in place, as the module after it may want to.
-    """
-    return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
 
 
 class Returned:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inference import Settled
-from .materialised import Built
-from .operator import Operator
+from .delta import Delta
+from .inference import Evaluated
+from .materialised import Materialised
 
 __all__ = ["Sparse"]
 
@@ -18,7 +18,7 @@ _AT_ONCE = 512  # tokens whose gradients are transposed together
 
 
 @dataclass(frozen=True)
-class Sparse(Built):
+class Sparse(Materialised):
     """Δ[places[0, k], places[1, k]] = values[k], and zero elsewhere; values alone have a gradient.
 
     One product with W + Δ beats a sparse product for more than a few tokens, so Δ is built. The gradient is that of
@@ -75,13 +75,13 @@ class Sparse(Built):
         values[order] = found.values()
         return (values,)
 
-    def settled(self, dtype: torch.dtype) -> Operator:
+    def for_inference(self, dtype: torch.dtype) -> Delta:
         cast, device = self.to(dtype), self.values.device
         if not (device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())):
             return cast  # torch has no sparse product there
         values = cast.values.to(torch.promote_types(dtype, torch.float32))
         starts, columns, order = self._by_rows()
-        return _SettledSparse(cast, dtype, _compressed(starts, columns, values[order], self.size))
+        return _EvaluatedSparse(cast, _compressed(starts, columns, values[order], self.size))
 
     def _by_rows(self) -> tuple[Tensor, Tensor, Tensor | slice]:
         """Where each row starts among the places in order of their rows, their columns, and that order."""
@@ -95,7 +95,7 @@ class Sparse(Built):
 
 
 @dataclass(frozen=True)
-class _SettledSparse(Settled):
+class _EvaluatedSparse(Evaluated):
     """Keeps Δ as a sparse matrix, in at least 32 bits, as not every device has its products in 16."""
 
     matrix: Tensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import Operator
+from .delta import Delta
 
 __all__ = ["effective_rank", "singular_values"]
 
 
 @torch.no_grad()
-def singular_values(operator: Operator) -> Tensor:
+def singular_values(operator: Delta) -> Tensor:
     """The singular values of Δ in float64, largest first: min(out, in) of them, or r for a product of rank r.
 
     With up = Q R and downᵀ = P S (thin QR), those of up·down are those of the r × r matrix R Sᵀ.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..operators import Chain, Gained, LowRank, Operator, Sum
+from ..operators import Between, Delta, Diagonal, Rotation, chain, total
 
 __all__ = ["Change"]
 
@@ -18,39 +18,35 @@ __all__ = ["Change"]
 class Change:
     """What a method makes of a layer: y = W x + b becomes y = W' x + b'.
 
-        W' = diag(out_scale) · (W · R + Δ) · diag(in_scale),    b' = bias_scale ⊙ b + shift.
+        W' = L (W R + Δ) diag(in_scale),    b' = L b + shift.
 
     Each part is optional. From this value alone the library derives the forward, merge and unmerge, several adapters
     at once, adapters per sample, and the export.
 
     Args:
         delta: Δ, an operator of shape (out, in).
-        rotation: R, an operator of shape (in, in) on the layer's input.
-        out_scale: gains of the rows of the weight, (out).
-        in_scale: gains of its columns, (in).
-        bias_scale: gains of the bias, (out).
+        rotation: R, a square operator on the layer's input.
+        left: L, a square operator on its output; ``Diagonal`` for a gain of each output.
+        in_scale: gains of the columns of the weight, (in).
         shift: what is added to the bias, (out).
         dropout: probability with which, in training, an entry of Δ's input is zeroed.
-        gate: (batch, tokens, 1), what a mixture multiplies Δ's answer by, token by token.
     """
 
-    delta: Operator | None = None
-    rotation: Operator | None = None
-    out_scale: Tensor | None = None
+    delta: Delta | None = None
+    rotation: Rotation | None = None
+    left: Rotation | None = None
     in_scale: Tensor | None = None
-    bias_scale: Tensor | None = None
     shift: Tensor | None = None
     dropout: float = 0.0
-    gate: Tensor | None = None
 
     @property
     def adds(self) -> bool:
         """Whether it only adds to the weight and the bias."""
-        return self.rotation is None and self.out_scale is None and self.in_scale is None and self.bias_scale is None
+        return self.rotation is None and self.left is None and self.in_scale is None
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """(up, down) whose product is W' − W for W (out, in), where they are known."""
-        if self.out_scale is not None or self.in_scale is not None:
+        if self.left is not None or self.in_scale is not None:
             return None
         if self.rotation is None:
             return None if self.delta is None else self.delta.factors()
@@ -63,20 +59,19 @@ class Change:
     def together(changes: Sequence[Change]) -> Change:
         """Several changes of one layer as one: the definition of several active adapters.
 
-        Deltas and shifts add, gains multiply, rotations compose in the order given, the first next to the weight:
-        W' = diag(Π out_scale) · (W · R₁ R₂ … + Σ Δ) · diag(Π in_scale). Dropout and gates are not carried over.
+        Deltas and shifts add, gains multiply, and square operators compose in the order given, the first next to the
+        weight: W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ L₁ b + Σ shift. Dropout is not carried over.
         """
         if len(changes) == 1:
             return changes[0]
-        deltas = [change.delta for change in changes if change.delta is not None]
-        rotations = [change.rotation for change in changes if change.rotation is not None]
+        scales = [change.in_scale for change in changes if change.in_scale is not None]
+        shifts = [change.shift for change in changes if change.shift is not None]
         return Change(
-            delta=_sum(deltas),
-            rotation=None if not rotations else rotations[0] if len(rotations) == 1 else Chain(tuple(rotations)),
-            out_scale=_product([change.out_scale for change in changes]),
-            in_scale=_product([change.in_scale for change in changes]),
-            bias_scale=_product([change.bias_scale for change in changes]),
-            shift=_total([change.shift for change in changes]),
+            delta=total([change.delta for change in changes if change.delta is not None]),
+            rotation=chain([change.rotation for change in changes if change.rotation is not None]),
+            left=chain([change.left for change in reversed(changes) if change.left is not None]),
+            in_scale=scales[0] if len(scales) == 1 else torch.stack(scales).prod(0) if scales else None,
+            shift=shifts[0] if len(shifts) == 1 else torch.stack(shifts).sum(0) if shifts else None,
         )
 
     def after(self, merged: Change) -> Change:
@@ -92,57 +87,52 @@ class Change:
                 "merge all active adapters together, or fewer",
             )
         delta, shift = self.delta, self.shift
-        if delta is not None and not (merged.out_scale is None and merged.in_scale is None):
-            delta = Gained(delta, merged.out_scale, merged.in_scale)
-        if merged.shift is not None and self.bias_scale is not None:
-            kept = merged.shift - self.bias_scale * merged.shift
+        if delta is not None and not (merged.left is None and merged.in_scale is None):
+            delta = Between(merged.left, delta, merged.in_scale)
+        if merged.shift is not None and self.left is not None:  # which it would go through, and is not to
+            kept = merged.shift - self.left.apply(merged.shift)
             shift = kept if shift is None else shift + kept
         return replace(self, delta=delta, shift=shift)
 
+    def order(self) -> str:
+        """On which sides of the weight the order of this change among others matters: of ``"input"``, ``"output"``."""
+        left = self.left is not None and not isinstance(self.left, Diagonal)
+        return " and ".join((["input"] if self.rotation is not None else []) + (["output"] if left else []))
+
+    def to(self, dtype: torch.dtype) -> Change:
+        """The same change with its parts in ``dtype``."""
+        return Change(
+            None if self.delta is None else self.delta.to(dtype),
+            None if self.rotation is None else self.rotation.to(dtype),
+            None if self.left is None else self.left.to(dtype),
+            None if self.in_scale is None else self.in_scale.to(dtype),
+            None if self.shift is None else self.shift.to(dtype),
+            self.dropout,
+        )
+
+    def for_inference(self, dtype: torch.dtype) -> Change:
+        """The same change for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        return replace(
+            self.to(dtype),
+            delta=None if self.delta is None else self.delta.for_inference(dtype),
+            rotation=None if self.rotation is None else self.rotation.for_inference(dtype),
+        )
+
     def matrix(self, weight: Tensor) -> Tensor:
-        """W' written out, (out, in), for W (out, in): for merging, and where a layer has no cheaper way."""
-        if self.rotation is not None:
-            weight = self.rotation.to(weight.dtype).rotated(weight)
-        if self.delta is not None:
-            weight = weight + self.delta.dense().to(weight.dtype)
-        if self.out_scale is not None:
-            weight = self.out_scale.to(weight.dtype)[:, None] * weight
-        if self.in_scale is not None:
-            weight = weight * self.in_scale.to(weight.dtype)
-        return weight
+        """W' as a matrix, (out, in), for W (out, in): for merging, and where a layer has no cheaper way."""
+        change = self.to(weight.dtype)
+        if change.rotation is not None:
+            weight = change.rotation.times(weight)
+        if change.delta is not None:
+            weight = weight + change.delta.dense()
+        if change.left is not None:
+            weight = change.left.apply(weight.T).T
+        return weight if change.in_scale is None else weight * change.in_scale
 
     def offset(self, bias: Tensor | None) -> Tensor | None:
         """b' for b, (out), or ``None`` where there is none and nothing is added."""
-        if bias is not None and self.bias_scale is not None:
-            bias = self.bias_scale.to(bias.dtype) * bias
-        if self.shift is None:
-            return bias
-        return self.shift if bias is None else bias + self.shift.to(bias.dtype)
-
-    def correction(self, bias: Tensor | None) -> Tensor | None:
-        """b' − out_scale ⊙ b: what is still to be added where the layer's own output, bias included, was scaled."""
-        left: Tensor | None = None
-        if bias is not None and self.bias_scale is not self.out_scale:
-            one = bias.new_ones(())
-            gains = [one if scale is None else scale for scale in (self.bias_scale, self.out_scale)]
-            left = (gains[0] - gains[1]).to(bias.dtype) * bias
-        if self.shift is None:
-            return left
-        return self.shift if left is None else left + self.shift.to(left.dtype)
-
-
-def _sum(deltas: Sequence[Operator]) -> Operator | None:
-    if len(deltas) < 2:
-        return deltas[0] if deltas else None
-    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
-    return LowRank.sum(low_rank) if len(low_rank) == len(deltas) else Sum(tuple(deltas))
-
-
-def _product(scales: Sequence[Tensor | None]) -> Tensor | None:
-    there = [scale for scale in scales if scale is not None]
-    return torch.stack(there).prod(0) if len(there) > 1 else there[0] if there else None
-
-
-def _total(shifts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [shift for shift in shifts if shift is not None]
-    return torch.stack(there).sum(0) if len(there) > 1 else there[0] if there else None
+        if bias is not None and self.left is not None:
+            bias = self.left.to(bias.dtype).apply(bias)
+        if self.shift is None or bias is None:
+            return bias if self.shift is None else self.shift
+        return bias + self.shift.to(bias.dtype)

@@ -77,12 +77,8 @@ class AdapterTrainerMixin(_Base):
         adapted = self._adapted()
         if adapted is None or (self.label_smoother is None and self.compute_loss_func is None):
             return super().compute_loss(model, inputs, *args, **kwargs)
-        state = adapted.adapters.state
-        state.penalising = False
-        try:
+        with adapted.adapters.state.during(penalising=False):
             found = super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            state.penalising = True
         penalty = adapted.adapters.penalty() if model.training else None
         if penalty is None:
             return found

@@ -6,12 +6,12 @@ from .conv1d import Conv1DKind
 from .conv2d import Conv2dKind
 from .embedding import EmbeddingKind
 from .frozen import FrozenLayer
-from .kind import LayerKind, LinearMap
+from .kind import LayerKind, LinearMap, with_tensors
 from .linear import LinearKind
 from .norm import NormKind
 from .quantised import Linear4bitKind, Linear8bitKind
 
-__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of", "settle"]
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of", "settle", "with_tensors"]
 
 KINDS: tuple[LayerKind, ...] = (
     Linear4bitKind(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,6 +45,9 @@ class Conv2dKind(LayerKind):
 
     def up_shape(self, module: nn.Conv2d, r: int) -> tuple[int, ...]:
         return (module.weight.shape[0], r, 1, 1)
+
+    def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(y.movedim(-3, -1)).movedim(-1, -3)
 
     def along_output(self, vector: Tensor) -> Tensor:
         return vector[:, None, None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from .kind import LayerKind
-from .product import Products
+from .product import product, product_of_codes
 
 __all__ = ["FrozenLayer"]
 
@@ -24,7 +24,6 @@ class FrozenLayer:
     def __init__(self, module: nn.Module, kind: LayerKind) -> None:
         self.module: Any = module
         self.kind = kind
-        self.products = Products()
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._shared: nn.Parameter | None = None
@@ -60,7 +59,7 @@ class FrozenLayer:
     def product(self, A: Tensor, *, transposed: bool = False) -> Tensor:
         """W Aᵀ for A (r, in), or transposed Wᵀ Aᵀ for A (r, out): (out, r) or (in, r) in A's dtype.
 
-        W is read in its own dtype and never copied to another. The product is made no more often than A changes.
+        W is read in its own dtype and never copied to another.
         """
         module, kind, weight = self.module, self.kind, self.weight
 
@@ -68,7 +67,7 @@ class FrozenLayer:
             matrix = kind.matrix(module, weight)
             return matrix.T if transposed else matrix
 
-        return self.products.of(weight, read, A, view=not kind.quantised, transposed=transposed)
+        return product_of_codes(read, A) if kind.quantised else product(read(), A)
 
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""
@@ -118,9 +117,16 @@ class FrozenLayer:
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))
         else:
-            self.module.weight.data.copy_(merged)
+            self.module.weight.copy_(merged)
         if bias is not None:
-            self.module.bias.data.copy_(bias)
+            self.module.bias.copy_(bias)
+
+    def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the layer answers without what is merged, bit for bit; the merged weight stays where others read it."""
+        if not self.merged:
+            return self.module(x, *args, **kwargs)
+        own, bias = {"weight": self.weight}, self.bias()
+        return self.kind.called_with(self.module, own if bias is None else {**own, "bias": bias}, x, *args, **kwargs)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -130,9 +136,9 @@ class FrozenLayer:
         if self._shared is not None:
             self.kind.install(self.module, self._shared)
         else:
-            self.module.weight.data.copy_(self._weight)
+            self.module.weight.copy_(self._weight)
         if self._bias is not None:
-            self.module.bias.data.copy_(self._bias)
+            self.module.bias.copy_(self._bias)
         self.forget()
 
     def forget(self) -> None:

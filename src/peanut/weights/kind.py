@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LayerKind", "LinearMap", "recomputed", "unhooked"]
+__all__ = ["LayerKind", "LinearMap", "recomputed", "unhooked", "with_tensors"]
 
 
 class LinearMap(Protocol):
@@ -67,6 +67,10 @@ class LayerKind(ABC):
         """Puts ``weight`` in place of the layer's own parameter."""
         module.weight = weight
 
+    def called_with(self, module: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What the layer answers with another weight, as the layer keeps it, and bias; it is left alone."""
+        return with_tensors(module, tensors, *args, **kwargs)
+
     @abstractmethod
     def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
         """What ``delta`` adds to the layer's output for the input ``x``."""
@@ -82,6 +86,10 @@ class LayerKind(ABC):
     def fused(self, module: nn.Module) -> bool:
         """Whether the layer computes just ``x Wᵀ + b``, nothing hooked in, so that a change may join its product."""
         return False
+
+    def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function``, of features in the last dimension, applied to the layer's output."""
+        return function(y)
 
     def along_output(self, vector: Tensor) -> Tensor:
         """A vector (out), shaped so that it broadcasts over the layer's output."""
@@ -106,6 +114,19 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return y
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What ``module`` answers with other tensors in the place of its parameters.
+
+    The module itself is left alone, as another thread may be calling it. Only a compiled graph, and a forward that was
+    put on the module itself (by accelerate, where weights are offloaded), need the tensors in the module.
+    """
+    if torch.compiler.is_compiling() or "forward" in module.__dict__:
+        return torch.func.functional_call(module, dict(tensors), args, kwargs)
+    twin = type(module).__new__(type(module))
+    twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **tensors}}
+    return twin(*args, **kwargs)
 
 
 def unhooked(module: nn.Module, forward: Any) -> bool:

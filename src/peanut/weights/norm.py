@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap
+from .kind import LayerKind, LinearMap, with_tensors
 
 __all__ = ["NormKind"]
 
@@ -38,7 +37,7 @@ class NormKind(LayerKind):
 
     def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
         changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
-        gained: Tensor = torch.func.functional_call(module, {"weight": changed}, (x,)) - module(x)
+        gained: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
         return gained
 
     def multiplies(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,6 +85,14 @@ class Linear8bitKind(LinearKind):
         scales = weight.SCB
         super().install(module, weight)
         module.state.CB, module.state.SCB = weight.data, scales
+
+    def called_with(self, module: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        weight: Any = tensors["weight"]
+        twin = copy.copy(module)
+        twin._parameters = {**module._parameters, **tensors}
+        twin.state = copy.copy(module.state)
+        twin.state.CB, twin.state.SCB = weight.data, weight.SCB
+        return twin(*args, **kwargs)
 
     def _scales(self, module: Any, weight: Any) -> Tensor:
         scales: Tensor = module.state.SCB if weight.SCB is None else weight.SCB

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,21 @@ from .adding import New, add_changes, add_input, add_mixture, add_outputs
 from .surgery import SHARED, Surgery
 from .training_hooks import follow, unfollow
 
-__all__ = ["SHARED", "AdapterSet"]
+__all__ = ["SHARED", "AdapterSet", "changes"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concatenate[AdapterSet, P], R]:
+    """A method that changes the adapters: calls that other threads make meanwhile are refused, not answered wrongly."""
+
+    @wraps(method)
+    def changing(self: AdapterSet, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.state.changing():
+            return method(self, *args, **kwargs)
+
+    return changing
 
 
 class AdapterSet(Surgery):
@@ -140,6 +155,7 @@ class AdapterSet(Surgery):
 
     # In and out
 
+    @changes
     def add(self, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True, copies: bool = True) -> None:
         """Puts a new adapter into the model; it is neither active nor trained yet.
 
@@ -197,6 +213,7 @@ class AdapterSet(Surgery):
         if overrides(method, "penalty") or overrides(method, "after_step"):
             follow(self)
 
+    @changes
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
         method = method_of(config.peft_type)
@@ -205,6 +222,7 @@ class AdapterSet(Surgery):
                 place.configure(name, config.for_layer(place.path))
         self.configs[name] = config
 
+    @changes
     def delete(self, name: str) -> None:
         """Takes an adapter out; layers that then have none are the base's own again."""
         self.known(name)
@@ -230,6 +248,7 @@ class AdapterSet(Surgery):
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
 
+    @changes
     def unload(self) -> nn.Module:
         """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
         self.unmerge()
@@ -238,6 +257,7 @@ class AdapterSet(Surgery):
         self._leave()
         return self.model
 
+    @changes
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
         wanted = self.mergeable(self.state.active if names is None else names)
@@ -261,6 +281,7 @@ class AdapterSet(Surgery):
 
     # Which act
 
+    @changes
     def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Makes exactly ``names`` active, and trainable unless told otherwise.
 
@@ -282,6 +303,7 @@ class AdapterSet(Surgery):
         self.state.active = wanted
         self.freeze(trainable=wanted if trainable else ())
 
+    @changes
     def freeze(self, trainable: Sequence[str]) -> None:
         """Freezes the parameters of every adapter but those called ``trainable``."""
         self.trained = list(trainable)
@@ -306,16 +328,9 @@ class AdapterSet(Surgery):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the context the model answers exactly as its base; what was merged is merged again afterwards."""
-        merged, before = list(self.state.merged), self.state.disabled
-        self.unmerge()
-        self.state.disabled = True
-        try:
+        """Within the context the model answers this thread exactly as its base, also where adapters are merged."""
+        with self.state.during(disabled=True):
             yield
-        finally:
-            self.state.disabled = before
-            if merged:
-                self.merge(merged)
 
     # Merging
 
@@ -336,6 +351,7 @@ class AdapterSet(Surgery):
                 )
         return wanted
 
+    @changes
     def merge(self, names: str | Sequence[str] | None = None) -> None:
         """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
 
@@ -361,6 +377,7 @@ class AdapterSet(Surgery):
             raise
         self.state.merged, self.state.active = merged, active
 
+    @changes
     def unmerge(self) -> None:
         """Restores every weight bit for bit; the adapters stay active."""
         for _, layer in self.layers():

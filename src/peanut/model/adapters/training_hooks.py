@@ -71,7 +71,7 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
         return output
     if not torch.compiler.is_compiling():
         _watch(adapters)  # a copy of a model has this hook, and adapters that nobody has announced
-    if not adapters.state.penalising:
+    if not adapters.state.call.penalising:
         return output
     penalty = adapters.penalty()
     if penalty is None:

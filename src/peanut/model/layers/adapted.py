@@ -55,22 +55,16 @@ class Adapted(nn.Module):
         self.adapters[name] = parameters
         self._methods[name] = (method, config)
         self._shared[name] = () if shared is None else (shared,)
-        self.forget(name)
 
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives an adapter another config of its method."""
         self._methods[name] = (self._methods[name][0], config)
-        self.forget(name)
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""
         del self.adapters[name], self._methods[name], self._shared[name]
         if name in self.banks:
             del self.banks[name]
-        self.forget(name)
-
-    def forget(self, name: str) -> None:
-        """Lets go of what was computed for an adapter that is now another."""
 
     @property
     def active_adapters(self) -> list[str]:

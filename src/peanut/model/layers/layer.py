@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ...operators import LowRank
+from ...operators import Diagonal, gated
+from ...operators.delta import product_dtype
 from ...protocols import Change, PeftConfig, Values, WeightMethod
 from ...weights import FrozenLayer, LayerKind
 from .adapted import Adapted
-from .answers import Answers, autocast_dtype
-from .kept import Beside, Kept, Settled
-from .parameters import Place
-from .state import BASE, AdapterState
+from .plan import Plan, for_samples
+from .state import BASE, AdapterState, CallState
 
 __all__ = ["BIAS", "AdaptedLayer"]
 
 BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
 
-Groups = dict[str, tuple[Tensor, list[Change]]]
-"""For each adapter among a batch's samples: their rows, and its change."""
+V = TypeVar("V")
 
 
 class AdaptedLayer(Adapted):
@@ -39,17 +37,8 @@ class AdaptedLayer(Adapted):
         super().__init__(path, state)
         self.base_layer = base_layer
         self.frozen = FrozenLayer(base_layer, kind)
-        self.answers = Answers(self.frozen, path)
-        self._known: dict[str, Kept[Change]] = {}
-        self._kept: Kept[Settled] | None = None
-        self._joint: Kept[Beside | None] | None = None
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
-
-    def forget(self, name: str) -> None:
-        self._known.pop(name, None)
-        self._kept = self._joint = None
-        self.frozen.products.forget()
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -81,9 +70,6 @@ class AdaptedLayer(Adapted):
     def change(self, name: str, *, sample: bool = False, tasks: Tensor | None = None) -> Change:
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
-        Without gradients and outside training it is computed once and kept while no parameter and no weight changes,
-        and autocast neither begins nor ends.
-
         Args:
             name: the adapter.
             sample: draw what the method draws at random.
@@ -92,17 +78,10 @@ class AdaptedLayer(Adapted):
         method, config = self._methods[name]
         values = self.values(name)
         if method.mixes and (sample or tasks is not None):
-            return self._changed_by(method, config, method.routed(config, values, tasks, sample))
-        if sample:
-            return self._changed_by(method, config, method.sampled(config, values))
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            return self._changed_by(method, config, values)
-        weight = self.frozen.weight
-        key, known = (autocast_dtype(weight.device), weight.data_ptr()), self._known.get(name)
-        if known is None or not known.holds(key):
-            change = self._changed_by(method, config, values)
-            known = self._known[name] = Kept(key, [*self.kept_at(name), ({"": weight}, "")], change)
-        return known.value
+            values = method.routed(config, values, tasks, sample)
+        elif sample:
+            values = method.sampled(config, values)
+        return self._changed_by(method, config, values)
 
     def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Change:
         """The method's change, and that of the bias where it is trained beside the method."""
@@ -141,14 +120,19 @@ class AdaptedLayer(Adapted):
         outside = [name for name in changes if name not in merged]
         if not inside or not outside:
             return
-        turning = [name for name in changes if changes[name].rotation is not None]
-        if turning != sorted(turning, key=lambda name: name in outside):
-            raise PeanutError(
-                f"adapters {turning[0]!r} and {turning[1]!r} turn the input of '{self.path}' in this order, and "
-                "a later one would be merged before an earlier one",
-                "a merge in the order of activation",
-                "merge the earlier one too",
-            )
+        for side, operators in (
+            ("input", {name: changes[name].rotation for name in changes}),
+            ("output", {name: changes[name].left for name in changes}),
+        ):
+            turning = [name for name, operator in operators.items() if operator is not None]
+            gains = all(isinstance(operators[name], Diagonal) for name in turning)
+            if not gains and turning != sorted(turning, key=lambda name: name in outside):
+                raise PeanutError(
+                    f"adapters {turning[0]!r} and {turning[1]!r} turn the {side} of '{self.path}' in this order, and "
+                    "a later one would be merged before an earlier one",
+                    "a merge in the order of activation",
+                    "merge the earlier one too",
+                )
         Change.together([changes[name] for name in outside]).after(Change.together([changes[n] for n in inside]))
 
     @torch.no_grad()
@@ -158,7 +142,7 @@ class AdaptedLayer(Adapted):
         if not names:
             return
         change = Change.together([self.change(name) for name in names])
-        moves_bias = change.shift is not None or change.bias_scale is not None
+        moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
         try:
             self.frozen.write(change.matrix(self._wide_matrix()), offset, shared=shared)
@@ -173,165 +157,143 @@ class AdaptedLayer(Adapted):
         """Restores the weight bit for bit."""
         self.frozen.restore()
 
-    def train(self, mode: bool = True) -> AdaptedLayer:
-        self._known.clear()
-        self._kept = self._joint = None
-        if not mode:
-            self.frozen.products.forget()
-        return super().train(mode)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.state.disabled:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if not (self.training or args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            y = self._answer_settled(x)
-            if y is not None:
-                return y
-        if self.state.samples is not None:
-            return self._forward_per_sample(x, *args, **kwargs)
-        return self.answers.to(x, self._acting(_rows(x)), *args, **kwargs)
+        call = self.state.call
+        self.state.check(call)
+        if call.disabled:
+            return self.frozen.original(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if call.samples is not None:
+            return self._per_sample(call, x, *args, **kwargs)
+        return self._plan(call, x)(x, *args, **kwargs)
 
-    def _acting(self, count: int) -> list[Change]:
+    def _plan(self, call: CallState, x: Tensor) -> Plan:
+        """The computation of the adapters that act on a whole batch."""
+        tasks, names = self.state.tasks_of(_rows(x)), self.state.active
+        if not self._keeps(call):
+            return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
+        task = None if tasks is None else set(tasks.tolist())
+        mixed = [name for name in names if name in call.running.gates]
+        if mixed or (task is not None and len(task) != 1):  # factors of each row or token: nothing to keep
+            return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
+        dtype = product_dtype(x) if self.frozen.kind.takes_activations() else self.weight.dtype
+
+        def made() -> Plan:
+            changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
+            plan = Plan.of(self.frozen, changes, training=False)
+            return plan.for_inference(dtype) if self.frozen.kind.fused(self.base_layer) else plan
+
+        return self._once(call, "plan", (dtype, *names, None, *self.state.merged, task and tuple(task)), made)
+
+    def _keeps(self, call: CallState) -> bool:
+        """Whether what is computed now may be kept: where the caller has said so, and only in evaluation."""
+        compiling = torch.compiler.is_compiling()
+        return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
+
+    def _once(self, call: CallState, what: Hashable, key: Hashable, make: Callable[[], V]) -> V:
+        """A value that is kept until the caller leaves the context that allows it, or asks for one with another key."""
+        assert call.values is not None  # as ``_keeps`` has seen
+        own = (self.state.version, key)
+        found = call.values.get((id(self), what))
+        if found is None or found[0] != own:
+            found = call.values[id(self), what] = (own, make())
+        kept: V = found[1]
+        return kept
+
+    def _acting(
+        self,
+        call: CallState,
+        x: Tensor,
+        names: Sequence[str],
+        tasks: Tensor | None,
+        index: Tensor | None = None,
+    ) -> list[Change]:
         """The changes that are still to be made of what the layer computes, in the order of activation.
 
         Args:
-            count: how many rows the batch has.
-        """
-        tasks = self.state.tasks_of(count)
-        changes = [
-            change
-            for name in self.state.active
-            if name not in self.state.merged
-            for change in self._changes_of(name, tasks, None)
-        ]
-        if changes and self.merged:
-            merged = Change.together([self.change(name) for name in self.merged_adapters])
-            if not merged.adds or merged.shift is not None:
-                return [Change.together(changes).after(merged)]
-        return changes
-
-    def _changes_of(self, name: str, tasks: Tensor | None, index: Tensor | None) -> list[Change]:
-        """The changes that adapter ``name``, or each expert of a mixture of that name, makes here.
-
-        Args:
-            name: the adapter.
-            tasks: the task of each row that goes through the adapter.
+            call: the call.
+            x: the layer's input.
+            names: the adapters that act.
+            tasks: the task of each row that goes through them.
             index: these rows, ``None`` for all.
         """
-        sample = self.training or self.state.sampling
+        merged = self.state.merged
+        changes = [
+            change for name in names if name not in merged for change in self._changes_of(call, name, x, tasks, index)
+        ]
+        if changes and self.merged:
+            there = Change.together([self.change(name) for name in self.merged_adapters])
+            if not there.adds or there.shift is not None:
+                return [Change.together(changes).after(there)]
+        return changes
+
+    def _changes_of(
+        self, call: CallState, name: str, x: Tensor, tasks: Tensor | None, index: Tensor | None
+    ) -> list[Change]:
+        """The changes that adapter ``name``, or each expert of a mixture of that name, makes here."""
+        sample = self.training or call.sampling
         if name in self.adapters:
-            changes = [self.change(name, sample=sample, tasks=tasks)]
-        else:
-            changes = [
-                replace(self.change(expert, sample=sample), gate=gate if index is None else gate[index])
-                for expert, gate in self.state.running.gates.get(name, {}).get(self.path, [])
-                if expert in self.adapters
+            return [self.change(name, sample=sample, tasks=tasks)]
+        changes = []
+        for expert, gate in call.running.gates.get(name, {}).get(self.path, []):
+            if expert not in self.adapters:
+                continue
+            own = gate if index is None else gate[index]
+            change = self._expert(call, expert, sample)
+            assert change.delta is not None  # an expert only adds: the mixture has checked it
+            self._check_gate(x, own)
+            changes.append(replace(change, delta=gated(change.delta, own)))
+        return changes
+
+    def _expert(self, call: CallState, name: str, sample: bool) -> Change:
+        if not self._keeps(call):
+            return self.change(name, sample=sample)
+        return self._once(call, ("expert", name), (), lambda: self.change(name))
+
+    def _check_gate(self, x: Tensor, gate: Tensor) -> None:
+        tokens = x.shape if not self.frozen.kind.takes_activations() else x.shape[:-1]
+        if tokens != gate.shape[:2]:
+            raise PeanutError(
+                f"'{self.path}' deals with {tuple(x.shape)} where a mixture's gates are for (batch, tokens) = "
+                f"{tuple(gate.shape[:2])}",
+                "experts of layers that see every token",
+                "leave this layer out of the experts",
+            )
+
+    def _per_sample(self, call: CallState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
+        tasks = self.state.tasks_of(x.shape[0])
+        placed = self.state.placed(x.shape[0], x.device)
+
+        def groups() -> list[tuple[Tensor, list[Change]]]:
+            return [
+                (
+                    index,
+                    []
+                    if name == BASE
+                    else self._acting(call, x[index], [name], None if tasks is None else tasks[index], index),
+                )
+                for name, index in placed.items()
             ]
-        if self.training:
-            return changes
-        return [replace(change, dropout=0.0) if change.dropout else change for change in changes]
 
-    def _answer_settled(self, x: Tensor) -> Tensor | None:
-        """What a plain layer answers in evaluation, from what is kept while nothing changes; else ``None``."""
-        state, module, kind = self.state, self.frozen.module, self.frozen.kind
-        if state.sampling or state.running.gates or not kind.fused(module):
-            return None
-        if module._parameters.get("weight") is None:  # kept in a way of its own (sharded): nobody would see it change
-            return None
-        if state.samples is not None:
-            return self._answer_beside(x) if state.tasks is None else None
-        task = state.tasks_of(_rows(x))
-        if task is not None and len(set(task.tolist())) != 1:  # factors of each row would be kept
-            return None
-        lowered = autocast_dtype(x.device)
-        dtype = lowered or x.dtype
-        key = (dtype, *state.active, None, *state.merged, None if task is None else (task.dtype, task.tolist()[0]))
-        kept = self._kept
-        if kept is None or not kept.holds(key):
-            places = self._places({*state.active, *state.merged})
-            with state.during(None, None if task is None else task[:1]):
-                changes = self._acting(1)
-            settled = Settled.of(Change.together(changes) if changes else Change(), module.bias, dtype)
-            self._known.clear()  # what is settled need not be kept twice
-            kept = self._kept = Kept(key, places, settled)
-        weight = kind.matrix(module, module._parameters["weight"])
-        if lowered is not None:
-            x, weight = x.to(dtype), weight.to(dtype)
-        return kept.value.answer(x, weight)
+        def together(found: Sequence[tuple[Tensor, list[Change]]]) -> Plan | None:
+            change = for_samples(found, x) if self.frozen.kind.takes_features() else None
+            return None if change is None else Plan(self.frozen, change)
 
-    def _places(self, names: Collection[str]) -> list[Place]:
-        """Where the tensors are kept from which this layer with the adapters ``names`` computes."""
-        own = self.frozen.module._parameters
-        places: list[Place] = [(own, name) for name in ("weight", "bias") if own.get(name) is not None]
-        return places + [place for name in names if name in self.adapters for place in self.kept_at(name)]
-
-    def _answer_beside(self, x: Tensor) -> Tensor | None:
-        """What a plain layer answers in evaluation to a batch whose samples go through adapters of their own."""
-        state = self.state
-        samples = state.samples or []
-        key = (x.dtype, x.shape[0], *samples, None, *state.merged)
-        kept = self._joint
-        if kept is None or not kept.holds(key):
-            kept = self._joint = Kept(key, self._places({*samples, *state.merged}), self._beside(x, self._groups(x)))
-        beside = kept.value
-        if beside is None or not beside.pays(x):
-            return None
-        y: Tensor = self.base_layer(x)
-        return y + beside.answer(x).to(y.dtype)
-
-    def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Row by row: each sample's rows with its own adapter's change."""
-        groups = self._groups(x)
-        if self.frozen.kind.multiplies() and all(change.adds for _, changes in groups.values() for change in changes):
-            return self._added_per_sample(x, groups, *args, **kwargs)
+        if self._keeps(call) and tasks is None and not call.running.gates:
+            key = (x.dtype, x.shape[:-1], tuple(call.samples or ()), *self.state.merged)
+            found, plan = None, self._once(call, "samples", key, lambda: together(groups()))
+        else:
+            found = groups()
+            plan = together(found)
+        if plan is not None:
+            return plan(x, *args, **kwargs)
         y: Tensor | None = None
-        for index, changes in groups.values():
-            part = self.answers.to(x[index], changes, *args, **kwargs)
+        for index, changes in found or groups():
+            part = Plan.of(self.frozen, changes, training=self.training)(x[index], *args, **kwargs)
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
-        assert y is not None  # groups() raises on an empty batch
+        assert y is not None  # placed() raises on an empty batch
         return y
-
-    def _groups(self, x: Tensor) -> Groups:
-        tasks = self.state.tasks_of(x.shape[0])
-        groups: Groups = {}
-        for name, index in self.state.placed(x.shape[0], x.device).items():
-            own = None if tasks is None else tasks[index]
-            groups[name] = (index, [] if name == BASE else self._changes_of(name, own, index))
-        return groups
-
-    def _beside(self, x: Tensor, groups: Groups) -> Beside | None:
-        """What a batch's adapters add as one operator, ``None`` where they do not all add by a low-rank Δ alone."""
-        changes = [(index, change) for index, own in groups.values() for change in own]
-        deltas = [(index, change.delta) for index, change in changes if isinstance(change.delta, LowRank)]
-        apart = any(
-            not change.adds or change.shift is not None or change.gate is not None or change.dropout > 0
-            for _, change in changes
-        )
-        if len(deltas) < max(2, len(changes)) or apart or not self.frozen.kind.takes_features():
-            return None
-        return Beside.of(deltas, x)
-
-    def _added_per_sample(self, x: Tensor, groups: Groups, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output for all rows at once, and to each sample's rows what its adapter adds."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        beside = self._beside(x, groups)
-        if beside is not None and beside.pays(x):
-            y = y + beside.answer(x).to(y.dtype)
-        else:
-            beside = None
-        for index, changes in groups.values():
-            for change in changes:
-                if change.delta is not None and beside is None:
-                    y = y.index_add(0, index, self.answers.response(x[index], change).to(y.dtype))
-                if change.shift is not None:
-                    shift = self.frozen.kind.along_output(change.shift.to(y.dtype))
-                    y = y.index_add(0, index, shift.expand(len(index), *y.shape[1:]))
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and files leave behind what is kept for the next forward."""
-        return self.__dict__ | {"_known": {}, "_kept": None, "_joint": None}
 
     def __getattr__(self, name: str) -> Any:
         try:

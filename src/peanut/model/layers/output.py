@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,13 @@ from .state import BASE, AdapterState
 __all__ = ["AdaptedOutput", "Listener"]
 
 
+class _Seen(threading.local):
+    """What a thread's forward has given a module."""
+
+    def __init__(self) -> None:
+        self.seen: Tensor | None = None
+
+
 class Listener(Hooking):
     """Keeps what a module is given until another one, later in the same block, has answered.
 
@@ -30,22 +38,30 @@ class Listener(Hooking):
     def __init__(self, source: str, path: str) -> None:
         self.source = source
         self.path = path
-        self.seen: Tensor | None = None
+        self._of_thread = _Seen()
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before ``source``."""
-        self.seen = _tensor_of(self.source, args[0] if args else None, kwargs)
+        self._of_thread.seen = _tensor_of(self.source, args[0] if args else None, kwargs)
 
     def heard(self) -> Tensor:
         """What it was given."""
-        if self.seen is None:
+        seen = self._of_thread.seen
+        if seen is None:
             raise PeanutError(
                 f"'{self.path}' answered before '{self.source}' was called", "a block that runs both in this order"
             )
-        return self.seen
+        return seen
+
+    def forget(self) -> None:
+        """Lets go of it."""
+        self._of_thread.seen = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None}  # of a forward that was broken off
+        return {"source": self.source, "path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class AdaptedOutput(Adapted, Hooking):
@@ -87,7 +103,7 @@ class AdaptedOutput(Adapted, Hooking):
         """Hook after the module: its output, changed by the adapters that act."""
         changed = None if self.state.disabled else self._changed(module, args, kwargs, output)
         for listener in self.listeners.values():
-            listener.seen = None
+            listener.forget()
         return changed
 
     def _changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -141,7 +157,7 @@ class AdaptedOutput(Adapted, Hooking):
                 given = given.repeat(rows, 1, 1)
             if not state.running.gates:
                 return layer.forward(given)  # type: ignore[no-any-return]
-            with state.during(state.samples, state.tasks, replace(state.running, gates={})):
+            with state.during(running=replace(state.running, gates={})):
                 return layer.forward(given)  # type: ignore[no-any-return]
 
         return Call(module, arguments, state.running.prompt, self.training, self._kind, apart)

@@ -1,18 +1,22 @@
-"""Which adapters act, in one place that all adapted layers of a model share."""
+"""Which adapters act: in the model until that is changed, and in one call of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...errors import PeanutError
 
-__all__ = ["BASE", "AdapterState", "Running"]
+__all__ = ["BASE", "AdapterState", "CallState", "Running"]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -36,44 +40,194 @@ class Running:
     gates: dict[str, dict[str, list[tuple[str, Tensor]]]] = field(default_factory=dict)
 
 
-@dataclass
-class AdapterState:
-    """What acts in a model at this moment.
+@dataclass(frozen=True, eq=False)
+class CallState:
+    """What holds for one call of the model, in the thread (or asyncio task) that makes it.
 
     Args:
-        active: names of the active adapters; their changes add.
-        merged: those of them that are merged into the weights.
+        active: names of the adapters that act instead of the model's active ones.
         disabled: whether the model answers as its base.
         sampling: whether methods with randomness of their own draw it outside training too.
         penalising: whether penalties enter the loss that the model returns (else who computes the loss adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
+        values: what evaluation keeps until its context is left, by what it belongs to; ``None`` to keep nothing.
+        again: whether a block runs again in the backward, under what held when it ran first.
+        indices: the rows of each adapter's samples, made once for all layers.
     """
 
-    active: list[str] = field(default_factory=list)
-    merged: list[str] = field(default_factory=list)
+    active: list[str] | None = None
     disabled: bool = False
     sampling: bool = False
     penalising: bool = True
     samples: list[str] | None = None
     tasks: Tensor | None = None
     running: Running = field(default_factory=Running)
-    _placed: tuple[Any, dict[str, Tensor]] | None = field(default=None, repr=False)
+    values: dict[Any, Any] | None = None
+    again: bool = False
+    indices: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked of the call but what holds in the model anyway."""
+        return not self.disabled and self.active is None and self.samples is None and self.tasks is None
+
+
+class _OfThread(threading.local):
+    """A thread's call where a compiled graph finds it, as it knows no context variables; whether one put it there."""
+
+    def __init__(self) -> None:
+        self.call = PLAIN
+        self.compiled = False
+
+
+PLAIN = CallState()
+_CALLS: ContextVar[dict[int, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
+"""The calls that are being made, by the identity of the model's state: a thread and an asyncio task have their own."""
+
+
+class AdapterState:
+    """What acts in a model; one object that all of its places share.
+
+    What a user sets (``active``, ``merged``) lies here and holds for everyone until it is set again. What holds for
+    one call lies in the ``call`` of whoever makes it: two threads do not see each other's.
+    """
+
+    def __init__(self) -> None:
+        self._active: list[str] = []
+        self.merged: list[str] = []
+        self.version = 0
+        self._lock, self._changer = threading.RLock(), (0, 0)  # a thread, and how often it has begun a change
+        self._thread = _OfThread()
+        self._graphs: weakref.WeakSet[CallState] = weakref.WeakSet()
+
+    # What holds in the model
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active adapters; their changes add."""
+        own = self.call.active
+        return self._active if own is None else own
+
+    @active.setter
+    def active(self, names: list[str]) -> None:
+        self._active = names
 
     @contextmanager
-    def during(
-        self, samples: Sequence[str] | None, tasks: Tensor | None, running: Running | None = None
-    ) -> Iterator[None]:
-        """Within the context, sample i goes through ``samples[i]`` and is of task ``tasks[i]``."""
-        before = self.samples, self.tasks, self.running
-        self.samples = None if samples is None else list(samples)
-        self.tasks = tasks
-        self.running = self.running if running is None else running
+    def changing(self) -> Iterator[None]:
+        """Within the context this thread changes the adapters; a call of another thread that overlaps is an error."""
+        with self._lock:
+            outermost = self._changer[1] == 0
+            self._changer = (threading.get_ident(), self._changer[1] + 1)
+            self.version += outermost
+            try:
+                yield
+            finally:
+                self.version += outermost
+                self._changer = (threading.get_ident(), self._changer[1] - 1)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within the context a call runs, for which the adapters stay what they are.
+
+        Raises:
+            PeanutError: another thread has changed them: the call may have seen some of both.
+        """
+        with self._lock:  # a change that another thread has begun is waited for
+            before = self.version
         try:
             yield
+        except Exception as error:
+            self._check_version(before, error)
+            raise
+        self._check_version(before, None)
+
+    def _check_version(self, before: int, error: Exception | None) -> None:
+        if self.version != before and self._changer[0] != threading.get_ident():
+            raise PeanutError(
+                "another thread changed the model's adapters (added, loaded, activated or merged one) during this call",
+                "adapters that stay what they are during a call",
+                "call again, or keep calls and changes apart with a lock",
+            ) from error
+
+    def check(self, call: CallState) -> None:
+        """Refuses a layer's forward under a state that may not be the one that it is to have.
+
+        Raises:
+            PeanutError: another thread is changing the adapters; or the block runs again in a backward, and it is not
+                known under which call it ran first.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.version % 2:
+            self._check_version(-1, None)
+        again = torch._C._current_graph_task_id() != -1 and not call.again
+        if again and (not call.plain or len(self._graphs)):
+            raise PeanutError(
+                "a block is run again in the backward of a call with adapter_names, task_ids or a disabled adapter",
+                "gradient checkpointing that restores the call: model.gradient_checkpointing_enable() of transformers",
+                "use that instead of a torch.utils.checkpoint of your own",
+            )
+
+    def leads_to(self, output: Any) -> None:
+        """Remembers the state of a call that ends with ``output`` as long as the graph that it has made."""
+        call = self.call
+        if call.plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        for value in tree_leaves(dict(output) if isinstance(output, dict) else output):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                node: Any = value.grad_fn
+                node.metadata[self] = call
+                self._graphs.add(call)
+
+    # What holds in a call
+
+    @property
+    def call(self) -> CallState:
+        """The state of the call that this thread makes now."""
+        if torch.compiler.is_compiling() or self._thread.compiled:
+            return self._thread.call
+        return _CALLS.get().get(id(self), PLAIN)
+
+    @call.setter
+    def call(self, call: CallState) -> None:
+        self._thread.call = call
+        if torch.compiler.is_compiling():
+            self._thread.compiled = call is not PLAIN
+            return
+        self._thread.compiled = False
+        others = {key: other for key, other in _CALLS.get().items() if key != id(self)}
+        _CALLS.set(others if call is PLAIN else {**others, id(self): call})
+
+    @property
+    def disabled(self) -> bool:
+        return self.call.disabled
+
+    @property
+    def samples(self) -> list[str] | None:
+        return self.call.samples
+
+    @property
+    def tasks(self) -> Tensor | None:
+        return self.call.tasks
+
+    @property
+    def running(self) -> Running:
+        return self.call.running
+
+    @contextmanager
+    def under(self, call: CallState) -> Iterator[CallState]:
+        """Within the context ``call`` holds in this thread."""
+        before, self.call = self.call, call
+        try:
+            yield call
         finally:
-            self.samples, self.tasks, self.running = before
+            self.call = before
+
+    def during(self, **changes: Any) -> AbstractContextManager[CallState]:
+        """Within the context this thread's call has the fields of ``CallState`` that are given."""
+        return self.under(replace(self.call, **{"indices": {}, **changes}))
 
     def groups(self, count: int) -> dict[str, list[int]]:
         """The rows of a batch of ``count`` by adapter.
@@ -91,21 +245,28 @@ class AdapterState:
         return rows
 
     def placed(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """``groups`` as indices on ``device``, made once for all layers that see the same batch."""
-        key = (tuple(self.samples or ()), count, device)
-        known = self._placed
-        if known is None or known[0] != key or torch.compiler.is_compiling():
-            known = (key, {name: torch.tensor(rows, device=device) for name, rows in self.groups(count).items()})
-            self._placed = known
-        return known[1]
+        """``groups`` as indices on ``device``, made once in a call for all layers that see the same batch."""
+        known, key = self.call.indices, (tuple(self.samples or ()), count, device)
+        if torch.compiler.is_compiling() or key not in known:
+            known[key] = {name: torch.tensor(rows, device=device) for name, rows in self.groups(count).items()}
+        return known[key]
 
     def tasks_of(self, count: int) -> Tensor | None:
         """The task of each row of a batch of ``count``, or ``None`` if no tasks are given."""
-        if self.tasks is None:
+        tasks = self.tasks
+        if tasks is None:
             return None
-        tasks = self.tasks.reshape(-1)
+        tasks = tasks.reshape(-1)
         share = _share(count, len(tasks), "task_ids", "task", "give one task a sample")
         return tasks if share == 1 else torch.repeat_interleave(tasks, share)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files take along what holds in the model, and no call."""
+        return {"_active": self._active, "merged": self.merged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,21 +103,31 @@ def _hidden(state: AdapterState, reader: Reader, arguments: dict[str, Any], runn
     cache = _twin(reader.stack, arguments, running, name)
     if "past_key_values" in known:
         given |= {"past_key_values": cache, "use_cache": cache is not None}
-    before = state.active, state.disabled, state.running
-    state.active, state.disabled, state.running = [name], name == _BARE, running
-    # Nothing is kept for a backward, and a block that is to be run again would not be given the cache.
-    blocks = backbone.modules() if backbone.training else ()
-    again = [module for module in blocks if getattr(module, "gradient_checkpointing", False)]
-    for module in again:
-        module.gradient_checkpointing = False
-    try:
+    with state.during(active=[name], disabled=name == _BARE, running=running), _without_checkpoints(backbone):
         output = backbone.forward(**given, return_dict=True)
-    finally:
-        state.active, state.disabled, state.running = before
-        for module in again:
-            module.gradient_checkpointing = True
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+_NOT_CHECKPOINTED = threading.Lock()
+
+
+@contextmanager
+def _without_checkpoints(backbone: nn.Module) -> Iterator[None]:
+    """Nothing is kept for a backward here, and a block that is to be run again would not be given the cache."""
+    blocks = backbone.modules() if backbone.training else ()
+    if not any(getattr(module, "gradient_checkpointing", False) for module in blocks):
+        yield
+        return
+    with _NOT_CHECKPOINTED:  # else another thread's first pass would begin or end amid this one
+        again: list[Any] = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in again:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in again:
+                module.gradient_checkpointing = True
 
 
 def _twin(stack: Any, arguments: dict[str, Any], running: Running, name: str) -> Cache | None:

@@ -1,53 +1,71 @@
-"""Gradient checkpointing runs a block's forward again during the backward: here it then sees what held before."""
+"""Restores the state of a call when gradient checkpointing reruns a block in the backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import wraps
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers.state import AdapterState, Running
 from .prefix import PrefixView
 
-__all__ = ["Replayed", "put_back", "replayed"]
-
-Replayed = list[tuple[Any, Callable[..., Any]]]
+__all__ = ["restore_in_checkpoints", "restore_no_more"]
 
 
-def replayed(model: nn.Module, state: AdapterState) -> Replayed:
-    """Makes each checkpointed block of a transformers model run again under what held in its first run."""
-    changed: Replayed = []
+def restore_in_checkpoints(model: nn.Module, state: AdapterState) -> None:
+    """Makes each checkpointed block of a transformers model run again under the state of the call of its first run.
+
+    Nothing happens where that is so already: it may be called before every forward.
+    """
+    if torch.compiler.is_compiling():
+        return
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and getattr(module, "gradient_checkpointing", False):
-            changed.append((module, function))
-            module._gradient_checkpointing_func = _under_what_holds_now(function, state)  # type: ignore[assignment]
-    return changed
+        own = module.__dict__
+        function = own.get("_gradient_checkpointing_func")
+        if function is not None and own.get("gradient_checkpointing"):
+            if isinstance(function, _Restoring):
+                if function.state is state:
+                    continue
+                function = function.checkpoint
+            own["_gradient_checkpointing_func"] = _Restoring(function, state)
 
 
-def put_back(changed: Replayed) -> None:
-    """Undoes ``replayed``."""
-    for module, function in changed:
-        module._gradient_checkpointing_func = function
+def restore_no_more(model: nn.Module) -> None:
+    """Undoes ``restore_in_checkpoints``."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, _Restoring):
+            module.__dict__["_gradient_checkpointing_func"] = function.checkpoint
 
 
-def _under_what_holds_now(checkpoint: Callable[..., Any], state: AdapterState) -> Callable[..., Any]:
-    @wraps(checkpoint)
-    def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        samples, tasks, running = state.samples, state.tasks, state.running
+@dataclass(frozen=True)
+class _Restoring:
+    """A checkpoint function whose block sees, whenever it runs, the call under which it was first given.
+
+    Args:
+        checkpoint: the function that transformers chose.
+        state: which adapters act.
+    """
+
+    checkpoint: Callable[..., Any]
+    state: AdapterState
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.state.call
+        if torch.compiler.is_compiling() and call.plain:
+            return self.checkpoint(block, *args, **kwargs)
         # What is computed once and read by every block is an argument of each: a reentrant checkpoint sees no others.
-        read = list(_read(running))
+        read = list(_read(call.running))
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with state.during(samples, tasks, _reading(running, iter(inputs[: len(read)]))):
+            running = _reading(call.running, iter(inputs[: len(read)]))
+            with self.state.under(replace(call, running=running, again=True)):
                 return block(*inputs[len(read) :], **options)
 
-        return checkpoint(run, *read, *args, **kwargs)
-
-    return checkpointed
+        return self.checkpoint(run, *read, *args, **kwargs)
 
 
 def _read(running: Running) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,16 +15,31 @@ from ...errors import PeanutError
 from ..layers.hooks import Hooking, hook, names_of, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture, Front
 from ..layers.output import AdaptedOutput
-from ..layers.state import AdapterState, Running
+from ..layers.state import AdapterState, CallState, Running
 from ..layers.walk import walk
 from ..targets.shape import reading_stack
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of
 from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
 from .reader import IGNORED, Reader, with_front
-from .replay import put_back, replayed
+from .replay import restore_in_checkpoints, restore_no_more
 
 __all__ = ["Runner"]
+
+
+class _Forward(threading.local):
+    """What a thread's forward remembers from one hook to the next.
+
+    ``pending`` virtual tokens wait for the embeddings to be looked up; ``after`` is what the stack's last hook does;
+    ``entered`` has, by module, the call before its forward and within; ``uncached`` the stacks whose caller asked for
+    no cache.
+    """
+
+    def __init__(self) -> None:
+        self.pending: tuple[Tensor, Tensor | None] | None = None
+        self.after: tuple[Any, ...] | None = None
+        self.entered: dict[int, tuple[CallState, CallState]] = {}
+        self.uncached: set[int] = set()
 
 
 class Runner(Hooking):
@@ -42,10 +58,13 @@ class Runner(Hooking):
         self.state = state
         self._reader: Reader | None = None
         self._written: tuple[str, ...] = ()  # the names of the parameters of the decoder's forward, if there is one
-        self._kept: dict[int, tuple[Running, Any]] = {}
-        self._uncached: set[int] = set()
-        self._pending: tuple[Tensor, Tensor | None] | None = None
-        self._after: tuple[Any, ...] | None = None
+        self._now = _Forward()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_now": None}  # copies and files begin with no forward
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _now=_Forward())
 
     # Being there
 
@@ -82,9 +101,9 @@ class Runner(Hooking):
 
     def leave(self) -> None:
         """Takes everything off the model."""
+        restore_no_more(self.model)
         for module in walk(self.model):
             unhook(module, self)
-        self._kept.clear()
 
     def _listen(self, module: nn.Module, before: Any, after: Any) -> None:
         hook(module, before, before=True)
@@ -105,7 +124,8 @@ class Runner(Hooking):
     def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the stack that reads the user's tokens."""
         self._leave(stack)
-        self._after = self._pending = None
+        now = self._now
+        now.after = now.pending = None
         reader = self._reader
         assert reader is not None  # it is running
         arguments = dict(zip(reader.names, args, strict=False)) | kwargs
@@ -140,29 +160,29 @@ class Runner(Hooking):
             if tokens is not None:
                 order = reader.insert(arguments, tokens, rows)
                 if arguments.get("input_ids") is not None:
-                    self._pending = tokens.values.to(read.device), order
+                    now.pending = tokens.values.to(read.device), order
                 prompt = arranged(torch.cat([prompt.new_zeros(rows, inserted), prompt], dim=1), order)
-                self._after = (inserted, count, self._objective(arguments, extra), order)
+                now.after = (inserted, count, self._objective(arguments, extra), order)
             if prefix is not None and prefix.there is not None:
                 reader.skip_prefix(arguments, prefix.there)
         running = Running(prompt, begun, None if prefix is None else PrefixView(prefix.values))
         mixtures = self._mixtures()
         if mixtures is not None and mixtures.acting():
-            pending = self._pending
+            pending = now.pending
             running = replace(running, gates=gates_of(mixtures, self.state, reader, arguments, running))
-            self._pending = pending
+            now.pending = pending
         self._enter(stack, running)
         return (), arguments
 
     def after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Hook after a stack."""
         self._leave(stack)
-        if id(stack) in self._uncached:
-            self._uncached.remove(id(stack))
+        if id(stack) in self._now.uncached:
+            self._now.uncached.remove(id(stack))
             output = without_cache(output)
         if stack is not self.model:
             return output
-        after, self._after = self._after, None
+        after, self._now.after = self._now.after, None
         if after is None:
             return output
         width, count, finish, order = after
@@ -172,7 +192,7 @@ class Runner(Hooking):
 
     def embed(self, embedding: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Hook after the token embeddings: puts the virtual tokens where their ids stand."""
-        pending, self._pending = self._pending, None
+        pending, self._now.pending = self._now.pending, None
         if pending is None:
             return None
         tokens, order = pending
@@ -183,7 +203,7 @@ class Runner(Hooking):
     def before_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the decoder of two stacks: the encoder's virtual tokens are there, and a prefix of its own."""
         self._leave(decoder)
-        self._pending = None
+        self._now.pending = None
         arguments = dict(zip(self._written, args, strict=False)) | kwargs
         inputs, reader = self._inputs(), self._reader
         if self.state.disabled or inputs is None or reader is None:
@@ -235,20 +255,21 @@ class Runner(Hooking):
         cache = arguments.get("past_key_values")
         arguments["past_key_values"] = filled(cache, prefix.values.to(embedding.weight.dtype), stack.config)
         if past is None and arguments.get("use_cache") is False:
-            self._uncached.add(id(stack))
+            self._now.uncached.add(id(stack))
 
     def _enter(self, module: nn.Module, running: Running) -> None:
-        self._kept[id(module)] = (self.state.running, [])
-        self.state.running = running
+        before = self.state.call
+        entered = replace(before, running=running)
+        self._now.entered[id(module)] = (before, entered)
+        self.state.call = entered
         if torch.is_grad_enabled() and module.training:
-            self._kept[id(module)][1].extend(replayed(module, self.state))
+            restore_in_checkpoints(module, self.state)
 
     def _leave(self, module: nn.Module) -> None:
-        """Puts back what held before the module's last forward, also if that was broken off."""
-        kept = self._kept.pop(id(module), None)
-        if kept is not None:
-            self.state.running = kept[0]
-            put_back(kept[1])
+        """Puts back what held before the module's last forward; if that was broken off, who caught it may have."""
+        before, entered = self._now.entered.pop(id(module), (None, None))
+        if before is not None and self.state.call is entered:
+            self.state.call = before
 
     def _front(self, kind: str, rows: int) -> Front | None:
         inputs = self._inputs()

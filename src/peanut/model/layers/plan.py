@@ -1,0 +1,153 @@
+"""From the changes of a layer to a computation: in training, in evaluation, and with adapters per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...operators import Delta, LowRank
+from ...operators.delta import product_dtype
+from ...operators.inference import FEW
+from ...protocols import Change
+from ...weights import FrozenLayer, with_tensors
+from ...weights.kind import recomputed
+
+__all__ = ["Plan", "for_samples"]
+
+SHARE = 16
+"""The adapters of a batch's samples act by one product of all their ranks for few tokens, or where these ranks together
+are at most one in so many of the weight's smaller dimension: beyond that, ranks that a row does not see cost more than
+they save."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """y = L (W R + Δ) diag(in_scale) x + L b + shift, as one frozen layer computes it.
+
+    Args:
+        frozen: the layer.
+        change: of all adapters that act, together.
+        dropped: the Δ whose input is dropped out, each with its probability; they are not part of ``change``.
+        ready: the parts of ``change`` are in the dtype of the products.
+    """
+
+    frozen: FrozenLayer
+    change: Change
+    dropped: tuple[tuple[Delta, float], ...] = ()
+    ready: bool = False
+
+    @classmethod
+    def of(cls, frozen: FrozenLayer, changes: Sequence[Change], *, training: bool) -> Plan:
+        """The computation of a layer with all ``changes``."""
+        if not changes:
+            return cls(frozen, Change())
+        drops = training and frozen.kind.takes_activations()
+        apart = [change for change in changes if drops and change.dropout and change.delta is not None]
+        dropped = tuple((change.delta, change.dropout) for change in apart if change.delta is not None)
+        whole = [replace(change, delta=None) if change in apart else change for change in changes]
+        return cls(frozen, Change.together(whole), dropped)
+
+    def for_inference(self, dtype: torch.dtype) -> Plan:
+        """The same computation for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        return replace(self, change=self.change.for_inference(dtype), ready=True)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y for x; what else is given goes to the layer."""
+        kind, module, change = self.frozen.kind, self.frozen.module, self.change
+        if not kind.multiplies() or (
+            not kind.takes_features() and (change.rotation is not None or change.in_scale is not None)
+        ):
+            return self._rebuilt(x, *args, **kwargs)
+        if not args and not kwargs and kind.fused(module):
+            return self._fused(x)
+        dtype = x.dtype if kind.takes_activations() else module.weight.dtype
+        change = change if self.ready else change.to(dtype)
+        seen = x if change.in_scale is None else x * change.in_scale
+        y: Tensor = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
+        if change.delta is not None:
+            if kind.quantised and change.rotation is None:  # to read W again would be to make it of codes once more
+                y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)
+            else:
+                y = y + kind.respond(module, seen, change.delta).to(y.dtype)
+        return self._behind(self._with_dropped(y, seen), change)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Of a plain linear layer, whose product the change joins."""
+        module, change = self.frozen.module, self.change
+        weight, bias = self.frozen.kind.matrix(module, module.weight), module.bias
+        dtype = product_dtype(x)
+        if dtype != x.dtype:  # autocast is on
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        change = change if self.ready else change.to(dtype)
+        if change.in_scale is not None:
+            x = x * change.in_scale
+        if change.left is None and change.shift is not None and not self.dropped:
+            bias, change = change.offset(bias), replace(change, shift=None)
+        if change.rotation is not None:
+            y = change.rotation.turned(x, weight, bias)
+            y = y if change.delta is None else y + change.delta.apply(x)
+        else:
+            y = F.linear(x, weight, bias) if change.delta is None else change.delta.joined(x, weight, bias)
+        return self._behind(self._with_dropped(y, x), change)
+
+    def _with_dropped(self, y: Tensor, seen: Tensor) -> Tensor:
+        for delta, probability in self.dropped:
+            x = nn.functional.dropout(seen, probability)
+            y = y + self.frozen.kind.respond(self.frozen.module, x, delta.to(x.dtype)).to(y.dtype)
+        return y
+
+    def _behind(self, y: Tensor, change: Change) -> Tensor:
+        """L y + shift, bias and all."""
+        kind = self.frozen.kind
+        if change.left is not None:
+            y = kind.on_output(y, change.left.to(y.dtype).apply)
+        return y if change.shift is None else y + kind.along_output(change.shift.to(y.dtype))
+
+    def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
+
+        W' is made again in the backward rather than kept. (Dropout of Δ's input does not exist here.)
+        """
+        kind, module, change = self.frozen.kind, self.frozen.module, self.change
+
+        def run(x: Tensor) -> Tensor:
+            weight, bias = module.weight, getattr(module, "bias", None)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            own = {"weight": kind.layout(module, change.matrix(kind.matrix(module, weight).to(wide))).to(weight.dtype)}
+            offset = change.offset(bias)
+            if bias is not None and offset is not None:
+                own["bias"] = offset.to(bias.dtype)
+            y: Tensor = with_tensors(module, own, x, *args, **kwargs)
+            return y if bias is not None or offset is None else y + kind.along_output(offset.to(y.dtype))
+
+        return recomputed(run, x) if kind.multiplies() else run(x)
+
+
+def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor) -> Change | None:
+    """The changes of a batch's samples as one change, in which each row sees the ranks of its own adapter.
+
+    Args:
+        groups: rows of the batch, and the changes that are for them.
+        x: the layer's input, (rows, …, in).
+
+    Returns:
+        ``None`` where they do not all add a low-rank Δ alone, or where a product for each group is less.
+    """
+    found = [(rows, change) for rows, own in groups for change in own]
+    low = [change.delta for _, change in found if isinstance(change.delta, LowRank) and change.delta.gate is None]
+    plain = all(change.adds and change.shift is None and not change.dropout for _, change in found)
+    ranks = sum(delta.rank for delta in low)
+    if not plain or not low or len(low) < len(found):
+        return None
+    if x.numel() > FEW * x.shape[-1] and ranks * SHARE > min(low[0].shape):
+        return None
+    seen = x.new_zeros(len(x), *(1,) * (x.dim() - 2), len(low))
+    for number, (rows, _) in enumerate(found):
+        seen[rows, ..., number] = 1
+    gated = [delta.gated(seen[..., number, None]) for number, delta in enumerate(low)]
+    return Change(delta=LowRank.sum(gated))

@@ -1,0 +1,89 @@
+"""The protocol of an additive change Δ of a weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Delta", "product_dtype", "shaped"]
+
+
+class Delta(ABC):
+    """A linear operator Δ of shape (out, in) that is added to a weight: W' = W + Δ.
+
+    An author writes the abstract four. The others have defaults in terms of these; an operator overrides one where it
+    knows something faster, or smaller for the backward.
+
+    Laws, checked for every operator in float64, forward and backward:
+        ``apply(x)`` is ``x @ dense().T``; ``rows(ids)`` is ``dense().T[ids]``;
+        ``joined(x, W, b)`` is ``x @ (W + dense()).T + b`` for a frozen W;
+        ``beside(x, x @ W.T + b, b)`` is ``apply(x)``;
+        ``factors()``, if given, is (up, down) with ``up @ down`` equal to ``dense()``;
+        the backward of ``apply`` and ``joined`` saves nothing of the size of ``dense()``.
+    An operator without one matrix (of each sample, of each token) has no ``dense`` and no ``rows``, and raises there.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Δ on activations: (…, in) → (…, out)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Δ as a matrix, (out, in): for merging and for tests, never kept in training."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
+
+    def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
+        return F.linear(x, weight, bias) + self.apply(x)
+
+    def beside(self, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Δ x where y = W x + b, the layer's own output, is there already: ``apply`` unless Δ contains W."""
+        return self.apply(x)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Δᵀ at the rows ``ids``: (…) → (…, out), as an embedding reads it."""
+        return self.dense().T[ids]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) of shapes (out, r) and (r, in) if Δ is their product, else ``None``."""
+        return None
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """W + Δ, a new tensor."""
+        return weight + self.dense()
+
+    def for_inference(self, dtype: torch.dtype) -> Delta:
+        """The same operator for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        return self.to(dtype)
+
+
+def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
+    """y, (tokens, out), as (*places, out), which is no view of it.
+
+    Autograd forbids to change a view that a function returns in place, as the module after it may want to.
+    """
+    return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with ``x``: its own, or the one that autocast has products computed in now."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
