@@ -185,11 +185,18 @@ def _rounds(rows: Sequence[Row], text: str, probes: Sequence[Probe], repeats: in
 
 @contextmanager
 def _progress(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, and what advances it; it is drawn only then, never beside what is timed."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """A progress bar on standard error, and what advances it; it is drawn only then, never beside what is timed.
 
-    with Progress(console=Console(stderr=True), auto_refresh=False) as progress:
+    There is none without ``rich``, nor in a file.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ModuleNotFoundError:
+        yield lambda: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=total)
 
         def advance() -> None:
