@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peanut import LoraConfig, PeanutError, get_peft_model
-from peanut.methods.dora import norms_of_rows, norms_with
+from peanut.methods.dora import norms_with
 from peanut.operators import LowRank
 from peanut.protocols import METHODS
 from peanut.weights import FrozenLayer, kind_of
@@ -78,7 +78,7 @@ def test_magnitude_starts_as_the_norms_of_the_rows(kind: str) -> None:
     values = LORA.start(config, layer, torch.Generator())
     assert distance(values["lora_magnitude_vector"].flatten(), layer.matrix().norm(dim=1)) < 1e-6
     assert values["lora_magnitude_vector"].shape == ((1, 5, 1, 1) if kind == "conv2d" else (5,))
-    assert LORA.rebuilt(config) == {"weight_norm"}
+    assert not LORA.rebuilt(config)
     delta = LORA.change(config, values, layer).delta
     assert not delta.dense().any()
     x = torch.randn(4, delta.shape[1])
@@ -88,9 +88,9 @@ def test_magnitude_starts_as_the_norms_of_the_rows(kind: str) -> None:
 def test_norms_are_exact_also_where_the_change_is_large_or_cancels_the_weight() -> None:
     W = torch.randn(8, 6, dtype=torch.float64)
     A, B = torch.randn(6, 6, dtype=torch.float64), 50 * torch.randn(8, 6, dtype=torch.float64)
-    large = norms_with(W, norms_of_rows(W), LowRank(B, A, 0.3))
+    large = norms_with(W, LowRank(B, A, 0.3))
     assert distance(large, (W + 0.3 * B @ A).norm(dim=1)) < 1e-12
-    undone = norms_with(W, norms_of_rows(W), LowRank(-W, torch.eye(6, dtype=torch.float64), 1.0))
+    undone = norms_with(W, LowRank(-W, torch.eye(6, dtype=torch.float64), 1.0))
     assert undone.isfinite().all()
     assert (undone > 0).all()
     assert undone.max() < 1e-7
@@ -112,7 +112,7 @@ def test_a_row_of_zeros_gives_numbers() -> None:
 def test_16_bit_norms_are_better_than_the_dtype() -> None:
     W = torch.randn(40, 64).bfloat16()
     A, B = torch.randn(4, 64) / 8, torch.randn(40, 4) / 8
-    found = norms_with(W, norms_of_rows(W), LowRank(B, A, 1.0))
+    found = norms_with(W, LowRank(B, A, 1.0))
     assert found.dtype == torch.float32
     assert distance(found, (W.double() + B.double() @ A.double()).norm(dim=1)) < torch.finfo(torch.bfloat16).eps / 4
 
@@ -128,7 +128,7 @@ def test_the_peer_does_the_same_in_training(kind: str, dropout: float) -> None:
     scattered(trained.values())
     trained["lora_magnitude_vector"] = trained.pop("lora_magnitude_vector.weight")
     layer = frozen(theirs.base_layer)
-    delta = LORA.change(config, trained | {"weight_norm": norms_of_rows(layer.matrix())}, layer).delta
+    delta = LORA.change(config, trained, layer).delta
     x = {"conv2d": torch.randn(2, 3, 6, 5), "embedding": torch.arange(9)}.get(kind, torch.randn(4, 6))
     torch.manual_seed(7)
     expected = theirs(x)

@@ -49,7 +49,8 @@ def test_joined_has_the_gradients_of_the_matrices(shape: tuple[int, ...]) -> Non
         torch.autograd.grad(found, wanted, direction), torch.autograd.grad(expected, wanted, direction), strict=True
     ):
         assert distance(one, other) < 1e-12
-    assert saved_bytes(lambda: delta.joined(x, weight, bias), [], wanted) == 0
+    hidden = 2 * 8 * delta.up.shape[-1] * (x.numel() // x.shape[-1])  # r numbers a token, before s and after
+    assert saved_bytes(lambda: delta.joined(x, weight, bias), [], wanted) <= hidden
     with torch.no_grad():
         assert torch.equal(delta.joined(x, weight, bias), found)
 

@@ -17,7 +17,7 @@ from peanut.operators.householder import Householder
 from peanut.operators.magnitude import MagnitudeDirection
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
 from peanut.operators.rows import Rows
-from peanut.operators.saved_outputs import Returned, pulled_gain
+from peanut.operators.saved_outputs import SavedOutput, pulled_gain
 
 from ..support import distance, one_thread, same_bits  # noqa: F401
 
@@ -101,7 +101,7 @@ def test_what_the_next_layer_keeps_anyway_is_all_that_grows_with_the_tokens(name
 
 def test_the_mark_of_an_output_holds_no_memory_and_sees_every_change() -> None:
     y = torch.randn(4, 3)
-    mark = Returned(y)
+    mark = SavedOutput(y)
     assert mark.counter.untyped_storage().nbytes() == 0
     assert mark.untouched()
     y.data.numpy()  # looking is allowed
@@ -180,7 +180,7 @@ def test_shaped_is_no_view() -> None:
 
 
 def test_outputs_that_nobody_else_may_keep_are_kept_only_where_they_are_small() -> None:
-    assert [out for out in (16, 32, 33, 64, 65, 256) if Returned.cheap((out, 64))] == [16, 32, 65, 256]
+    assert [out for out in (16, 32, 33, 64, 65, 256) if SavedOutput.cheap((out, 64))] == [16, 32, 65, 256]
 
 
 @every_function

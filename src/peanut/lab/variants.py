@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -202,9 +203,20 @@ class Variant:
         def call() -> object:
             return self.output(x)
 
-        call()
-        probe = repeated(call, x.device)
-        return lambda: {quantity: probe()}
+        with self.inference():
+            call()
+            probe = repeated(call, x.device)
+
+        def measured() -> dict[str, float]:
+            with self.inference():
+                call()  # what is computed once for all that follow
+                return {quantity: probe()}
+
+        return measured
+
+    def inference(self) -> AbstractContextManager[object]:
+        """Within the context evaluation keeps what it computes once, as a server has it; the peer has no such thing."""
+        return self.model.inference() if isinstance(self.model, PeftModel) else nullcontext()
 
     def saved_bytes(self, x: Tensor) -> int:
         """Bytes that a forward keeps for the backward; every module of the stack counts as a layer."""
@@ -221,7 +233,7 @@ class Variant:
         It leaves the model in eval mode.
         """
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.inference():
             return peak_bytes(lambda: self.output(x), x.device)
 
 

@@ -20,7 +20,7 @@ def decomposed(magnitude: Tensor, low: LowRank, layer: FrozenLayer) -> Magnitude
         low: ΔW.
         layer: the frozen layer.
     """
-    gain = magnitude / norms_with(layer.matrix(), low)
+    gain = magnitude / norms_with(layer.matrix(), low).to(magnitude.dtype)
     W = layer.matrix if layer.kind.quantised else layer.matrix()
     return MagnitudeDirection(W, low.up, low.down, low.scaling, gain, whole=not layer.merged)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import Delta, product_dtype, shaped
-from .saved_outputs import Returned, pulled_gain, tells_gain, weight_is_less
+from .saved_outputs import SavedOutput, pulled_gain, tells_gain, weight_is_less
 
 __all__ = ["MagnitudeDirection"]
 
@@ -64,7 +64,9 @@ class MagnitudeDirection(Delta):
         return self._product(x, weight, bias, whole=True)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return _GainedRows.apply(ids, self.matrix(), self.up, self.down, self.gain, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+        low = F.linear(F.embedding(ids, self.down.T), self.up * self.scaling)
+        before = F.embedding(ids, self.matrix().T).to(low.dtype) + low
+        return low + before * (self.gain - 1).to(low.dtype)
 
     def dense(self) -> Tensor:
         less_one = (self.gain - 1)[:, None] * self.matrix().to(self.up.dtype)
@@ -127,16 +129,11 @@ def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, dow
     return y if bias is None else y.sub_(less_one * bias)
 
 
-SHARE = 4
-"""Of one in so many tokens the output before the gain is kept where nobody else keeps it."""
-
-
 class _GainedProduct(torch.autograd.Function):
     """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
 
     Keeps x. The gain's gradient can be read off y, or off the gradient of W', which takes a product as large as W's and
-    gives those of the factors by products with no tokens in them. So y is kept where that is cheap; else, on a CPU,
-    where the product is what the backward waits for, a copy of y for some of the tokens.
+    gives those of the factors by products with no tokens in them. So y is kept where that is cheap.
     Where tokens are many, passes over them are dear: then W' is made, in the forward and again in the backward.
     """
 
@@ -162,12 +159,8 @@ class _GainedProduct(torch.autograd.Function):
         else:
             y = _gained(tokens, weight, bias, gained_up, down, less_one)
         y, kept = shaped(y, x.shape[:-1]), None
-        ctx.returned = None
-        if whole and ctx.needs_input_grad[5] and tells_gain(y, gain):
-            if Returned.cheap(weight.shape):
-                kept, ctx.returned = y.data.view(-1, y.shape[-1]), Returned(y)
-            else:
-                kept = y.view(-1, y.shape[-1])[: len(tokens) // SHARE].clone()
+        if whole and ctx.needs_input_grad[5] and SavedOutput.cheap(weight.shape) and tells_gain(y, gain):
+            kept, ctx.saved_output = y.data, SavedOutput(y)
         ctx.save_for_backward(x, weight, up, down, gain, bias, kept)
         return y
 
@@ -181,21 +174,14 @@ class _GainedProduct(torch.autograd.Function):
         if need_bias:
             grad_bias = grads.sum(0)
         if any(need_parts):
-            returned = ctx.returned is None or ctx.returned.untouched()
-            # Where the backward is itself differentiated, what is kept must not pass for a constant.
-            n = len(kept) if kept is not None and returned and not torch.is_grad_enabled() else 0
-            found = []
-            if n:
-                early, first = grads[:n], tokens[:n]
-                of_gain = pulled_gain(kept, bias, gain, early)
-                found += [(early.T @ (first @ down.T), (early @ gained_up).T @ first, of_gain)]
-            if n < len(tokens) or not n:
-                of_weight = grads[n:].T @ tokens[n:]
-                of_up = of_weight @ down.T
-                of_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
-                of_gain = of_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
-                found += [(of_up, gained_up.T @ of_weight, of_gain)]
-            of_up, grad_down, grad_gain = found[0] if len(found) == 1 else (a + b for a, b in zip(*found, strict=True))
+            if kept is not None and ctx.saved_output.tells():
+                grad_gain = pulled_gain(kept, bias, gain, grads)
+                of_up, grad_down = grads.T @ (tokens @ down.T), (grads @ gained_up).T @ tokens
+            else:
+                of_weight = grads.T @ tokens
+                of_up, grad_down = of_weight @ down.T, gained_up.T @ of_weight
+                grad_gain = (weight * of_weight).sum(1, dtype=gain.dtype)
+                grad_gain = grad_gain + (of_up * up).sum(1, dtype=gain.dtype) * ctx.scaling
             grad_up = (of_up * (gain * ctx.scaling)[:, None]).to(up.dtype)
         if need_x and ctx.whole and weight_is_less(tokens):
             grad_x = (grads @ _changed(weight, gain, gained_up, down)).view(x.shape)
@@ -209,35 +195,3 @@ class _GainedProduct(torch.autograd.Function):
 def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """W' = diag(g) W + up · down, of an ``up`` with the gain in it."""
     return (weight * gain.to(weight.dtype)[:, None]).addmm_(up, down)
-
-
-class _GainedRows(torch.autograd.Function):
-    """Δᵀ at ``ids``; keeps the ids."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, gain: Tensor, scaling: float
-    ) -> Tensor:
-        ctx.save_for_backward(ids, weight, up, down, gain)
-        ctx.scaling = scaling
-        low = F.linear(F.embedding(ids, down.T), up).mul_(scaling)
-        before = F.embedding(ids, weight.T).to(low.dtype) + low
-        return shaped(low.addcmul_(before, (gain - 1).to(low.dtype)).view(-1, low.shape[-1]), ids.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weight, up, down, gain = ctx.saved_tensors
-        _, _, need_up, need_down, need_gain, _ = ctx.needs_input_grad
-        grads, places = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
-        hidden = F.embedding(places, down.T)
-        grad_up = grad_down = grad_gain = None
-        gained = torch.addcmul(grads, grads, (gain - 1).to(grads.dtype))
-        if need_gain:
-            before = F.embedding(places, weight.T).to(grads.dtype).addmm(hidden, up.T, alpha=ctx.scaling)
-            grad_gain = before.mul_(grads).sum(0, dtype=gain.dtype)
-        if need_up:
-            grad_up = (gained.T @ hidden).mul_(ctx.scaling)
-        if need_down:
-            grad_hidden = (gained @ up).mul_(ctx.scaling)
-            grad_down = torch.zeros_like(down.T).index_add(0, places, grad_hidden).T
-        return None, None, grad_up, grad_down, grad_gain, None

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Returned", "pulled_gain", "tells_gain", "weight_is_less"]
+__all__ = ["SavedOutput", "pulled_gain", "tells_gain", "weight_is_less"]
 
 SPAN = 128
 """So many tokens' products are summed up at a time: they never leave a CPU's cache."""
 
 
-class Returned:
+class SavedOutput:
     """Whether the output of a function is still what it was when it was returned.
 
     A layer mostly keeps its input, so that an output costs its own function nothing to keep. The next layer may also

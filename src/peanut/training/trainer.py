@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sized
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -83,6 +84,12 @@ class AdapterTrainerMixin(_Base):
         if penalty is None:
             return found
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluation and prediction; what is computed from the adapters is kept until they are through."""
+        adapted = self._adapted()
+        with nullcontext() if adapted is None else adapted.inference():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _adapted(self) -> PeftModel | None:
         """The model without what accelerate and ``torch.compile`` put around it, if it is one of ours."""
