@@ -9,7 +9,7 @@ TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)$(shell \
 	[ "$$(uname)" != Linux ] || nvidia-smi >/dev/null 2>&1 || echo +cpu)
 BIN := .venv/bin
 
-.PHONY: demo methods instructions test bench guard gpu-check docs lint format types check lock clean
+.PHONY: demo methods instructions test bench guard gpu-check generated docs lint format types check lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m peanut.lab.demo $(ARGS)
@@ -31,6 +31,9 @@ guard: .venv/installed
 
 gpu-check: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+generated: .venv/installed
+	$(BIN)/python -m peanut.lab.generated
 
 docs: .venv/installed
 	$(BIN)/python -m pdoc --docformat google --output-directory site \

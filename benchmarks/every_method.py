@@ -13,6 +13,8 @@ from peanut.errors import PeanutError, nearest
 from peanut.files import write_files, write_json
 from peanut.lab.assets import fetch
 from peanut.lab.reviews import Contestant, Outcome, print_table, report, train_alone, write_rows
+from peanut.lab.settings import STACKS
+from peanut.protocols import METHODS
 from peanut.training.terminal import quiet
 
 from .calibration import compare_calibration, print_calibration
@@ -20,7 +22,7 @@ from .calibration import compare_calibration, print_calibration
 __all__ = ["CONTESTANTS", "main"]
 
 _QV = {"target_modules": ["query", "value"]}
-CONTESTANTS = {
+_TUNED = {
     "linear probing": Contestant({"peft_type": "LINEAR_PROBING"}, 5e-3),
     "LoRA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **_QV}, 3e-3),
     "PiSSA": Contestant({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "init_lora_weights": "pissa", **_QV}, 3e-3),
@@ -69,12 +71,23 @@ CONTESTANTS = {
     ),
     "full fine-tuning": Contestant({"peft_type": "FULL"}, 1e-4, {"head_learning_rate": 1e-4}),
 }
-"""Every method as it takes part; attention's queries and values are adapted where a method can choose.
+"""Attention's queries and values are adapted where a method can choose; each learning rate is the better of two
+(docs/log.md)."""
 
-Adaption prompts and CPT are for causal models, and X-LoRA mixes adapters that are trained already.
 
-Each learning rate is the better of two (docs/log.md).
-"""
+def _others() -> dict[str, Contestant]:
+    """The methods for which no rate was looked for, as far as they can classify: with their defaults."""
+    stack, tuned = STACKS["minilm"], {contestant.adapter["peft_type"] for contestant in _TUNED.values()}
+    on = stack.trial([(384, 384)], blocks=6)
+    return {
+        name: Contestant({"peft_type": name} | (method.tried(on) or {}), 5e-3)
+        for name, method in METHODS.items()
+        if name not in tuned and stack.runs(method)
+    }
+
+
+CONTESTANTS = _TUNED | _others()
+"""Every method that can take part: not those for causal models, nor X-LoRA, which mixes trained adapters."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

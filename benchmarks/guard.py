@@ -22,7 +22,7 @@ from peanut.errors import PeanutError
 from peanut.files import read_json, write_json
 from peanut.lab.measure import interleaved, ratio
 from peanut.lab.variants import Variant, configs_of, frozen_stack, peer_version, twin, variants_of
-from peanut.protocols import FORMAT_VERSION
+from peanut.protocols import FORMAT_VERSION, Trial
 from peanut.training.terminal import quiet
 
 __all__ = ["main"]
@@ -54,7 +54,7 @@ class Block:
         self.token = self.x[:, :1].clone()
         self.x.requires_grad_()
         stack = frozen_stack(NARROW, WIDE, 1, cpu, torch.float32)
-        configs = configs_of(names, RANK, DEPTHS, [(NARROW, WIDE)])
+        configs = configs_of(names, RANK, DEPTHS, Trial(shapes=[(NARROW, WIDE)]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"peft\.")  # about sparse tensors, which are as it wants them
             variants = variants_of(configs, functools.partial(twin, stack), self.x)

@@ -117,7 +117,7 @@ CASES: list[tuple[PeftConfig, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "message"), CASES, ids=[f"{c.method.value}-{i}" for i, (c, _) in enumerate(CASES)])
+@pytest.mark.parametrize(("config", "message"), CASES, ids=[f"{c.method}-{i}" for i, (c, _) in enumerate(CASES)])
 def test_what_does_not_fit_a_layer_is_refused(config: PeftConfig, message: str) -> None:
     model = Mixed()
     with refused(model, message):

@@ -225,7 +225,7 @@ WHOLE: list[tuple[str, PeftConfig]] = [
     ("gpt2", TrainableTokensConfig(target_modules=["wte"], token_indices=TOKENS)),
 ]
 whole = pytest.mark.parametrize(
-    ("kind", "config"), WHOLE, ids=[f"{kind}-{config.method.value}-{i}" for i, (kind, config) in enumerate(WHOLE)]
+    ("kind", "config"), WHOLE, ids=[f"{kind}-{config.method}-{i}" for i, (kind, config) in enumerate(WHOLE)]
 )
 
 

@@ -87,6 +87,14 @@ def test_names_are_there() -> None:
         _ = peanut.PeanutConfg
 
 
+def test_a_star_imports_every_name() -> None:
+    found: dict[str, object] = {}
+    exec("from peanut import *", found)
+    assert found.keys() - {"__builtins__"} == set(peanut.__all__)
+    assert {"PromptTuningInit", "PromptEncoderReparameterizationType", "XLoraModel", "AdaLoraModel"} <= found.keys()
+    assert not {"Lora", "CPTModel", "PromptTuningModel", "register"} & found.keys()
+
+
 def test_config_has_the_documented_fields_and_three_more() -> None:
     config = PeanutConfig()
     fields = {field.name for field in dataclasses.fields(config)}
@@ -100,9 +108,11 @@ def test_config_has_the_documented_fields_and_three_more() -> None:
     }
 
 
-@pytest.mark.parametrize("used", ["peanut", "peanut.LoraConfig, peanut.get_peft_model, peanut.PeftModel"])
+@pytest.mark.parametrize(
+    "used", ["peanut", "peanut.PeanutError", "peanut.LoraConfig, peanut.get_peft_model, peanut.PeftModel"]
+)
 def test_importing_costs_nothing(used: str) -> None:
-    torch_too = "'torch', " if used == "peanut" else ""
+    torch_too = "" if "Lora" in used else "'torch', "
     heavy = f"{{{torch_too}'transformers', 'datasets', 'pydantic', 'accelerate', 'peft', 'rich', 'matplotlib'}}"
     program = f"import sys, peanut; {used}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.every_method import CONTESTANTS, main
 
+from benchmarks import every_method
 from peanut.lab.reviews import Contestant
 from peanut.protocols import METHODS, PeftConfig
 
@@ -18,7 +19,18 @@ def config_of(contestant: Contestant) -> PeftConfig:
 
 def test_every_method_takes_part() -> None:
     elsewhere = {"ADAPTION_PROMPT", "CPT", "XLORA"}  # for causal models, or over trained adapters
-    assert {str(config_of(each).method.value) for each in CONTESTANTS.values()} == METHODS.keys() - elsewhere
+    assert {config_of(each).method for each in CONTESTANTS.values()} == METHODS.keys() - elsewhere
+
+
+def test_a_method_for_which_no_rate_was_looked_for_joins_with_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert every_method._others() == {}
+    left = {name: each for name, each in CONTESTANTS.items() if config_of(each).method not in ("OFT", "FULL", "C3A")}
+    monkeypatch.setattr(every_method, "_TUNED", left)
+    assert every_method._others() == {
+        "C3A": Contestant({"peft_type": "C3A", "block_size": 128}, 5e-3),
+        "FULL": Contestant({"peft_type": "FULL"}, 5e-3),
+        "OFT": Contestant({"peft_type": "OFT", "oft_block_size": 32, "r": 0}, 5e-3),
+    }
 
 
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def values_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"), WHOLE, ids=[f"{kind}-{config.method.value}-{i}" for i, (kind, config) in enumerate(WHOLE)]
+    ("kind", "config"), WHOLE, ids=[f"{kind}-{config.method}-{i}" for i, (kind, config) in enumerate(WHOLE)]
 )
 def test_there_and_back(kind: str, config: PeftConfig, build: Callable[[str], hf.PreTrainedModel]) -> None:  # noqa: F811
     base = build(kind)

@@ -34,7 +34,7 @@ def test_methods_that_need_a_model_are_measured_in_one(tmp_path: Path) -> None:
     found = run(tmp_path, "--stack", "transformer", "--dims", "16", "24", "--blocks", "1")
     methods = {row["method"] for row in found["variants"]}
     names = {"ADAPTION_PROMPT", "CPT", "DIREFT", "LORA", "LOREFT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
-    styles = {f"BOTTLENECK {style}" for style in ("houlsby", "pfeiffer", "parallel")}
+    styles = {"BOTTLENECK", "BOTTLENECK_PFEIFFER", "BOTTLENECK_PARALLEL"}
     assert methods == {"", "XLORA", *names, *styles}
     alone = {"DIREFT", "LOREFT", *styles}  # the peer has none of these
     theirs = [row for row in found["variants"] if row["by"] == "peft"]
@@ -53,12 +53,29 @@ def test_a_stack_has_its_own_defaults_and_a_report_names_what_differs() -> None:
     smollm2 = settings_of("smollm2", methods=["lora"], tokens=64)
     assert (smollm2.tokens, smollm2.blocks, smollm2.dims, smollm2.repeats) == (64, 30, (576, 1536), 5)
     assert smollm2.changed == {"stack": "smollm2", "methods": ("LORA",), "tokens": 64}
+    assert settings_of("transformer", methods=["bottleneck_parallel"]).methods == ("BOTTLENECK_PARALLEL", "LORA")
     with pytest.raises(PeanutError, match="--tokens 200; expected whole rows of 128"):
         settings_of("minilm", tokens=200)
     assert {"DORA", "MISS_BAT", "LORA", "PEANUT", "C3A"} <= set(settings_of().methods or ())
     assert settings_of(methods=["dora"]).methods == ("DORA", "LORA")
     assert not {"DORA", "PEANUT"} & set(settings_of("transformer").methods or ())
     assert {"DORA", "PREFIX_TUNING", "LN_TUNING"} <= set(settings_of("minilm").methods or ())
+
+
+@pytest.mark.parametrize(
+    ("stack", "method", "message"),
+    [
+        ("layers", "poly", "POLY does not change linear layers by themselves; .*, or take --stack transformer$"),
+        ("layers", "linear_probing", "LINEAR_PROBING does not change linear layers .*, or take --stack minilm$"),
+        ("minilm", "cpt", "CPT cannot run on all-MiniLM-L6 .*, or take --stack transformer$"),
+        ("minilm", "xlora", "XLORA cannot run on all-MiniLM-L6 .*, or take --stack transformer$"),
+        ("transformer", "bitfit", "BITFIT cannot run on a small Llama.*, or take --stack layers$"),
+        ("smollm2", "linear_probing", "LINEAR_PROBING cannot run on SmolLM2-135M.*, or take --stack minilm$"),
+    ],
+)
+def test_a_method_is_refused_where_it_cannot_be_measured(stack: str, method: str, message: str) -> None:
+    with pytest.raises(PeanutError, match=message):
+        settings_of(stack, methods=[method])
 
 
 def test_twins_share_the_memory_of_weights_and_nothing_else() -> None:

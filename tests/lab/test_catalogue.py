@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import peanut
 from peanut.cli.app import app
+from peanut.lab import generated
 from peanut.lab.catalogue import catalogue, markdown
 from peanut.model.adapters.adapter_set import AdapterSet
+from peanut.model.injection import AdaptedModel
 from peanut.model.peft_model import get_peft_model
-from peanut.protocols import METHODS
+from peanut.protocols import METHODS, Trial, WeightMethod
 
-from ..support import CASES, Case, one_thread  # noqa: F401
+from ..support import CASES, Case, Net, one_thread, randomised  # noqa: F401
 
 PLAIN = [
     case
@@ -29,9 +35,30 @@ PLAIN = [
 """The first config of each method on the first kind of layer it has."""
 
 
-def test_the_page_is_the_registrys() -> None:
-    page = Path(__file__).parents[2] / "docs" / "methods.md"
-    assert page.read_text(encoding="utf-8") == markdown(), "run: peanut methods --markdown > docs/methods.md"
+def test_the_generated_files_are_the_registrys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Path(__file__).parents[2]
+    assert set(generated.files()) == {"docs/methods.md", "src/peanut/__init__.pyi"}
+    for path, text in generated.files().items():
+        assert (repository / path).read_text(encoding="utf-8") == text, "run: make generated"
+        (tmp_path / path).parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert generated.main() == 0
+    for path, text in generated.files().items():
+        assert (tmp_path / path).read_text(encoding="utf-8") == text
+
+
+def test_the_types_are_those_of_the_names() -> None:
+    found = {}
+    for line in generated.stub().splitlines():
+        if line.startswith("from "):
+            _, module, _, name, _, public = line.split()
+            found[public] = getattr(import_module(module, "peanut"), name)
+        elif line.startswith("class "):
+            name = re.split(r"[ (]", line)[1]
+            found[name] = getattr(peanut, name)
+            assert found[name].__bases__ == (found["_AdaptedModel"],)
+    assert found.pop("_AdaptedModel") is AdaptedModel
+    assert found == {name: getattr(peanut, name) for name in peanut.__all__ if name != "__version__"}
 
 
 def test_every_method_is_there_with_its_source() -> None:
@@ -41,7 +68,7 @@ def test_every_method_is_there_with_its_source() -> None:
         assert entry.change, entry.name
         assert entry.config.endswith("Config")
     sourced = {name for name, entry in entries.items() if "arXiv" in entry.title}
-    assert entries.keys() - sourced <= {"FULL", "LINEAR_PROBING", "TRAINABLE_TOKENS"}
+    assert entries.keys() - sourced == {"FULL", "LINEAR_PROBING", "TRAINABLE_TOKENS"}  # no paper's
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -56,21 +83,20 @@ def test_the_number_of_parameters_is_what_is_trained(case: Case) -> None:
     assert sum(parameter.numel() for parameter in layer.adapters["default"].parameters()) == expected
 
 
-def test_what_is_called_exact_is_exact_and_nothing_else() -> None:
-    exact = {entry.name for entry in catalogue() if entry.exact_as_lora}
-    assert exact == {
-        "ADALORA",
-        "BONE",
-        "HRA",
-        "LORA",
-        "MISS",
-        "MULTIPLICATIVE_LORA",
-        "NONLINEAR_LORA",
-        "PEANUT",
-        "VARIATIONAL_LORA",
-        "VBLORA",
-        "VERA",
-    }
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_is_called_exact_is_of_a_low_rank_and_nothing_else(name: str) -> None:
+    method = METHODS[name]
+    [entry] = catalogue([method])
+    if not isinstance(method, WeightMethod) or "linear" not in method.kinds or method.mixes or method.follows_ties:
+        assert not entry.exact_as_lora
+        return
+    layer = torch.nn.Linear(512, 1024, dtype=torch.float64)
+    needed = method.tried(Trial(shapes=[(1024, 512)])) or {}
+    model = randomised(get_peft_model(Net(layer), method.config_class(target_modules=["layer"], **needed)).eval())
+    [(_, adapted)] = AdapterSet.of(model).layers()
+    values = torch.linalg.svdvals(adapted.delta("default"))
+    rank = int((values > 1e-9 * values[0]).sum())
+    assert entry.exact_as_lora == (0 < rank <= 256)
 
 
 def test_the_command_lists_them() -> None:

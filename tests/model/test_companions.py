@@ -144,7 +144,7 @@ BIASED: list[tuple[PeftConfig, bool]] = [
 
 
 @pytest.mark.parametrize("every", [False, True], ids=["own", "all"])
-@pytest.mark.parametrize(("config", "_"), BIASED, ids=[config.method.value for config, _ in BIASED])
+@pytest.mark.parametrize(("config", "_"), BIASED, ids=[config.method for config, _ in BIASED])
 def test_biases_alone_and_all(config: PeftConfig, _: bool, every: bool, tiny_bert: Build, tmp_path: Path) -> None:
     values = config.to_dict() | {"target_modules": ["query", "output.dense"]} | ({"bias": "all"} if every else {})
     config = PeftConfig.from_dict({name: value for name, value in values.items() if value is not None})

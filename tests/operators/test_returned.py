@@ -154,7 +154,7 @@ def test_what_an_operator_gives_may_be_changed_in_place(name: str, shape: tuple[
         OFTConfig(oft_block_size=4),
         IA3Config(),
     ],
-    ids=lambda config: str(config.method.value),
+    ids=lambda config: str(config.method),
 )
 def test_a_layer_before_an_activation_in_place_trains(config: Any) -> None:
     config.target_modules = ["0"]

@@ -37,7 +37,7 @@ PENALISED: list[PeftConfig] = [
     VariationalLoraConfig(vb_r=4, task_type="SEQ_CLS"),
     DiffPruningConfig(task_type="SEQ_CLS"),
 ]
-penalised = pytest.mark.parametrize("config", PENALISED, ids=lambda config: config.method.value)
+penalised = pytest.mark.parametrize("config", PENALISED, ids=lambda config: config.method)
 
 
 def batch() -> dict[str, torch.Tensor]:

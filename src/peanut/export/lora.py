@@ -80,7 +80,7 @@ def to_lora(
     if not layers:
         raise PeanutError(f"adapter {name!r} changes no layer", "an adapter that does", "use it as it is")
     for path, layer in layers.items():
-        if layer.frozen.kind.name not in METHODS[LoraConfig.method.value].kinds:
+        if layer.frozen.kind.name not in METHODS[LoraConfig.method].kinds:
             raise PeanutError(
                 f"adapter {name!r} changes '{path}', a {type(layer.base_layer).__name__}",
                 "layers that LoRA can change",
@@ -114,7 +114,7 @@ def to_lora(
     export = LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
     if export.largest_error > 1e-5:
         print(
-            f"{source.method.value} as LoRA of rank {r}: relative error of ΔW {export.mean_error:.3g} on average, "
+            f"{source.method} as LoRA of rank {r}: relative error of ΔW {export.mean_error:.3g} on average, "
             f"{export.largest_error:.3g} at most"
         )
     return export

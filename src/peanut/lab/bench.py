@@ -54,6 +54,7 @@ from torch import Tensor
 
 from ..errors import PeanutError
 from ..files import make_folder
+from ..protocols import METHODS
 from ..training.terminal import quiet
 from .bench_report import print_tables, write_report
 from .bench_rows import Row
@@ -123,7 +124,8 @@ def built(settings: Settings, folder: Path) -> tuple[list[Variant], Tensor, Tens
         narrow, wide = settings.dims
         generator = torch.Generator().manual_seed(0)
         x, grad = (torch.randn(1, settings.tokens, narrow, generator=generator).to(device, dtype) for _ in range(2))
-        configs = configs_of(settings.methods or (), settings.rank, settings.depth, [(narrow, wide)])
+        on = STACKS["layers"].trial([(narrow, wide)])
+        configs = configs_of(settings.methods or (), settings.rank, settings.depth, on)
         stack = frozen_stack(narrow, wide, settings.blocks, device, dtype)
         x.requires_grad_()
         return variants_of(configs, functools.partial(twin, stack), x), x, grad
@@ -246,11 +248,12 @@ def _parser() -> argparse.ArgumentParser:
             text = f"{text} (default: {'; '.join([_told(usual), *values])})"
         parser.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"), **more)  # type: ignore[arg-type]
 
+    styles = sorted(style for method in METHODS.values() for style, *_ in method.styles)
     about = "; ".join(f"{name}: {stack.about}" for name, stack in STACKS.items())
     option("stack", about, str, choices=tuple(STACKS))
     option(
         "methods",
-        "which, beside LoRA, the yardstick; DORA and MISS_BAT too (default: all that the stack is for)",
+        f"which, beside LoRA, the yardstick; {', '.join(styles)} too (default: all that the stack is for)",
         str,
         nargs="+",
         metavar="METHOD",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import methods as _methods  # noqa: F401 - registers them
-from ..protocols import METHODS, InputMethod, Method, MixtureMethod, OutputMethod, WeightMethod
+from ..protocols import METHODS, InputMethod, Method, MixtureMethod, OutputMethod, Trial, WeightMethod
 from ..weights import FrozenLayer, kind_of
 
 __all__ = ["Entry", "catalogue", "markdown"]
@@ -43,9 +43,10 @@ class Entry:
     kinds: tuple[str, ...]
 
 
-def catalogue() -> list[Entry]:
-    """Every method, by name."""
-    return [_entry(method) for _, method in sorted(METHODS.items())]
+def catalogue(methods: Iterable[Method[Any]] | None = None) -> list[Entry]:
+    """These methods, or every one, by name."""
+    chosen = METHODS.values() if methods is None else methods
+    return [_entry(method) for method in sorted(chosen, key=lambda method: method.name)]
 
 
 def markdown(entries: Iterable[Entry] | None = None) -> str:
@@ -75,7 +76,7 @@ def markdown(entries: Iterable[Entry] | None = None) -> str:
 
 def _entry(method: Method[Any]) -> Entry:
     module = inspect.getmodule(type(method))
-    title = " ".join((module.__doc__ or "").split()).rstrip(".")
+    title = " ".join((getattr(module, "__doc__", None) or type(method).__name__).split()).rstrip(".")
     change = " ".join(inspect.cleandoc(type(method).__doc__ or "").partition("\n\n")[0].split())
     return Entry(
         name=method.name,
@@ -105,7 +106,7 @@ def _exact(method: Method[Any]) -> bool:
     layer = nn.Linear(512, 1024)
     kind = kind_of(layer)
     assert kind is not None
-    frozen, config = FrozenLayer(layer, kind), method.config_class()
+    frozen, config = FrozenLayer(layer, kind), method.config_class(**method.tried(Trial(shapes=[(1024, 512)])) or {})
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         values = method.start(config, frozen, generator) | method.shared(config, [frozen], generator)

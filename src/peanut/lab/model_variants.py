@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
+from ..methods.lora import LoraConfig
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import PeftModel, get_peft_model
-from ..protocols import METHODS, InputMethod, MixtureMethod, PeftConfig
+from ..protocols import METHODS, InputMethod, Method, MixtureMethod, PeftConfig, WeightMethod
 from .assets import fetch
 from .measure import now
-from .settings import STACKS, Settings
+from .settings import STACKS, Settings, Stack
 from .variants import Variant, compared, configs_of, lives, moved, peer_of
 
 __all__ = ["GENERATED", "ModelVariant", "batch_of", "frozen_llama", "frozen_model", "model_configs", "model_variants"]
@@ -28,7 +29,7 @@ __all__ = ["GENERATED", "ModelVariant", "batch_of", "frozen_llama", "frozen_mode
 VOCABULARY = 1024
 CONTEXT, GENERATED = 32, 16
 """Tokens of the prompt, and how many are generated after it, where generation is timed."""
-VIRTUAL, EXPERTS = 16, 2
+EXPERTS = 2
 
 
 def frozen_model(settings: Settings, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -130,36 +131,30 @@ def model_configs(settings: Settings, model: nn.Module) -> dict[str, PeftConfig]
     """The configs to measure in a model, by the name that tables give them."""
     stack = STACKS[settings.stack]
     task = "SEQ_CLS" if stack.inference == "answer" else "CAUSAL_LM"
-    targets = {} if stack.targets is None else {"target_modules": list(stack.targets)}
-    options: dict[str, dict[str, Any]] = {
-        name: {"task_type": task, **(targets if {"linear"} & set(method.kinds) else {})}
-        for name, method in METHODS.items()
-    }
-    options["ADAPTION_PROMPT"] |= {"adapter_len": VIRTUAL, "adapter_layers": min(settings.blocks, 30)}
-    options["CPT"] |= {
-        "cpt_token_ids": list(range(3, 3 + VIRTUAL)),
-        "cpt_tokens_type_mask": [1, 2, 3, 4] * (VIRTUAL // 4),
-    }
-    options["IA3"] |= {"feedforward_modules": list(stack.feed_forward)} if targets else {}
-    options["LN_TUNING"] |= {"target_modules": list(stack.norms)}
-    options["PARTIAL"] |= {"target_modules": [stack.last]}
-    options["TRAINABLE_TOKENS"] = {"task_type": task, "token_indices": list(range(VIRTUAL))}
-    for name in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
-        options[name] |= {"num_virtual_tokens": VIRTUAL}
-    for name in ("FULL", "LINEAR_PROBING"):
-        options[name] = {"task_type": task}
+
+    def options(method: Method[Any]) -> dict[str, Any]:
+        targets = _targets(method, stack)
+        return {"task_type": task} | ({} if targets is None else {"target_modules": list(targets)})
+
     ends = tuple(stack.targets or ("q_proj", "v_proj"))
     shapes = [
         module.weight.shape
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.endswith(ends)
     ]
-    configs = configs_of(settings.methods or (), settings.rank, settings.depth, shapes, options)
-    if "BOTTLENECK" in configs:
-        plain: Any = configs.pop("BOTTLENECK")
-        styles = ("houlsby", "pfeiffer", "parallel")
-        configs |= {f"BOTTLENECK {style}": dataclasses.replace(plain, style=style) for style in styles}
-    return configs
+    on = stack.trial(shapes, settings.blocks)
+    return configs_of(settings.methods or (), settings.rank, settings.depth, on, options)
+
+
+def _targets(method: Method[Any], stack: Stack) -> Sequence[str] | None:
+    """The layers that a method changes in a stack; ``None`` for what its config takes by itself."""
+    if not isinstance(method, WeightMethod):
+        return None
+    if method.trains == "named":
+        return [stack.last]
+    if method.targets == "norms":
+        return stack.norms
+    return stack.targets if "linear" in method.kinds and method.targets != "embedding" else None
 
 
 @dataclass
@@ -219,8 +214,8 @@ def model_variants(
     base = build()
     found: list[Variant] = [ModelVariant("", "frozen", base, list(_linear(base).values()))]
     for name, given in configs.items():
-        config, method = given, METHODS[given.method.value]
-        mixture = isinstance(method, MixtureMethod)
+        config, method = given, METHODS[given.method]
+        mixture, by_task = isinstance(method, MixtureMethod), isinstance(method, WeightMethod) and method.mixes
         if mixture:
             config = dataclasses.replace(given, adapters=_experts(build, folder))  # type: ignore[call-arg]
         base = build()
@@ -232,7 +227,7 @@ def model_variants(
         their_base = functools.partial(_without_cache, build) if mixture else build
         life = lives(build, config, values, x.device)[0]
         their_life = lives(their_base, config, values, x.device)[1]
-        own = ModelVariant(name, "peanut", ours, _wrapped(ours, layers), life=life, by_task=method.name == "POLY")
+        own = ModelVariant(name, "peanut", ours, _wrapped(ours, layers), life=life, by_task=by_task)
         found.append(own)
         base = their_base()
         layers = _linear(base)
@@ -275,7 +270,7 @@ def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
     for number in range(EXPERTS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            model = moved(get_peft_model(build(), METHODS["LORA"].config_class(task_type="CAUSAL_LM")))
+            model = moved(get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM")))
         model.save_pretrained(folder / str(number))
     return {str(number): str(folder / str(number)) for number in range(EXPERTS)}
 

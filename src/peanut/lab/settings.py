@@ -10,19 +10,10 @@ import torch
 
 from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError, nearest
-from ..protocols import METHODS, Method, WeightMethod, method_of
+from ..protocols import METHODS, Method, MixtureMethod, Trial, WeightMethod, method_of
 from ..protocols.config import check_whole
 
-__all__ = ["STACKS", "STYLES", "Settings", "Stack", "named", "settings_of"]
-
-STYLES: dict[str, tuple[str, dict[str, Any]]] = {
-    "DORA": ("LORA", {"use_dora": True}),
-    "MISS_BAT": ("MISS", {"init_weights": "bat"}),
-}
-"""Contestants that are another method with an option: name → that method, the option."""
-
-_CAUSAL = {"ADAPTION_PROMPT", "CPT", "XLORA"}
-"""Methods for models that write text."""
+__all__ = ["STACKS", "Settings", "Stack", "named", "settings_of"]
 
 
 def _on_layers(method: Method[Any]) -> bool:
@@ -50,7 +41,7 @@ class Stack:
         targets: the layers that weight methods change, by the end of their names; ``None`` for a config's own default.
         norms, feed_forward: targets of the methods for norms, and where (IA)³ scales the input.
         last: the last block, for partial fine-tuning.
-        never: methods that cannot run on it.
+        biases: whether the layers have biases.
     """
 
     about: str
@@ -63,16 +54,28 @@ class Stack:
     norms: Sequence[str] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: Sequence[str] = ("down_proj",)
     last: str = ""
-    never: frozenset[str] = frozenset()
+    biases: bool = False
+
+    def trial(self, shapes: Sequence[Sequence[int]] = (), blocks: int = 1) -> Trial:
+        """What a method has to know of it to be measured."""
+        ends = self.feed_forward if self.targets is not None else ()
+        kind = {"causal": self.inference == "generate", "head": self.inference == "answer", "biases": self.biases}
+        return Trial(shapes=shapes, feed_forward=ends, blocks=blocks, **kind)
+
+    def runs(self, method: Method[Any]) -> bool:
+        """Whether a method can be measured on it; a mixture's experts here are those of a language model."""
+        mixture = isinstance(method, MixtureMethod) and self.inference != "generate"
+        layers = self.inference != "token" or _on_layers(method)
+        return layers and not mixture and method.tried(self.trial()) is not None
 
 
 _LLAMA = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 STACKS = {
-    "layers": Stack("plain linear layers", _on_layers, "token"),
+    "layers": Stack("plain linear layers", _on_layers, "token", biases=True),
     "transformer": Stack("a small Llama, for what changes outputs or inputs, and mixtures", _on_models, "generate"),
     "minilm": Stack(
         "all-MiniLM-L6 with a head, on reviews",
-        lambda method: method.name not in _CAUSAL,
+        lambda method: True,
         "answer",
         {"dims": (384, 1536), "blocks": 6, "repeats": 8},
         asset="minilm",
@@ -81,38 +84,40 @@ STACKS = {
         norms=["LayerNorm"],
         feed_forward=["intermediate.dense"],
         last="encoder.layer.5",
-        never=frozenset(_CAUSAL),
+        biases=True,
     ),
     "smollm2": Stack(
         "SmolLM2-135M, on reviews",
-        lambda method: method.name not in ("BITFIT", "LINEAR_PROBING"),
+        lambda method: True,
         "generate",
         {"tokens": 512, "dims": (576, 1536), "blocks": 30, "repeats": 5},
         asset="smollm2",
         targets=_LLAMA,
         last="layers.29",
-        never=frozenset({"BITFIT", "LINEAR_PROBING"}),  # it has neither biases nor a head of its own
     ),
     "llama-3.2-3b": Stack(
         "blocks of the shape of Llama-3.2-3B's, for a GPU",
-        lambda method: _on_layers(method) and method.name != "BITFIT",
+        _on_layers,
         "generate",
         {"tokens": 4096, "dims": (3072, 8192), "blocks": 1, "dtype": "bfloat16", "device": "cuda"},
         targets=_LLAMA,
         last="layers.0",
-        never=frozenset({"BITFIT", "LINEAR_PROBING"}),
     ),
 }
 
 
-def named(name: str) -> tuple[Method[Any], dict[str, Any]]:
-    """The method that a contestant is, and the option that makes it another contestant.
+def named(name: str) -> tuple[str, Method[Any], Mapping[str, Any]]:
+    """A contestant: its own name, the method that it is, and the options that make it one of the method's styles.
 
     Raises:
         PeanutError: there is none of that name.
     """
-    method, option = STYLES.get(name.upper(), (name, {}))
-    return method_of(method, "--methods"), option
+    for method in METHODS.values():
+        for style, field_name, value in method.styles:
+            if style.casefold() == name.casefold():
+                return style, method, {field_name: value}
+    method = method_of(name, "--methods")
+    return method.name, method, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,23 +179,21 @@ class Settings:
     def _contestants(self) -> list[str]:
         stack = STACKS[self.stack]
         if self.methods is None:
-            chosen = [name for name, method in METHODS.items() if stack.fits(method)]
-            chosen += [
-                name for name, (method, _) in STYLES.items() if method in chosen and stack.fits is not _on_models
-            ]
+            fitting = [method for method in METHODS.values() if stack.fits(method) and stack.runs(method)]
+            chosen = [name for method in fitting for name in (method.name, *(style for style, *_ in method.styles))]
         else:
-            found = {name: named(name)[0] for name in self.methods}
-            for method in found.values():
-                if (self.stack == "layers" and not _on_layers(method)) or method.name in stack.never:
-                    other = "transformer" if method.name in _CAUSAL or self.stack == "layers" else "minilm"
+            chosen = []
+            for name, method, _ in map(named, self.methods):
+                if not stack.runs(method):
+                    others = [key for key, other in STACKS.items() if other.fits(method) and other.runs(method)]
                     raise PeanutError(
                         f"{method.name} does not change linear layers by themselves"
                         if self.stack == "layers"
                         else f"{method.name} cannot run on {stack.about}",
                         "a method that does",
-                        f"leave it out of --methods, or take --stack {other}",
+                        f"leave it out of --methods{f', or take --stack {others[0]}' if others else ''}",
                     )
-            chosen = [name.upper() if name.upper() in STYLES else method.name for name, method in found.items()]
+                chosen.append(name)
         return sorted({*chosen, "LORA"})
 
     def _check_sizes(self) -> None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..model.injection import get_peft_model_state_dict
 from ..model.peft_model import PeftModel, get_peft_model
-from ..protocols import PeftConfig
+from ..protocols import Method, PeftConfig, Trial
 from .measure import now, peak_bytes, repeated, saved_bytes
 from .settings import Settings, named
 
@@ -67,8 +66,8 @@ def configs_of(
     names: Sequence[str],
     rank: int,
     depths: Sequence[int],
-    shapes: Iterable[Sequence[int]] = (),
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    on: Trial | None = None,
+    options: Callable[[Method[Any]], Mapping[str, Any]] = lambda method: {},
 ) -> dict[str, PeftConfig]:
     """The configs to measure, by the name that tables give them; a method with a depth comes at each of ``depths``.
 
@@ -76,41 +75,26 @@ def configs_of(
         names: which contestants.
         rank: r of the methods that have one.
         depths: of the methods that have one.
-        shapes: of the weights that are changed; blocks and vectors are made to fit them.
-        options: more of a config, by method.
+        on: what they are measured on; blocks and vectors are made to fit its weights.
+        options: more of a method's config.
 
     Raises:
-        PeanutError: there is no such method, or a value is out of range.
+        PeanutError: there is no such method, it cannot be measured there, or a value is out of range.
     """
     configs: dict[str, PeftConfig] = {}
-    needed = _needed(list(shapes))
     for name in names:
-        method, style = named(name)
-        label = name.upper() if style else method.name
+        label, method, style = named(name)
         fields = {field.name for field in dataclasses.fields(method.config_class)}
-        own = needed.get(method.name, {}) | ({"r": rank} if "r" in fields and "oft_block_size" not in fields else {})
-        own |= style | dict((options or {}).get(method.name, {}))
+        needed = method.tried(on or Trial())
+        if needed is None:
+            raise PeanutError(f"{label} cannot be measured on this", "a method that can", "leave it out")
+        own = ({"r": rank} if "r" in fields else {}) | needed | dict(style) | dict(options(method))
         if "depth" in fields:
             for depth in depths:
                 configs[f"{label} depth {depth}"] = method.config_class(**own | {"depth": depth})
         else:
             configs[label] = method.config_class(**own)
     return configs
-
-
-def _needed(shapes: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
-    """What a default config lacks on such weights, and where its sizes do not divide theirs."""
-    common = math.gcd(*(width for shape in shapes for width in shape)) if shapes else 0
-    entries = min((math.prod(shape) for shape in shapes), default=1000)
-    return {
-        "ADALORA": {"total_step": 10_000},  # the peer makes no AdaLoRA without
-        "BOFT": {"boft_block_size": math.gcd(common, 4)},
-        "C3A": {"block_size": math.gcd(common, 256)},
-        "FOURIERFT": {"n_frequency": min(1000, entries)},
-        "IA3": {"feedforward_modules": []},
-        "OFT": {"oft_block_size": math.gcd(common, 32)},
-        "VBLORA": {"vector_length": math.gcd(common, 256)},
-    }
 
 
 def peer_version() -> str | None:

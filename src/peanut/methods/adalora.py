@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_finite, check_whole
 from ..weights import FrozenLayer
 from .lora_fields import LoraFields
@@ -41,7 +41,7 @@ class AdaLoraConfig(LoraFields):
         r: accepted and ignored; in the config of one layer, the number of its triplets.
     """
 
-    method = PeftType.ADALORA
+    method = "ADALORA"
 
     target_r: int = 8
     init_r: int = 12
@@ -113,6 +113,9 @@ class AdaLora(WeightMethod[AdaLoraConfig]):
     config_class = AdaLoraConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     size = "init_r * (d_in + d_out + 1)"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"total_step": 10_000}  # Hugging Face PEFT makes no AdaLoRA without
 
     def start(self, config: AdaLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         r = config.r

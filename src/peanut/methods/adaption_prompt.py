@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import Call, OutputMethod, PeftConfig, PeftType, PlaceName, Site, Values, register
+from ..protocols import Call, OutputMethod, PeftConfig, PlaceName, Site, Trial, Values, register
 from ..protocols.config import check_whole
 
 __all__ = ["AdaptionPrompt", "AdaptionPromptConfig"]
@@ -31,7 +31,7 @@ class AdaptionPromptConfig(PeftConfig):
         PeanutError: a number is missing or out of range.
     """
 
-    method = PeftType.ADAPTION_PROMPT
+    method = "ADAPTION_PROMPT"
     only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
     adapter_len: int | None = None
@@ -45,7 +45,7 @@ class AdaptionPromptConfig(PeftConfig):
             check_whole(name, getattr(self, name), least=1)
         if self.layers_to_transform is not None:
             raise PeanutError(
-                f"layers_to_transform={self.layers_to_transform} for {self.method.value}",
+                f"layers_to_transform={self.layers_to_transform} for {self.method}",
                 "adapter_layers, which counts blocks from the top",
                 "leave it out",
             )
@@ -63,6 +63,9 @@ class AdaptionPrompt(OutputMethod[AdaptionPromptConfig]):
 
     config_class = AdaptionPromptConfig
     size = "adapter_len * width + 1"
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        return {"adapter_len": on.tokens, "adapter_layers": on.blocks} if on.causal else None
 
     def completed(self, config: AdaptionPromptConfig, model_type: str) -> AdaptionPromptConfig:
         """A single name, as files hold it, is a name here too, not a pattern."""

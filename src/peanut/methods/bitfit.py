@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["BitFit", "BitFitConfig"]
@@ -18,7 +19,7 @@ __all__ = ["BitFit", "BitFitConfig"]
 class BitFitConfig(PeftConfig):
     """Config of BitFit; ``target_modules`` of ``None`` takes every layer that has a bias."""
 
-    method = PeftType.BITFIT
+    method = "BITFIT"
 
 
 @register
@@ -29,6 +30,9 @@ class BitFit(WeightMethod[BitFitConfig]):
     kinds = ("linear", "conv1d", "conv2d", "norm")
     size = "d_out"
     targets = "biases"
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        return {} if on.biases else None
 
     def check(self, config: BitFitConfig, layer: FrozenLayer, path: str) -> None:
         if layer.bias() is None:

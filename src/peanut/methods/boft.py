@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..errors import PeanutError
 from ..operators import Diagonal
 from ..operators.cayley import cayley
 from ..operators.orthogonal import Butterfly
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_probability, check_whole
 from ..weights import FrozenLayer
 from .oft import nearest_divisors
@@ -36,7 +36,7 @@ class BOFTConfig(PeftConfig):
         init_weights: start with no change; else with a random one.
     """
 
-    method = PeftType.BOFT
+    method = "BOFT"
 
     boft_block_size: int = 4
     boft_block_num: int = 0
@@ -76,6 +76,9 @@ class BOFT(WeightMethod[BOFTConfig]):
     config_class = BOFTConfig
     kinds = ("linear", "conv1d", "conv2d")
     size = "boft_n_butterfly_factor * boft_block_size * d_in + d_out"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"boft_block_size": on.divisor(4)}
 
     def check(self, config: BOFTConfig, layer: FrozenLayer, path: str) -> None:
         width, name = layer.in_features, "boft_block_size" if config.boft_block_size else "boft_block_num"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer
 from .miss import check_blocks, first_block, repeated
@@ -28,7 +28,7 @@ class BoneConfig(PeftConfig):
         bias: ``"none"``, ``"all"`` or ``"bone_only"``: which biases are trained too.
     """
 
-    method = PeftType.BONE
+    method = "BONE"
 
     r: int = 8
     init_weights: bool | Literal["bat"] = True

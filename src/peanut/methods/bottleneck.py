@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import Call, OutputMethod, PeftConfig, PeftType, PlaceName, Site, Values, register
+from ..protocols import Call, OutputMethod, PeftConfig, PlaceName, Site, Values, register
 from ..protocols.config import check_finite, check_probability, check_whole
 from .peanut import activation, check_activation
 
@@ -58,7 +58,7 @@ class BottleneckConfig(PeftConfig):
         PeanutError: a value is out of range, or both sizes are given.
     """
 
-    method = PeftType.BOTTLENECK
+    method = "BOTTLENECK"
 
     style: Style = "houlsby"
     bottleneck_size: int | None = None
@@ -114,6 +114,7 @@ class Bottleneck(OutputMethod[BottleneckConfig]):
 
     config_class = BottleneckConfig
     size = "r * (d_in + d_out + 1) + d_out"
+    styles = (("BOTTLENECK_PFEIFFER", "style", "pfeiffer"), ("BOTTLENECK_PARALLEL", "style", "parallel"))
 
     def places(self, config: BottleneckConfig) -> tuple[PlaceName, ...]:
         if config.style == "houlsby":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.circulant import Circulant
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer
 
@@ -30,7 +30,7 @@ class C3AConfig(PeftConfig):
             ``"kaiming_uniform"`` or ``"gaussian"``: random.
     """
 
-    method = PeftType.C3A
+    method = "C3A"
     only_here = frozenset({"exclude_modules"})
     by_layer = (("block_size", "block_size_pattern"),)
 
@@ -59,6 +59,9 @@ class C3A(WeightMethod[C3AConfig]):
     config_class = C3AConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     size = "d_in * d_out // block_size"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"block_size": on.divisor(256)}
 
     def start(self, config: C3AConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         out, inputs, b = layer.out_features, layer.in_features, config.block_size

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import PeanutError
-from ..protocols import InputMethod, ModelShape, PeftType, PromptConfig, TaskType, Values, register
+from ..protocols import InputMethod, ModelShape, PromptConfig, TaskType, Trial, Values, register
 from ..protocols.config import check_finite, check_whole
 
 __all__ = ["CPT", "CPTConfig"]
@@ -44,7 +44,7 @@ class CPTConfig(PromptConfig):
         without_delta: train C + δ instead of δ: how an adapter is trained on whose δ is not there.
     """
 
-    method = PeftType.CPT
+    method = "CPT"
     only_here = PromptConfig.only_here | {"without_delta"}
 
     task_type: TaskType | str | None = TaskType.CAUSAL_LM
@@ -104,6 +104,10 @@ class CPT(InputMethod[CPTConfig]):
     size = "p * width"
     reads = ("input_type_mask",)
     own_loss = True
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        types = [1 + place % 4 for place in range(on.tokens)]
+        return {"cpt_token_ids": list(range(3, 3 + on.tokens)), "cpt_tokens_type_mask": types} if on.causal else None
 
     def fitted(self, config: CPTConfig, shape: ModelShape) -> CPTConfig:
         if shape.encoder_decoder:

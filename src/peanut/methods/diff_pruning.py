@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PeanutError
 from ..operators.hard_concrete import HardConcrete
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_finite
 from ..weights import FrozenLayer
 
@@ -34,7 +34,7 @@ class DiffPruningConfig(PeftConfig):
         structured: each weight matrix has a gate for all of its entries beside theirs.
     """
 
-    method = PeftType.DIFF_PRUNING
+    method = "DIFF_PRUNING"
 
     l0_weight: float = 1.25e-7
     init_log_alpha: float = 5.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..protocols import Call, OutputMethod, PeftType, PlaceName, Site, Values, register
+from ..protocols import Call, OutputMethod, PlaceName, Site, Values, register
 from .peanut import activation
 from .reft import B, ReftFields, W, applied, at_the_ends, basis, random_start
 
@@ -18,7 +18,7 @@ __all__ = ["Direft", "DireftConfig"]
 class DireftConfig(ReftFields):
     """Config of DiReFT: see ``ReftFields``. As published R is free; the authors' code keeps its rows orthonormal."""
 
-    method = PeftType.DIREFT
+    method = "DIREFT"
 
     orthogonality: bool = False
 

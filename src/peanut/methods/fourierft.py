@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import PeanutError
 from ..operators.fourier import Fourier
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_whole
 from ..weights import FrozenLayer
 
@@ -31,7 +31,7 @@ class FourierFTConfig(PeftConfig):
         init_weights: start with a spectrum of zeros, so that nothing changes at first; else it is standard normal.
     """
 
-    method = PeftType.FOURIERFT
+    method = "FOURIERFT"
     by_layer = (("n_frequency", "n_frequency_pattern"),)
 
     n_frequency: int = 1000
@@ -61,6 +61,9 @@ class FourierFT(WeightMethod[FourierFTConfig]):
     config_class = FourierFTConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     size = "n_frequency"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"n_frequency": min([1000, *(out * inputs for out, inputs in on.shapes)])}
 
     def start(self, config: FourierFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         n, size = config.n_frequency, layer.out_features * layer.in_features

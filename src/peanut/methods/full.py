@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["Full", "FullConfig"]
@@ -17,7 +17,7 @@ __all__ = ["Full", "FullConfig"]
 class FullConfig(PeftConfig):
     """Config of full fine-tuning. The base is kept beside the trained copy, so that the adapter can be switched off."""
 
-    method = PeftType.FULL
+    method = "FULL"
 
 
 @register

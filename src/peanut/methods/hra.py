@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.householder import Householder
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_whole
 from ..weights import FrozenLayer
 
@@ -32,7 +32,7 @@ class HRAConfig(PeftConfig):
         rank_pattern: r for particular layers, by name or regular expression.
     """
 
-    method = PeftType.HRA
+    method = "HRA"
     only_here = frozenset({"rank_pattern"})
     by_layer = (("r", "rank_pattern"),)
 

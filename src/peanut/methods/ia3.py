@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
 from ..operators import Diagonal
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_pattern
 from ..weights import FrozenLayer
 
@@ -61,7 +61,7 @@ class IA3Config(PeftConfig):
         init_ia3_weights: start with gains of one; else with random ones.
     """
 
-    method = PeftType.IA3
+    method = "IA3"
     only_here = frozenset({"layers_to_transform", "layers_pattern"})
 
     feedforward_modules: list[str] | str | None = None
@@ -117,6 +117,9 @@ class IA3(WeightMethod[IA3Config]):
     config_class = IA3Config
     kinds = ("linear", "conv1d", "conv2d")
     size = "d_out"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"feedforward_modules": list(on.feed_forward)}
 
     def completed(self, config: IA3Config, model_type: str) -> IA3Config:
         outputs, inputs = USUAL.get(model_type, ([], []))

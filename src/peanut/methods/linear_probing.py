@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["LinearProbing", "LinearProbingConfig"]
@@ -18,7 +19,7 @@ __all__ = ["LinearProbing", "LinearProbingConfig"]
 class LinearProbingConfig(PeftConfig):
     """Config of linear probing: ``modules_to_save``, or the head that ``task_type`` stands for, is what is trained."""
 
-    method = PeftType.LINEAR_PROBING
+    method = "LINEAR_PROBING"
 
 
 @register
@@ -28,6 +29,9 @@ class LinearProbing(WeightMethod[LinearProbingConfig]):
     config_class = LinearProbingConfig
     kinds = ()
     size = "0"
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        return {} if on.head else None
 
     def start(self, config: LinearProbingConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         return {}

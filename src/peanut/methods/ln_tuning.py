@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators.dense import Dense
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["LNTuning", "LNTuningConfig"]
@@ -20,7 +20,7 @@ WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 class LNTuningConfig(PeftConfig):
     """Config of LayerNorm tuning; ``target_modules`` of ``None`` takes the architecture's norms."""
 
-    method = PeftType.LN_TUNING
+    method = "LN_TUNING"
     only_here = frozenset({"layers_to_transform", "layers_pattern"})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_whole
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_with
@@ -40,7 +40,7 @@ class LoraConfig(LoraFields):
         rank_pattern, alpha_pattern: r and α for particular layers, by name or regular expression.
     """
 
-    method = PeftType.LORA
+    method = "LORA"
     by_layer = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
     r: int = 8
@@ -101,6 +101,7 @@ class Lora(WeightMethod[LoraConfig]):
     config_class = LoraConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     size = "r * (d_in + d_out)"
+    styles = (("DORA", "use_dora", True),)
 
     def start(self, config: LoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         a, b = suffixes(layer)

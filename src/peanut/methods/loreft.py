@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..protocols import Call, OutputMethod, PeftType, PlaceName, Site, Values, register
+from ..protocols import Call, OutputMethod, PlaceName, Site, Values, register
 from .reft import B, R, ReftFields, W, applied, at_the_ends, basis, orthonormal, random_start
 
 __all__ = ["Loreft", "LoreftConfig"]
@@ -17,7 +17,7 @@ __all__ = ["Loreft", "LoreftConfig"]
 class LoreftConfig(ReftFields):
     """Config of LoReFT: see ``ReftFields``. Without ``orthogonality`` it is NoReFT."""
 
-    method = PeftType.LOREFT
+    method = "LOREFT"
 
 
 @register

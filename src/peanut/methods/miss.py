@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import Delta
 from ..operators.blockwise import BlockAffine, Blockwise
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -32,7 +32,7 @@ class MissConfig(PeftConfig):
         bias: ``"none"``, ``"all"`` or ``"MiSS_only"``: which biases are trained too.
     """
 
-    method = PeftType.MISS
+    method = "MISS"
 
     r: int = 64
     miss_dropout: float = 0.0
@@ -62,6 +62,7 @@ class Miss(WeightMethod[MissConfig]):
     config_class = MissConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     size = "r * d_out"
+    styles = (("MISS_BAT", "init_weights", "bat"),)
 
     def start(self, config: MissConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         width = config.mini_r if config.init_weights == "mini" else layer.out_features

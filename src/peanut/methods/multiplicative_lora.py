@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -31,7 +31,7 @@ class MultiplicativeLoraConfig(PeftConfig):
         rank_pattern: r for particular layers, by name or regular expression.
     """
 
-    method = PeftType.MULTIPLICATIVE_LORA
+    method = "MULTIPLICATIVE_LORA"
     by_layer = (("r", "rank_pattern"),)
 
     r: int = 32

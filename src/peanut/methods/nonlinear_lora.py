@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 from .peanut import activation, check_activation
@@ -33,7 +33,7 @@ class NonlinearLoraConfig(PeftConfig):
         rank_pattern: r for particular layers, by name or regular expression.
     """
 
-    method = PeftType.NONLINEAR_LORA
+    method = "NONLINEAR_LORA"
     by_layer = (("r", "rank_pattern"),)
 
     r: int = 32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.cayley import cayley, cayley_neumann
 from ..operators.orthogonal import BlockDiagonal
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -41,7 +41,7 @@ class OFTConfig(PeftConfig):
         num_cayley_neumann_terms: how many terms; three are taken as four.
     """
 
-    method = PeftType.OFT
+    method = "OFT"
 
     r: int | None = None
     oft_block_size: int | None = None
@@ -88,6 +88,9 @@ class OFT(WeightMethod[OFTConfig]):
     config_class = OFTConfig
     kinds = ("linear", "conv1d", "conv2d")
     size = "d_in * (d_in // r - 1) // 2"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"oft_block_size": on.divisor(32), "r": 0}
 
     def check(self, config: OFTConfig, layer: FrozenLayer, path: str) -> None:
         width, name = layer.in_features, "r" if config.r else "oft_block_size"

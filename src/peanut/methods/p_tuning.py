@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import PeanutError
-from ..protocols import InputMethod, ModelShape, PeftType, PromptConfig, Values, register
+from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 from ..protocols.config import check_probability, check_whole
 
 __all__ = ["PTuning", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]
@@ -42,7 +42,7 @@ class PromptEncoderConfig(PromptConfig):
         without_encoder: train the virtual tokens themselves: how an adapter is trained on whose network is not there.
     """
 
-    method = PeftType.P_TUNING
+    method = "P_TUNING"
     only_here = PromptConfig.only_here | {"without_encoder"}
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP

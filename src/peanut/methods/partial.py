@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["Partial", "PartialConfig"]
@@ -17,7 +17,7 @@ __all__ = ["Partial", "PartialConfig"]
 class PartialConfig(PeftConfig):
     """Config of partial fine-tuning: ``target_modules`` names modules of any kind, ``layers_to_transform`` blocks."""
 
-    method = PeftType.PARTIAL
+    method = "PARTIAL"
 
 
 @register

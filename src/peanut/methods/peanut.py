@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, WeightMethod, register
+from ..protocols import Change, PeftConfig, WeightMethod, register
 from ..protocols.config import check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -36,7 +36,7 @@ class PeanutConfig(PeftConfig):
         rank_pattern: r for particular layers, by name or regular expression.
     """
 
-    method = PeftType.PEANUT
+    method = "PEANUT"
     only_here = frozenset({"side", "dropout", "rank_pattern"})
     by_layer = (("r", "rank_pattern"),)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..operators.per_sample import PerSample
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_whole
 from ..weights import FrozenLayer
 
@@ -38,7 +38,7 @@ class PolyConfig(PeftConfig):
             (multi-head routing, Caccia et al. 2022, arXiv 2211.03831).
     """
 
-    method = PeftType.POLY
+    method = "POLY"
     only_here = frozenset({"layers_pattern", "layers_to_transform"})
 
     r: int = 8

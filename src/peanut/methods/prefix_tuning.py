@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import PeanutError
-from ..protocols import InputMethod, ModelShape, PeftType, PromptConfig, Values, register
+from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 from ..protocols.config import check_whole
 
 __all__ = ["PrefixTuning", "PrefixTuningConfig"]
@@ -32,7 +32,7 @@ class PrefixTuningConfig(PromptConfig):
             random ones.
     """
 
-    method = PeftType.PREFIX_TUNING
+    method = "PREFIX_TUNING"
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None

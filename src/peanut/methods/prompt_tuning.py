@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..protocols import InputMethod, ModelShape, PeftType, PromptConfig, Values, register
+from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 
 __all__ = ["PromptTuning", "PromptTuningConfig", "PromptTuningInit"]
 
@@ -38,7 +38,7 @@ class PromptTuningConfig(PromptConfig):
         tokenizer_kwargs: what else its ``from_pretrained`` is given.
     """
 
-    method = PeftType.PROMPT_TUNING
+    method = "PROMPT_TUNING"
 
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators.random_bases import rescaled
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -36,7 +36,7 @@ class RandLoraConfig(PeftConfig):
         init_weights: start with λ = 0, so that nothing changes at first; else λ is normal.
     """
 
-    method = PeftType.RANDLORA
+    method = "RANDLORA"
     only_here = frozenset({"exclude_modules"})
 
     r: int = 32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators import Diagonal
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..weights import FrozenLayer
 
 __all__ = ["RED", "REDConfig"]
@@ -23,7 +23,7 @@ class REDConfig(PeftConfig):
             random, with a standard deviation of 0.1.
     """
 
-    method = PeftType.RED
+    method = "RED"
 
     init_weights: bool = True
 

@@ -54,7 +54,7 @@ class ReftFields(PeftConfig):
         check_activation(self.act_fn)
         if self.init_weights and not self.can_start_silent():
             raise PeanutError(
-                f"init_weights=True with act_fn={self.act_fn!r}, with which a new {self.method.value} adapter cannot "
+                f"init_weights=True with act_fn={self.act_fn!r}, with which a new {self.method} adapter cannot "
                 "change nothing",
                 "act_fn='linear'",
                 "set init_weights=False for a random start",
@@ -118,7 +118,7 @@ def at_the_ends(config: ReftFields, y: Tensor, call: Call, change: Callable[[Ten
     if y.dim() != 3 or (prompt is not None and prompt.shape != y.shape[:2]):
         known = "" if prompt is None else f", in a batch of {tuple(prompt.shape)} tokens"
         raise PeanutError(
-            f"{config.method.value} at a {type(call.module).__name__} with an output of shape {tuple(y.shape)}{known}",
+            f"{config.method} at a {type(call.module).__name__} with an output of shape {tuple(y.shape)}{known}",
             "(batch, tokens, width), the tokens that the model reads",
             "name other modules",
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.sparse import Sparse
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_whole
 from ..weights import FrozenLayer
 
@@ -32,7 +32,7 @@ class ShiraConfig(PeftConfig):
         init_weights: start with zeros, so that nothing changes at first; else standard normal.
     """
 
-    method = PeftType.SHIRA
+    method = "SHIRA"
     only_here = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
     r: int = 32

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PeanutError
 from ..operators.rows import Rows
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_whole
 from ..weights import FrozenLayer
 
@@ -26,7 +27,7 @@ class TrainableTokensConfig(PeftConfig):
         init_weights: start from the tokens' embeddings, so that nothing changes at first; else standard normal.
     """
 
-    method = PeftType.TRAINABLE_TOKENS
+    method = "TRAINABLE_TOKENS"
     only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
     token_indices: list[int] = field(default_factory=list)
@@ -52,6 +53,9 @@ class TrainableTokens(WeightMethod[TrainableTokensConfig]):
     follows_ties = True
     suffix = "trainable_tokens_delta"
     ids_suffix = "trainable_tokens_ids"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"token_indices": list(range(on.tokens))}
 
     def start(self, config: TrainableTokensConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         table = by_token(layer)

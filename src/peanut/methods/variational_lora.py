@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import (
     check_bias,
     check_finite,
@@ -47,7 +47,7 @@ class VariationalLoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: r and α for particular layers, by name or regular expression.
     """
 
-    method = PeftType.VARIATIONAL_LORA
+    method = "VARIATIONAL_LORA"
     by_layer = (("vb_r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
     vb_r: int = 8

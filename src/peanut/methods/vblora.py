@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 from .variational_lora import VariationalLoraConfig
@@ -45,7 +45,7 @@ class VBLoRAConfig(PeftConfig):
         init_logits_std: the logits start normal with this deviation.
     """
 
-    method = PeftType.VBLORA
+    method = "VBLORA"
 
     r: int = 4
     num_vectors: int = 256
@@ -87,6 +87,9 @@ class VBLoRA(WeightMethod[VBLoRAConfig]):
     config_class = VBLoRAConfig
     kinds = ("linear", "conv1d", "conv2d")  # pieces of a vocabulary's width would have no meaning
     size = "r * (d_in + d_out) // vector_length * num_vectors"
+
+    def tried(self, on: Trial) -> dict[str, Any]:
+        return {"vector_length": on.divisor(256)}
 
     def shared(
         self, config: VBLoRAConfig, layers: Sequence[FrozenLayer], generator: torch.Generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operators.random_bases import rescaled
-from ..protocols import Change, PeftConfig, PeftType, Values, WeightMethod, register
+from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
 
@@ -31,7 +31,7 @@ class VeraConfig(PeftConfig):
         init_weights: start with λ_b = 0, so that nothing changes at first; else λ_b = 1 and λ_d is normal.
     """
 
-    method = PeftType.VERA
+    method = "VERA"
     only_here = frozenset({"exclude_modules"})
 
     r: int = 256

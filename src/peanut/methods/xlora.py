@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import MixtureMethod, PeftConfig, PeftType, Values, register
+from ..protocols import MixtureMethod, PeftConfig, Values, register
 from ..protocols.config import check_finite, check_probability, check_whole
 
 __all__ = ["XLora", "XLoraConfig"]
@@ -51,7 +51,7 @@ class XLoraConfig(PeftConfig):
         PeanutError: a value is out of range.
     """
 
-    method = PeftType.XLORA
+    method = "XLORA"
     only_here = frozenset({*_LAYERS, "modules_to_save", "layernorm_type", "use_bias"})
 
     hidden_size: int | None = None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import PeftConfig, PeftType
+from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
 from .checkpoints.checkpoint import StoredAdapter, adapter_state
@@ -36,8 +36,8 @@ class AdaptedModel(nn.Module):
         state_dict: the adapter's tensors, by the keys that its file has.
     """
 
-    method: ClassVar[PeftType | None] = None
-    also: ClassVar[PeftType | None] = None
+    method: ClassVar[str | None] = None
+    also: ClassVar[str | None] = None
     """Another method that the config class of this one may stand for."""
 
     def __init__(
@@ -55,7 +55,7 @@ class AdaptedModel(nn.Module):
             if self.method is not None and own.peft_type not in (self.method, self.also):
                 raise PeanutError(
                     f"{type(own).__name__} given to {type(self).__name__}",
-                    f"a config of {self.method.value}",
+                    f"a config of {self.method}",
                     "use get_peft_model, which takes any",
                 )
             inject_adapter_in_model(own, model, name, low_cpu_mem_usage, state_dict)

@@ -1,239 +1,57 @@
-"""A class of adapted model for each method, for scripts that name them."""
+"""A class of adapted model for each method, for scripts that name them: ``LoraModel`` goes with ``LoraConfig``."""
 
 from __future__ import annotations
 
-from ..protocols import PeftType
+from typing import Any
+
+from ..protocols import METHODS, Method
+from ..protocols.registry import model_name
 from .injection import AdaptedModel
 from .xlora_model import XLoraModel
 
-__all__ = [
-    "MODELS",
-    "AdaLoraModel",
-    "AdaptionPromptModel",
-    "BOFTModel",
-    "BitFitModel",
-    "BoneModel",
-    "BottleneckModel",
-    "C3AModel",
-    "DiffPruningModel",
-    "DireftModel",
-    "FourierFTModel",
-    "FullModel",
-    "HRAModel",
-    "IA3Model",
-    "LNTuningModel",
-    "LinearProbingModel",
-    "LoraModel",
-    "LoreftModel",
-    "MissModel",
-    "MultiplicativeLoraModel",
-    "NonlinearLoraModel",
-    "OFTModel",
-    "PartialModel",
-    "PeanutModel",
-    "PolyModel",
-    "REDModel",
-    "RandLoraModel",
-    "ShiraModel",
-    "TrainableTokensModel",
-    "VBLoRAModel",
-    "VariationalLoraModel",
-    "VeraModel",
-    "XLoraModel",
-]
+__all__ = ["AdaLoraModel", "VBLoRAModel", "XLoraModel", "model_of"]
 
 
 class AdaLoraModel(AdaptedModel):
-    """A model adapted by AdaLoRA."""
+    """A model adapted by ADALORA."""
 
-    method = PeftType.ADALORA
+    method = "ADALORA"
 
     def update_and_allocate(self, global_step: int) -> None:
         """Accepted for scripts of the peer: here the schedule follows the optimizer's steps by itself."""
 
 
-class BitFitModel(AdaptedModel):
-    """A model adapted by BitFit."""
-
-    method = PeftType.BITFIT
-
-
-class BOFTModel(AdaptedModel):
-    """A model adapted by BOFT."""
-
-    method = PeftType.BOFT
-
-
-class BoneModel(AdaptedModel):
-    """A model adapted by Bone."""
-
-    method = PeftType.BONE
-
-
-class C3AModel(AdaptedModel):
-    """A model adapted by C3A."""
-
-    method = PeftType.C3A
-
-
-class DiffPruningModel(AdaptedModel):
-    """A model adapted by diff pruning."""
-
-    method = PeftType.DIFF_PRUNING
-
-
-class FourierFTModel(AdaptedModel):
-    """A model adapted by FourierFT."""
-
-    method = PeftType.FOURIERFT
-
-
-class FullModel(AdaptedModel):
-    """A model adapted by full fine-tuning."""
-
-    method = PeftType.FULL
-
-
-class HRAModel(AdaptedModel):
-    """A model adapted by HRA."""
-
-    method = PeftType.HRA
-
-
-class IA3Model(AdaptedModel):
-    """A model adapted by IA3."""
-
-    method = PeftType.IA3
-
-
-class LinearProbingModel(AdaptedModel):
-    """A model adapted by linear probing."""
-
-    method = PeftType.LINEAR_PROBING
-
-
-class LNTuningModel(AdaptedModel):
-    """A model adapted by LayerNorm tuning."""
-
-    method = PeftType.LN_TUNING
-
-
-class LoraModel(AdaptedModel):
-    """A model adapted by LoRA."""
-
-    method = PeftType.LORA
-
-
-class MissModel(AdaptedModel):
-    """A model adapted by MiSS."""
-
-    method = PeftType.MISS
-
-
-class MultiplicativeLoraModel(AdaptedModel):
-    """A model adapted by multiplicative LoRA."""
-
-    method = PeftType.MULTIPLICATIVE_LORA
-
-
-class NonlinearLoraModel(AdaptedModel):
-    """A model adapted by nonlinear LoRA."""
-
-    method = PeftType.NONLINEAR_LORA
-
-
-class OFTModel(AdaptedModel):
-    """A model adapted by OFT."""
-
-    method = PeftType.OFT
-
-
-class PartialModel(AdaptedModel):
-    """A model adapted by partial fine-tuning."""
-
-    method = PeftType.PARTIAL
-
-
-class PeanutModel(AdaptedModel):
-    """A model adapted by PEANuT."""
-
-    method = PeftType.PEANUT
-
-
-class RandLoraModel(AdaptedModel):
-    """A model adapted by RandLoRA."""
-
-    method = PeftType.RANDLORA
-
-
-class REDModel(AdaptedModel):
-    """A model adapted by RED."""
-
-    method = PeftType.RED
-
-
-class ShiraModel(AdaptedModel):
-    """A model adapted by SHiRA."""
-
-    method = PeftType.SHIRA
-
-
-class TrainableTokensModel(AdaptedModel):
-    """A model adapted by trainable tokens."""
-
-    method = PeftType.TRAINABLE_TOKENS
-
-
-class VariationalLoraModel(AdaptedModel):
-    """A model adapted by variational LoRA."""
-
-    method = PeftType.VARIATIONAL_LORA
-
-
 class VBLoRAModel(AdaptedModel):
-    """A model adapted by VB-LoRA."""
+    """A model adapted by VBLORA."""
 
-    method = PeftType.VBLORA
-    also = PeftType.VARIATIONAL_LORA  # which VBLoRAConfig makes of vb_r, vb_pi, vb_beta
-
-
-class VeraModel(AdaptedModel):
-    """A model adapted by VeRA."""
-
-    method = PeftType.VERA
+    method = "VBLORA"
+    also = "VARIATIONAL_LORA"  # which VBLoRAConfig makes of vb_r, vb_pi, vb_beta
 
 
-class AdaptionPromptModel(AdaptedModel):
-    """A model adapted by adaption prompts."""
+def model_of(method: Method[Any]) -> type[AdaptedModel]:
+    """The class of the models that a method adapts: a subclass that names the method, or one made here.
 
-    method = PeftType.ADAPTION_PROMPT
-
-
-class BottleneckModel(AdaptedModel):
-    """A model adapted by bottleneck adapters."""
-
-    method = PeftType.BOTTLENECK
-
-
-class DireftModel(AdaptedModel):
-    """A model adapted by DiReFT."""
-
-    method = PeftType.DIREFT
+    It is ``AdaptedModel`` itself for input methods, and where another method's class is called the same.
+    """
+    own = [each for each in AdaptedModel.__subclasses__() if each.method == method.name]
+    if own:
+        return own[-1]
+    name = model_name(method)
+    if name is None or _adapting(name) != method:
+        return AdaptedModel
+    parts = {"method": method.name, "__module__": __name__, "__doc__": f"A model adapted by {method.name}."}
+    globals()[name] = made = type(name, (AdaptedModel,), parts)
+    return made
 
 
-class LoreftModel(AdaptedModel):
-    """A model adapted by LoReFT."""
-
-    method = PeftType.LOREFT
-
-
-class PolyModel(AdaptedModel):
-    """A model adapted by Poly."""
-
-    method = PeftType.POLY
+def _adapting(name: str) -> Method[Any] | None:
+    """The first method whose class of models has a name."""
+    return next((method for method in METHODS.values() if model_name(method) == name), None)
 
 
-MODELS: dict[PeftType, type[AdaptedModel]] = {
-    model.method: model for model in AdaptedModel.__subclasses__() if model.method is not None
-}
-"""The class of each method."""
+def __getattr__(name: str) -> type[AdaptedModel]:
+    """A class that was not made yet: by its name, as pickle asks for it."""
+    method = _adapting(name)
+    if method is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return model_of(method)

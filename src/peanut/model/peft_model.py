@@ -9,19 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import METHODS, InputMethod, PeftConfig, PeftType, method_of
+from ..protocols import METHODS, InputMethod, PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
 from .adapters.routing import Inference, calling
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import load_state, same_form
 from .checkpoints.mixtures import all_or_none, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
-from .models import MODELS
+from .models import model_of
 
 __all__ = ["PeftModel", "get_peft_model"]
 
@@ -339,7 +339,7 @@ class PeftModel(nn.Module):
 
 def _inner(model: nn.Module, *configs: PeftConfig) -> AdaptedModel:
     """A base model in the class that the last of its adapters' configs asks for."""
-    return MODELS.get(cast(PeftType, configs[-1].peft_type), AdaptedModel)(model, {})
+    return model_of(method_of(configs[-1].peft_type))(model, {})
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..protocols import PeftType
 from .injection import AdaptedModel
 from .layers.input import AdaptedMixture
 
@@ -26,7 +25,7 @@ class XLoraModel(AdaptedModel):
         PeanutError: from each method, if no mixture is in the model, or several and none is active.
     """
 
-    method = PeftType.XLORA
+    method = "XLORA"
 
     # Looking at the gates
 

@@ -1,12 +1,14 @@
 """What a fine-tuning method is: a config, and a change of a weight, of an output, of the input, or a mixture."""
 
 from .change import Change
-from .config import FORMAT_VERSION, PeftConfig, PeftType, TaskType
+from .config import FORMAT_VERSION, PeftConfig, TaskType
 from .input_method import InputMethod, ModelShape, PromptConfig
 from .method import Method, Values, WeightMethod
 from .mixture_method import MixtureMethod
+from .names import METHODS, PeftType, method_of
 from .output_method import Call, OutputMethod, PlaceName, Site
-from .registry import METHODS, get_peft_config, method_of, register
+from .registry import get_peft_config, register
+from .trial import Trial
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,6 +26,7 @@ __all__ = [
     "PromptConfig",
     "Site",
     "TaskType",
+    "Trial",
     "Values",
     "WeightMethod",
     "get_peft_config",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import PeanutError, nearest
 from ..files import read_json, write_json
+from .names import PeftType, method_of, name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,47 +51,6 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(str, Enum):
-    """The methods, by the name that ``adapter_config.json`` gives them."""
-
-    ADALORA = "ADALORA"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    BITFIT = "BITFIT"
-    BOFT = "BOFT"
-    BOTTLENECK = "BOTTLENECK"
-    C3A = "C3A"
-    CPT = "CPT"
-    DIFF_PRUNING = "DIFF_PRUNING"
-    DIREFT = "DIREFT"
-    FOURIERFT = "FOURIERFT"
-    FULL = "FULL"
-    HRA = "HRA"
-    IA3 = "IA3"
-    LINEAR_PROBING = "LINEAR_PROBING"
-    LN_TUNING = "LN_TUNING"
-    LOREFT = "LOREFT"
-    LORA = "LORA"
-    MISS = "MISS"
-    BONE = "BONE"
-    MULTIPLICATIVE_LORA = "MULTIPLICATIVE_LORA"
-    NONLINEAR_LORA = "NONLINEAR_LORA"
-    OFT = "OFT"
-    PARTIAL = "PARTIAL"
-    PEANUT = "PEANUT"
-    POLY = "POLY"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    RANDLORA = "RANDLORA"
-    RED = "RED"
-    SHIRA = "SHIRA"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    VARIATIONAL_LORA = "VARIATIONAL_LORA"
-    VBLORA = "VBLORA"
-    VERA = "VERA"
-    XLORA = "XLORA"
-
-
 @dataclass(kw_only=True)
 class PeftConfig:
     """What every method's config holds.
@@ -114,7 +74,8 @@ class PeftConfig:
         PeanutError: a value is out of range.
     """
 
-    method: ClassVar[PeftType]
+    method: ClassVar[str]
+    """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
     """Fields that the peer does not know: written to files only where they differ from their default."""
     by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -137,13 +98,11 @@ class PeftConfig:
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         given = self.peft_type
-        if given is not None and str(getattr(given, "value", given)).upper() != self.method.value:
+        if given is not None and name_of(given) != self.method:
             raise PeanutError(
-                f"peft_type={given!r} in a {type(self).__name__}",
-                repr(self.method.value),
-                "use that method's own config",
+                f"peft_type={given!r} in a {type(self).__name__}", repr(self.method), "use that method's own config"
             )
-        self.peft_type = self.method
+        self.peft_type = PeftType(self.method)
         self.peft_version = self.peft_version or FORMAT_VERSION
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
@@ -198,7 +157,7 @@ class PeftConfig:
             value = getattr(self, field.name)
             if field.name in self.only_here and value == _default(field):
                 continue
-            plain[field.name] = value.value if isinstance(value, Enum) else value
+            plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -214,7 +173,7 @@ class PeftConfig:
         Raises:
             PeanutError: the method is unknown, or a field asks for something that does not exist here.
         """
-        config_class = config_class_of(values.get("peft_type") or getattr(cls, "method", None), source)
+        config_class = method_of(values.get("peft_type") or getattr(cls, "method", None), source).config_class
         known = {field.name for field in dataclasses.fields(config_class)}
         for name, value in values.items():
             if name not in known and not _asks_for_nothing(name, value):
@@ -238,26 +197,6 @@ class PeftConfig:
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
-
-
-CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}
-"""The config class of every method, by the method's name; ``register`` fills it."""
-
-
-def config_class_of(peft_type: Any, source: str = "the config") -> type[PeftConfig]:
-    """The config class of the method called ``peft_type``.
-
-    Raises:
-        PeanutError: there is none of that name.
-    """
-    name = str(getattr(peft_type, "value", peft_type)).upper()
-    if name not in CONFIG_CLASSES:
-        raise PeanutError(
-            f"{source} names the method {peft_type!r}",
-            f"one of {', '.join(sorted(CONFIG_CLASSES))}",
-            f"nearest: {nearest(name, CONFIG_CLASSES, 1)}",
-        )
-    return CONFIG_CLASSES[name]
 
 
 def check_whole(name: str, value: Any, least: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from .config import PeftConfig, check_whole
 from .method import C, Method, Values
+from .trial import Trial
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,7 +71,7 @@ class PromptConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None:
                 raise PeanutError(
-                    f"{name}={getattr(self, name)!r} for {self.method.value}, which changes no layer", do="leave it out"
+                    f"{name}={getattr(self, name)!r} for {self.method}, which changes no layer", do="leave it out"
                 )
         if self.num_virtual_tokens is None:
             raise PeanutError("num_virtual_tokens is not given", "a whole number of at least 1", "set it")
@@ -125,6 +126,9 @@ class InputMethod(Method[C]):
     """Embeddings of virtual tokens, or keys and values that every layer's attention sees before those of its tokens."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Names of arguments of a batch that are for the method, not for the model."""
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        return {"num_virtual_tokens": on.tokens}
 
     def fitted(self, config: C, shape: ModelShape) -> C:
         """The config with what it leaves open read off the model."""

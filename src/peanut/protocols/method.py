@@ -12,6 +12,7 @@ from torch import Tensor
 from ..weights import FrozenLayer
 from .change import Change
 from .config import PeftConfig
+from .trial import Trial
 
 __all__ = ["Method", "Values", "WeightMethod"]
 
@@ -29,12 +30,18 @@ class Method(ABC, Generic[C]):
     """
 
     config_class: ClassVar[type[PeftConfig]]
-    size: ClassVar[str]
+    size: ClassVar[str] = ""
     """How many parameters it trains in one place: an expression of sizes and the config's fields, or words."""
+    styles: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
+    """Contestants of the benchmark that are this method with an option: name, field, value."""
     kinds: ClassVar[tuple[str, ...]] = ()
     """Names of the kinds of layer (``LayerKind.name``) whose weight it changes."""
     trains: ClassVar[Literal["layers", "named", "all"]] = "layers"
     """What it trains: tensors of its own; the modules that ``target_modules`` names, whole; or the whole model."""
+
+    def tried(self, on: Trial) -> dict[str, Any] | None:
+        """What its config needs beyond the defaults to be measured ``on`` something; ``None``: it cannot be."""
+        return {}
 
     def companions(self, config: C) -> list[tuple[WeightMethod[Any], PeftConfig]]:
         """Methods of other layers that belong to the same adapter, each with its config."""
@@ -106,7 +113,7 @@ class Method(ABC, Generic[C]):
     @property
     def name(self) -> str:
         """The method's name in ``adapter_config.json``."""
-        return self.config_class.method.value
+        return self.config_class.method
 
 
 class WeightMethod(Method[C]):

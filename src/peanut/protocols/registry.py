@@ -1,36 +1,53 @@
-"""The list of methods: what the laws test, the benchmark measures and the documentation tabulates."""
+"""How a method joins: what is registered is trained, saved, listed, tested and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .config import CONFIG_CLASSES, PeftConfig, config_class_of
+from ..errors import PeanutError
+from .config import PeftConfig
+from .input_method import InputMethod
 from .method import Method
+from .names import METHODS, registered
 
-__all__ = ["METHODS", "get_peft_config", "method_of", "register"]
-
-METHODS: dict[str, Method[Any]] = {}
-"""Every method by its name in ``adapter_config.json``; ``methods/`` fills it."""
+__all__ = ["get_peft_config", "model_name", "register", "registered"]
 
 M = TypeVar("M", bound=type[Method[Any]])
 
 
 def register(method: M) -> M:
-    """Class decorator: makes a method known everywhere."""
+    """Class decorator: makes a method known everywhere, by the name that its config class gives it.
+
+    The same class defined again (a cell that is run twice, a module that is reloaded) replaces itself.
+
+    Raises:
+        PeanutError: another method has that name.
+    """
     instance = method()
-    METHODS[instance.name] = instance
-    CONFIG_CLASSES[instance.name] = instance.config_class
+    name = instance.name
+    taken = next((each for own, each in METHODS.items() if own.casefold() == name.casefold()), None)
+    if taken is not None and _where(type(taken)) != _where(method):
+        raise PeanutError(
+            f"{_where(method)} registers the name {name!r}, which {_where(type(taken))} has",
+            "a name of its own",
+            f"give {method.config_class.__name__} another ``method``",
+        )
+    METHODS[name] = instance
     return method
 
 
-def method_of(peft_type: Any, source: str = "the config") -> Method[Any]:
-    """The method called ``peft_type``.
+def _where(method: type) -> str:
+    return f"{method.__module__}.{method.__qualname__}"
 
-    Raises:
-        PeanutError: there is none of that name.
+
+def model_name(method: Method[Any]) -> str | None:
+    """What the class of the models that a method adapts is called: ``LoraModel``, as its config is ``LoraConfig``.
+
+    ``None`` for input methods, which put nothing into layers.
     """
-    return METHODS[config_class_of(peft_type, source).method.value]
+    called = method.config_class.__name__.removesuffix("Config") + "Model"
+    return None if isinstance(method, InputMethod) else called
 
 
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:

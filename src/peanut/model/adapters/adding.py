@@ -122,7 +122,7 @@ def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftC
     for expert in experts:
         if not isinstance(method_of(configs[expert].peft_type), WeightMethod):
             raise PeanutError(
-                f"expert {expert!r} is a {configs[expert].peft_type.value} adapter, which changes no weight",
+                f"expert {expert!r} is a {configs[expert].peft_type} adapter, which changes no weight",
                 "adapters that add to weights, as LoRA does",
                 "leave it out of the mixture",
             )

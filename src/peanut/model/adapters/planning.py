@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import PeanutError, nearest
-from ...protocols import PeftConfig, PeftType, WeightMethod, method_of
+from ...protocols import PeftConfig, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
 from ..targets.matching import bare, biased_paths, modules_by_path, saved_paths, target_paths
@@ -36,7 +36,7 @@ def planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[
                 part.check(resolved, on.frozen(place), place)
                 planned[place] = Place(place, on.frozen(place), part, resolved)
     if getattr(config, "bias", "none") == "all":
-        biases = method_of(PeftType.BITFIT)
+        biases = method_of("BITFIT")
         assert isinstance(biases, WeightMethod)
         for path in biased_paths(on.model, biases, saved_paths(on.model, config)):
             if path not in planned:

@@ -1,0 +1,100 @@
+"""The methods by name: the registry, and ``PeftType``, which reads like an Enum and is as open as the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PeanutError, nearest
+
+if TYPE_CHECKING:
+    from .method import Method
+
+__all__ = ["METHODS", "PeftType", "method_of", "name_of", "registered"]
+
+METHODS: dict[str, Method[Any]] = {}
+"""Every method that was registered so far, by its name in ``adapter_config.json``; ``register`` fills it."""
+
+
+def registered() -> dict[str, Method[Any]]:
+    """``METHODS``, once it holds our own methods and those of installed packages."""
+    import_module("..methods", __package__)
+    return METHODS
+
+
+def name_of(given: object) -> str | None:
+    """A method's own name from its name in any case, or a member of an Enum; ``None`` if there is no such method."""
+    name = str(getattr(given, "value", given))
+    if name in METHODS:
+        return name
+    return next((own for own in registered() if own.casefold() == name.casefold()), None)
+
+
+def method_of(peft_type: object, source: str = "the config") -> Method[Any]:
+    """The method called ``peft_type``.
+
+    Raises:
+        PeanutError: there is none of that name.
+    """
+    name = name_of(peft_type)
+    if name is None:
+        raise PeanutError(
+            f"{source} names the method {peft_type!r}",
+            f"one of {', '.join(sorted(METHODS))}",
+            f"nearest: {nearest(str(peft_type), METHODS, 1)}",
+        )
+    return METHODS[name]
+
+
+class _Members(type):
+    """What an Enum's class can do; the members are the registered methods."""
+
+    def __iter__(cls) -> Iterator[PeftType]:
+        return map(PeftType, registered())
+
+    def __len__(cls) -> int:
+        return len(registered())
+
+    def __contains__(cls, name: object) -> bool:
+        return name_of(name) is not None
+
+    def __getitem__(cls, name: str) -> PeftType:
+        return PeftType(name)
+
+    def __getattr__(cls, name: str) -> PeftType:
+        if name.startswith("_") or name not in cls:
+            raise AttributeError(f"PeftType has no member {name!r}")
+        return PeftType(name)
+
+    def __dir__(cls) -> list[str]:
+        return [*super().__dir__(), *registered()]
+
+
+class PeftType(str, metaclass=_Members):
+    """The name of a registered method, for scripts that use Hugging Face PEFT's Enum of this name.
+
+    ``PeftType.LORA``, ``PeftType("LORA")`` and ``PeftType["LORA"]`` are one object, equal to ``"LORA"``.
+
+    Raises:
+        PeanutError: no method has that name.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: object) -> PeftType:
+        own = method_of(name, cls.__name__).name
+        return _MEMBERS.setdefault(own, super().__new__(cls, own))
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return str(self)
+
+    @property
+    def value(self) -> str:
+        """The method's name."""
+        return str(self)
+
+
+_MEMBERS: dict[str, PeftType] = {}
