@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import Call, OutputMethod, PeftConfig, PeftType, PlaceName, Site, Values, register
+from ..protocols import Architecture, Call, OutputMethod, PeftConfig, PeftType, PlaceName, Site, Values, register
 from ..protocols.config import check_whole
 
 __all__ = ["AdaptionPrompt", "AdaptionPromptConfig"]
@@ -64,7 +64,7 @@ class AdaptionPrompt(OutputMethod[AdaptionPromptConfig]):
     config_class = AdaptionPromptConfig
     size = "adapter_len * width + 1"
 
-    def completed(self, config: AdaptionPromptConfig, model_type: str) -> AdaptionPromptConfig:
+    def completed(self, config: AdaptionPromptConfig, architecture: Architecture) -> AdaptionPromptConfig:
         """A single name, as files hold it, is a name here too, not a pattern."""
         named = config.target_modules
         return replace(config, target_modules=[named]) if isinstance(named, str) and named.isidentifier() else config

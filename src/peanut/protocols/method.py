@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..weights import FrozenLayer
+from .architecture import Architecture
 from .change import Change
 from .config import PeftConfig
 
@@ -40,7 +41,7 @@ class Method(ABC, Generic[C]):
         """Methods of other layers that belong to the same adapter, each with its config."""
         return []
 
-    def completed(self, config: C, model_type: str) -> C:
+    def completed(self, config: C, architecture: Architecture) -> C:
         """The config with what it leaves open filled in for an architecture."""
         return config
 
@@ -116,7 +117,7 @@ class WeightMethod(Method[C]):
     """
 
     targets: ClassVar[Literal["attention", "norms", "biases", "embedding", "outputs"]] = "attention"
-    """Which layers it changes where the config names none: see ``model/defaults.py``."""
+    """Which layers it changes where the config names none: see ``model/targets/architectures.py``."""
     follows_ties: ClassVar[bool] = False
     """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
     mixes: ClassVar[bool] = False

@@ -19,6 +19,7 @@ from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
 from ..layers.walk import walk
 from ..prompts.running import Runner
+from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
 from .adding import New, add_changes, add_input, add_mixture, add_outputs
 from .surgery import SHARED, Surgery
@@ -170,7 +171,7 @@ class AdapterSet(Surgery):
                 "add the adapter there, or unload() that one first",
             )
         method, given = method_of(config.peft_type), config
-        config = method.completed(config, str(getattr(getattr(self.model, "config", None), "model_type", "")))
+        config = method.completed(config, architecture_of(self.model))
         settle(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:

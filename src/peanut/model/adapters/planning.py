@@ -8,7 +8,8 @@ from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
-from ..targets.matching import bare, biased_paths, modules_by_path, saved_paths, target_paths
+from ..targets.matching import biased_paths, target_paths
+from ..targets.paths import bare, modules_by_path
 from .starting import Place
 from .surgery import Surgery
 
@@ -38,7 +39,7 @@ def planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[
     if getattr(config, "bias", "none") == "all":
         biases = method_of(PeftType.BITFIT)
         assert isinstance(biases, WeightMethod)
-        for path in biased_paths(on.model, biases, saved_paths(on.model, config)):
+        for path in biased_paths(on.model, config, biases):
             if path not in planned:
                 planned[path] = Place(path, on.frozen(path), biases, biases.config_class(target_modules=[path]))
     return list(planned.values())

@@ -13,7 +13,7 @@ from ..layers.layer import AdaptedLayer
 from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..targets.matching import bare
+from ..targets.paths import bare
 
 __all__ = ["SHARED", "Surgery"]
 

@@ -20,8 +20,7 @@ from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED
-from ..targets.defaults import HEADS
-from ..targets.matching import ALL_LINEAR
+from ..targets.matching import heads_of, is_all_linear
 from .fingerprint import fingerprint
 from .keys import PREFIX, KeyStyle, file_key, flat, key_of, plain_key
 
@@ -213,8 +212,7 @@ def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tens
 def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:
     """What the config names, and the task's heads under the names that the peer writes for them."""
     config = adapters.configs[name]
-    task = str(getattr(config.task_type, "value", config.task_type))
-    return sorted({*(config.modules_to_save or []), *HEADS.get(task, ())}) or None
+    return sorted({*(config.modules_to_save or []), *heads_of(config)}) or None
 
 
 def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[str] | str | None:
@@ -222,7 +220,7 @@ def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[s
     if not isinstance(method_of(held.peft_type), WeightMethod):
         return held.target_modules
     targets = adapters.configs[name].target_modules
-    if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+    if targets is not None and not is_all_linear(targets):
         return targets
     main = method_of(adapters.configs[name].peft_type)
     return (
