@@ -21,7 +21,8 @@ from ..layers.walk import walk
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
-from .adding import New, add_changes, add_input, add_mixture, add_outputs
+from .adding import add_changes, add_input, add_mixture, add_outputs
+from .starting import New
 from .surgery import SHARED, Surgery
 from .training_hooks import follow, unfollow
 
