@@ -64,6 +64,10 @@ class Method(ABC, Generic[C]):
         """
         return frozenset()
 
+    def unsaved(self, config: C) -> frozenset[str]:
+        """Suffixes of tensors that are not in an adapter's file: rebuilt, or for training only."""
+        return self.rebuilt(config) | self.passing(config) | self.scaffold(config)
+
     def without_scaffold(self, config: C) -> C:
         """The config of the same adapter once it is trained on without its scaffold."""
         return config
@@ -87,7 +91,7 @@ class Method(ABC, Generic[C]):
 
     def stored(self, config: C, layers: Mapping[str, Values]) -> tuple[C, dict[str, dict[str, Tensor]]]:
         """What files hold: the config and, by path, the tensors by suffix (all but what only training needs)."""
-        left_out = self.rebuilt(config) | self.passing(config) | self.scaffold(config)
+        left_out = self.unsaved(config)
         return config, {
             path: {suffix: value for suffix, value in values.items() if suffix not in left_out}
             for path, values in layers.items()

@@ -1,9 +1,9 @@
-"""A new adapter's places in a model, one function for each kind of method."""
+"""Adds an adapter to a model, one function for each kind of method."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +11,6 @@ from ...errors import PeanutError
 from ...protocols import InputMethod, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
-from ..layers.walk import walk
 from ..prompts.prefix import takes_prefix
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
@@ -19,39 +18,34 @@ from .planning import check_patterns, planned
 from .starting import New
 from .surgery import Surgery
 
+if TYPE_CHECKING:
+    from .adapter_set import AdapterSet
+
 __all__ = ["add_changes", "add_input", "add_mixture", "add_outputs"]
 
 
 def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
-    """Puts an adapter into the layers whose weight it changes.
-
-    Args:
-        on: the model.
-        new: the adapter.
-        method: its method.
-        config: its config.
-        given: the config as the user gave it.
-    """
-    places = planned(on, config, method)
+    """Puts an adapter into the layers whose weight it changes; ``given`` is its config as the user gave it."""
+    targets = planned(on, config, method)
     if not config.inference_mode:  # a file may name layers that its writer never had
-        check_patterns(given, [place.path for place in places])
-    frozen = [place.frozen for place in places if place.method == method]
+        check_patterns(given, [target.path for target in targets])
+    frozen = [target.frozen for target in targets if target.method == method]
     bank = Parameters({})
     if frozen:
         bank = new.tensors(method, config, "", frozen[0].weight, partial(method.shared, config, frozen))
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
-    keys = [id(place.frozen.weight if place.method.follows_ties else place) for place in places]
+    keys = [id(target.frozen.weight if target.method.follows_ties else target) for target in targets]
     made: dict[int, Parameters] = {}
     alike: dict[Any, dict[str, torch.Tensor]] = {}
-    for key, place in zip(keys, places, strict=True):
+    for key, target in zip(keys, targets, strict=True):
         if key not in made:
-            made[key] = new.in_layer(place, alike)
-    holder = next((place for place in places if place.method == method), None)
-    for key, place in zip(keys, places, strict=True):
-        shared = bank if bank.suffixes and place.method == method else None
-        layer = on.wrapped(place.path)
-        layer.add(new.name, place.method, place.config, made[key], shared, holds=place is holder)
+            made[key] = new.in_layer(target, alike)
+    holder = next((target for target in targets if target.method == method), None)
+    for key, target in zip(keys, targets, strict=True):
+        shared = bank if bank.suffixes and target.method == method else None
+        layer = on.wrapped(target.path)
+        layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
 
 
 def add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
@@ -88,32 +82,22 @@ def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfi
     return fitted
 
 
-def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftConfig, configs: Any) -> PeftConfig:
+def add_mixture(on: AdapterSet, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
     """Puts a gate over adapters that are in the model; returns its config with the model's sizes filled in.
-
-    Args:
-        on: the model.
-        new: the mixture.
-        method: its method.
-        config: its config, which names the experts.
-        configs: the configs of all adapters of the model, by name.
 
     Raises:
         PeanutError: an expert is not there, or does more than add to weights.
     """
-    experts = list(method.experts(config))
+    experts = on.known(list(method.experts(config)))
     for expert in experts:
-        if not isinstance(method_of(configs[expert].peft_type), WeightMethod):
+        own = method_of(on.configs[expert].peft_type)
+        if not isinstance(own, WeightMethod):
             raise PeanutError(
-                f"expert {expert!r} is a {configs[expert].peft_type.value} adapter, which changes no weight",
+                f"expert {expert!r} is a {own.name} adapter, which changes no weight",
                 "adapters that add to weights, as LoRA does",
                 "leave it out of the mixture",
             )
-    layers = [
-        module
-        for module in walk(on.model)
-        if isinstance(module, AdaptedLayer) and any(expert in module.adapters for expert in experts)
-    ]
+    layers = [layer for _, layer in on.layers() if any(expert in layer.adapters for expert in experts)]
     for layer in layers:
         for expert in experts:
             if expert in layer.adapters:

@@ -1,4 +1,4 @@
-"""Adapters and tasks per sample."""
+"""Adapters and tasks per sample of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new adapter's initial tensors: the same on every device and in every order of layers."""
+"""Initial tensors of a new adapter: one seed gives the same on every device and in every order of layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...weights import FrozenLayer
 from ..layers.layer import BIAS
 from ..layers.parameters import Parameters
 
-__all__ = ["New", "Place"]
+__all__ = ["New", "Target"]
 
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """A layer that an adapter is to change, the method that does, and its config there."""
 
     path: str
@@ -48,7 +48,7 @@ class New:
 
     def waits(self, method: Method[Any], config: PeftConfig) -> bool:
         """Whether its tensors are left without storage; where some are in no file, all have to be made."""
-        return self.meta and not (method.rebuilt(config) | method.passing(config) | method.scaffold(config))
+        return self.meta and not method.unsaved(config)
 
     def tensors(
         self,
@@ -85,9 +85,9 @@ class New:
             rebuilt=rebuilt,
         )
 
-    def in_layer(self, place: Place, alike: dict[Any, Values]) -> Parameters:
+    def in_layer(self, target: Target, alike: dict[Any, Values]) -> Parameters:
         """Its tensors in a layer; without storage they are the same for layers that look ``alike``."""
-        method, config, frozen = place.method, place.config, place.frozen
+        method, config, frozen = target.method, target.config, target.frozen
         module, weight = frozen.module, frozen.weight
         look = (method, id(config), type(module), module.extra_repr(), weight.shape, weight.dtype)
 
@@ -102,4 +102,4 @@ class New:
                 alike[look] = values
             return values
 
-        return self.tensors(method, config, place.path, weight, start)
+        return self.tensors(method, config, target.path, weight, start)
