@@ -1,4 +1,4 @@
-"""Gradient checkpointing runs a block's forward again during the backward: here it then sees what held before."""
+"""Restores adapter state when gradient checkpointing reruns a block in the backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architectures that defaults are known for, by ``model_type``: a new one is one entry here."""
+"""The table of architectures: default targets and places by ``model_type``. A new architecture is one entry here."""
 
 from __future__ import annotations
 

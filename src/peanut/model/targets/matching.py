@@ -1,4 +1,4 @@
-"""From a config's names and patterns to the paths of the modules that they mean; what names nothing is an error."""
+"""Resolves ``target_modules`` and its like to module paths; a name that matches nothing is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's modules by path, and the paths that a name or a regular expression means."""
+"""Module paths of a model, and which of them a name or a regular expression matches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where methods that change an output attach, by architecture."""
+"""The modules whose output a method changes (bottleneck adapters, ReFT, adaption prompts), by architecture or name."""
 
 from __future__ import annotations
 
