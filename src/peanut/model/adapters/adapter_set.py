@@ -72,15 +72,21 @@ class AdapterSet(Surgery):
 
     def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
+        shared: dict[str, Tensor] = {}
+        whole: list[SavedModule] = []
         for module in walk(self.model):
             if isinstance(module, Adapted) and name in module.adapters:
                 for suffix, value in module.adapters[name].values_by_suffix().items():
                     yield key_of(module.path, suffix), value
-                for suffix, value in module.banks[name].values_by_suffix().items() if name in module.banks else ():
-                    yield key_of(SHARED, suffix), value
+                if name in module.banks:
+                    shared = module.banks[name].values_by_suffix()
             elif isinstance(module, SavedModule) and name in module.modules_to_save:
-                for suffix, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
-                    yield key_of(module.path, suffix), value
+                whole.append(module)
+        for suffix, value in shared.items():
+            yield key_of(SHARED, suffix), value
+        for saved in whole:
+            for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
+                yield key_of(saved.path, suffix), value
 
     def bank(self, name: str) -> Parameters | None:
         """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
