@@ -166,7 +166,7 @@ def test_experts_that_the_peer_did_not_write_whole(
     config = XLoraConfig(adapters=dict.fromkeys(experts, str(tmp_path / "gone")), xlora_depth=2, xlora_size=8)
     config.save_pretrained(tmp_path)  # as if these folders were no longer there
     base = tiny_llama()
-    with refused(base, r"0' has tensors of several experts in it and lacks others, as the peer writes them; expected "):
+    with refused(base, r"0' has tensors of several experts in it and lacks others, as Hugging Face PEFT writes them; "):
         PeftModel.from_pretrained(base, tmp_path)
     assert not AdapterSet.of(base).configs
 

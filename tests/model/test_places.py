@@ -14,7 +14,7 @@ from peanut.methods.adaption_prompt import AdaptionPromptConfig
 from peanut.methods.bottleneck import BottleneckConfig
 from peanut.methods.loreft import LoreftConfig
 from peanut.model.layers.hooks import Hooking
-from peanut.model.targets.places import PLACES
+from peanut.model.targets.architectures import ARCHITECTURES
 
 from ..support import one_thread, refused  # noqa: F401
 
@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", "BertConfig", TEXT),
     "camembert": ("CamembertModel", "CamembertConfig", TEXT),
     "electra": ("ElectraForSequenceClassification", "ElectraConfig", {**TEXT, "embedding_size": 32}),
+    "layoutlm": ("LayoutLMForSequenceClassification", "LayoutLMConfig", TEXT),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", TEXT),
     "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", TEXT),
     "mpnet": ("MPNetForSequenceClassification", "MPNetConfig", TEXT),
@@ -59,6 +60,7 @@ EXPECTED: dict[str, tuple[str, dict[str, str]]] = {
     "bert": ("bert.encoder.layer", BERT),
     "camembert": ("encoder.layer", BERT),
     "electra": ("electra.encoder.layer", BERT),
+    "layoutlm": ("layoutlm.encoder.layer", BERT),
     "roberta": ("roberta.encoder.layer", BERT),
     "xlm-roberta": ("encoder.layer", BERT),
     "mpnet": (
@@ -107,7 +109,7 @@ def expected(name: str, *which: str) -> list[str]:
 
 
 def test_every_architecture_is_here() -> None:
-    assert MODELS.keys() == PLACES.keys()
+    assert MODELS.keys() == {name for name, each in ARCHITECTURES.items() if each.stacks}
     for name in MODELS:
         assert made(name).config.model_type == name
 
@@ -242,7 +244,7 @@ def test_an_unknown_architecture_shows_its_tree() -> None:
     with pytest.raises(PeanutError) as error:
         get_peft_model(Own(), BottleneckConfig())
     line, *tree = str(error.value).split("\n")
-    assert line.startswith("no default places of BOTTLENECK for Own (model_type 'None'); expected target_modules; name")
+    assert line.startswith("no default places of BOTTLENECK for Own (model_type None); expected target_modules; name")
     assert "target_modules=['down_proj']" in line
     assert tree[:5] == ["Own", "  parts: ModuleList", "    0-2: Sequential", "      0: Linear(12, 6)", "      1: ReLU"]
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 from peanut import LoraConfig, PeanutConfig, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
-from peanut.model.targets.defaults import DEFAULT_TARGETS, HEADS
+from peanut.model.targets.architectures import ARCHITECTURES
+from peanut.model.targets.matching import HEADS
 
 from ..support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
 
@@ -86,17 +88,34 @@ def test_all_linear_leaves_the_head_of_the_task_out(model_class: type[hf.PreTrai
 def test_every_architecture_at_hand_has_a_default(fixture: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(fixture)()
     found = adapted_paths(model)
-    assert {path.rpartition(".")[2] for path in found} <= set(DEFAULT_TARGETS[model.config.model_type])
+    assert {path.rpartition(".")[2] for path in found} <= set(ARCHITECTURES[model.config.model_type].attention)
     assert len(found) in (2, 4)
 
 
-def test_defaults_are_those_of_the_peer_where_it_has_any() -> None:
+def test_every_default_of_the_peer_is_ours() -> None:
+    """Attention's layers, in the order of its tables, and what (IA)³ scales."""
     from peft.utils import constants
 
+    def listed(names: tuple[str, ...] | str) -> list[str] | str:
+        return names if isinstance(names, str) else list(names)
+
     theirs = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    both = DEFAULT_TARGETS.keys() & theirs.keys()
-    assert len(both) > 20
-    assert {name: DEFAULT_TARGETS[name] for name in both} == {name: theirs[name] for name in both}
+    assert {name: listed(ARCHITECTURES[name].attention) for name in theirs} == theirs
+    scaled = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    inputs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    ours = {name: ARCHITECTURES[name] for name in scaled}
+    assert {name: [*each.scaled_outputs, *each.scaled_inputs] for name, each in ours.items()} == scaled
+    assert {name: [*each.scaled_inputs] for name, each in ours.items()} == inputs
+
+
+def test_a_default_may_be_a_regular_expression() -> None:
+    """Gemma 4 has layers of these names beside the language model too, and they are not for adapters."""
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="gemma4")
+    for part in ("language_model", "vision_tower"):
+        layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q_proj", "k_proj")}) for _ in "ab")
+        model.add_module(part, nn.ModuleDict({"layers": layers}))
+    assert adapted_paths(model) == [f"language_model.layers.{block}.q_proj" for block in range(2)]
 
 
 @pytest.mark.parametrize("task", HEADS)

@@ -16,7 +16,8 @@ from ..model.adapters.adapter_set import AdapterSet
 from ..model.checkpoints.checkpoint import by_place, parts_of
 from ..model.checkpoints.keys import flat
 from ..model.peft_model import PeftModel
-from ..model.targets.matching import bare, target_paths
+from ..model.targets.matching import target_paths
+from ..model.targets.paths import bare
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from .exchange import as_before, carry_hooks, modes_of, only_whole
 from .layers import (

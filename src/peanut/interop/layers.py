@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
 from ..model.adapters.adapter_set import AdapterSet
-from ..model.adapters.surgery import SHARED
+from ..model.adapters.surgery import SHARED, key_of
 from ..model.checkpoints.checkpoint import parts_of
-from ..model.checkpoints.keys import key_of
 from ..protocols import PeftConfig, PeftType, method_of
 
 __all__ = [

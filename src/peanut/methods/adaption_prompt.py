@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import Call, OutputMethod, PeftConfig, PlaceName, Site, Trial, Values, register
+from ..protocols import Architecture, Call, OutputMethod, PeftConfig, PlaceName, Site, Trial, Values, register
 from ..protocols.config import check_whole
 
 __all__ = ["AdaptionPrompt", "AdaptionPromptConfig"]
@@ -67,7 +67,7 @@ class AdaptionPrompt(OutputMethod[AdaptionPromptConfig]):
     def tried(self, on: Trial) -> dict[str, Any] | None:
         return {"adapter_len": on.tokens, "adapter_layers": on.blocks} if on.causal else None
 
-    def completed(self, config: AdaptionPromptConfig, model_type: str) -> AdaptionPromptConfig:
+    def completed(self, config: AdaptionPromptConfig, architecture: Architecture) -> AdaptionPromptConfig:
         """A single name, as files hold it, is a name here too, not a pattern."""
         named = config.target_modules
         return replace(config, target_modules=[named]) if isinstance(named, str) and named.isidentifier() else config

@@ -121,7 +121,7 @@ class Bottleneck(OutputMethod[BottleneckConfig]):
             return "attention_output", "feed_forward_output"
         return ("block_end",) if config.style == "pfeiffer" else ("feed_forward_output",)
 
-    def source(self, config: BottleneckConfig, place: str) -> Literal["feed_forward_input"] | None:
+    def source(self, config: BottleneckConfig) -> Literal["feed_forward_input"] | None:
         return "feed_forward_input" if config.style == "parallel" else None
 
     def changes_input(self, config: BottleneckConfig, kind: str | None) -> bool:

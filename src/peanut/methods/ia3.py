@@ -12,41 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, nearest
 from ..operators import Diagonal
-from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
+from ..protocols import Architecture, Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_pattern
 from ..weights import FrozenLayer
 
 __all__ = ["IA3", "IA3Config"]
-
-USUAL: dict[str, tuple[list[str], list[str]]] = {
-    "bart": (["q_proj", "v_proj"], ["fc2"]),
-    "bert": (["key", "value"], ["output.dense"]),
-    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
-    "deberta": (["in_proj"], ["output.dense"]),
-    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
-    "falcon": (["query_key_value"], ["dense_4h_to_h"]),
-    "gemma": (["q_proj", "v_proj"], ["down_proj"]),
-    "gemma2": (["q_proj", "v_proj"], ["down_proj"]),
-    "gemma3_text": (["q_proj", "v_proj"], ["down_proj"]),
-    "gpt2": (["c_attn"], ["mlp.c_proj"]),
-    "gpt_bigcode": (["c_attn"], ["mlp.c_proj"]),
-    "gpt_neo": (["q_proj", "v_proj"], ["c_proj"]),
-    "gpt_neox": (["query_key_value"], ["dense_4h_to_h"]),
-    "gptj": (["q_proj", "v_proj"], ["fc_out"]),
-    "llama": (["k_proj", "v_proj"], ["down_proj"]),
-    "llama4": (["q_proj", "v_proj"], ["down_proj"]),
-    "mistral": (["k_proj", "v_proj"], ["down_proj"]),
-    "mixtral": (["k_proj", "v_proj"], ["w2"]),
-    "mt5": (["k", "v", "wi_1"], []),
-    "opt": (["q_proj", "k_proj"], ["fc2"]),
-    "phi": (["q_proj", "v_proj"], ["fc2"]),
-    "qwen2": (["q_proj", "v_proj"], ["down_proj"]),
-    "qwen3": (["q_proj", "v_proj"], ["down_proj"]),
-    "roberta": (["key", "value"], ["output.dense"]),
-    "t5": (["k", "v"], ["wo"]),
-}
-"""``model_type`` → names of the layers whose output is scaled, and of those whose input is, as the peer has them: taken
-where a config leaves them open."""
 
 
 @dataclass(kw_only=True)
@@ -121,8 +91,8 @@ class IA3(WeightMethod[IA3Config]):
     def tried(self, on: Trial) -> dict[str, Any]:
         return {"feedforward_modules": list(on.feed_forward)}
 
-    def completed(self, config: IA3Config, model_type: str) -> IA3Config:
-        outputs, inputs = USUAL.get(model_type, ([], []))
+    def completed(self, config: IA3Config, architecture: Architecture) -> IA3Config:
+        outputs, inputs = architecture.scaled_outputs, list(architecture.scaled_inputs)
         targets: Any = config.target_modules
         if targets is None and outputs:
             targets = [*outputs, *inputs]

@@ -1,4 +1,4 @@
-"""A base model and its adapter in one call, the base read off the adapter's config."""
+"""``AutoPeftModel``: a base model and its adapter in one call, the base named by the adapter's config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 _ADAPTER = ("subfolder", "revision")
 _HUB = ("token", "cache_dir", "force_download", "local_files_only")
-_BY_TASK = {
+_BASES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -31,12 +31,17 @@ _BY_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+"""The class of transformers that makes the base model, by task."""
 
 
 class AutoPeftModel:
     """``from_pretrained(adapter)``: loads the base that the adapter names, for its task, and the adapter into it."""
 
-    base: ClassVar[str | None] = None
+    task: ClassVar[str | None] = None
+    """The task, if it is not read off the adapter's config."""
+
+    def __init_subclass__(cls, task: str | None = None) -> None:
+        cls.task = task or cls.task
 
     @classmethod
     def from_pretrained(
@@ -68,53 +73,40 @@ class AutoPeftModel:
                 "base_model_name_or_path in it",
                 "load the base yourself and use PeftModel.from_pretrained",
             )
-        task = str(getattr(config.task_type, "value", config.task_type))
-        auto = cls.base or _BY_TASK.get(task)
-        if auto is None:
+        task = cls.task or config.task_type
+        if task is None:
             raise PeanutError(
                 f"the config of '{pretrained_model_name_or_path}' names no task",
-                f"one of {', '.join(_BY_TASK)}",
+                f"one of {', '.join(_BASES)}",
                 "use AutoPeftModelForCausalLM or another of its kind",
             )
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
-        model = getattr(transformers, auto).from_pretrained(config.base_model_name_or_path, **kwargs)
+        model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
         return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **hub
         )
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModelForCausalLM``."""
-
-    base = "AutoModelForCausalLM"
+class AutoPeftModelForCausalLM(AutoPeftModel, task="CAUSAL_LM"):
+    """``AutoPeftModel`` whose base is a causal language model (``AutoModelForCausalLM``)."""
 
 
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModelForSeq2SeqLM``."""
-
-    base = "AutoModelForSeq2SeqLM"
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task="SEQ_2_SEQ_LM"):
+    """``AutoPeftModel`` whose base is an encoder-decoder language model (``AutoModelForSeq2SeqLM``)."""
 
 
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModelForSequenceClassification``."""
-
-    base = "AutoModelForSequenceClassification"
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task="SEQ_CLS"):
+    """``AutoPeftModel`` whose base is a classifier of texts (``AutoModelForSequenceClassification``)."""
 
 
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModelForTokenClassification``."""
-
-    base = "AutoModelForTokenClassification"
+class AutoPeftModelForTokenClassification(AutoPeftModel, task="TOKEN_CLS"):
+    """``AutoPeftModel`` whose base is a classifier of tokens (``AutoModelForTokenClassification``)."""
 
 
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModelForQuestionAnswering``."""
-
-    base = "AutoModelForQuestionAnswering"
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task="QUESTION_ANS"):
+    """``AutoPeftModel`` whose base is a model for extractive question answering (``AutoModelForQuestionAnswering``)."""
 
 
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """``AutoPeftModel`` over ``AutoModel``."""
-
-    base = "AutoModel"
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task="FEATURE_EXTRACTION"):
+    """``AutoPeftModel`` whose base is a model without a head (``AutoModel``)."""

@@ -1,18 +1,20 @@
 """What a fine-tuning method is: a config, and a change of a weight, of an output, of the input, or a mixture."""
 
+from .architecture import Architecture, PlaceName, Stack
 from .change import Change
 from .config import FORMAT_VERSION, PeftConfig, TaskType
 from .input_method import InputMethod, ModelShape, PromptConfig
 from .method import Method, Values, WeightMethod
 from .mixture_method import MixtureMethod
 from .names import METHODS, PeftType, method_of
-from .output_method import Call, OutputMethod, PlaceName, Site
+from .output_method import Call, OutputMethod, Site
 from .registry import get_peft_config, register
 from .trial import Trial
 
 __all__ = [
     "FORMAT_VERSION",
     "METHODS",
+    "Architecture",
     "Call",
     "Change",
     "InputMethod",
@@ -25,6 +27,7 @@ __all__ = [
     "PlaceName",
     "PromptConfig",
     "Site",
+    "Stack",
     "TaskType",
     "Trial",
     "Values",

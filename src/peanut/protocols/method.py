@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..weights import FrozenLayer
+from .architecture import Architecture
 from .change import Change
 from .config import PeftConfig
 from .trial import Trial
@@ -47,7 +48,7 @@ class Method(ABC, Generic[C]):
         """Methods of other layers that belong to the same adapter, each with its config."""
         return []
 
-    def completed(self, config: C, model_type: str) -> C:
+    def completed(self, config: C, architecture: Architecture) -> C:
         """The config with what it leaves open filled in for an architecture."""
         return config
 
@@ -69,6 +70,10 @@ class Method(ABC, Generic[C]):
         They are kept in training's own file to go on from.
         """
         return frozenset()
+
+    def unsaved(self, config: C) -> frozenset[str]:
+        """Suffixes of tensors that are not in an adapter's file: rebuilt, or for training only."""
+        return self.rebuilt(config) | self.passing(config) | self.scaffold(config)
 
     def without_scaffold(self, config: C) -> C:
         """The config of the same adapter once it is trained on without its scaffold."""
@@ -93,7 +98,7 @@ class Method(ABC, Generic[C]):
 
     def stored(self, config: C, layers: Mapping[str, Values]) -> tuple[C, dict[str, dict[str, Tensor]]]:
         """What files hold: the config and, by path, the tensors by suffix (all but what only training needs)."""
-        left_out = self.rebuilt(config) | self.passing(config) | self.scaffold(config)
+        left_out = self.unsaved(config)
         return config, {
             path: {suffix: value for suffix, value in values.items() if suffix not in left_out}
             for path, values in layers.items()
@@ -123,7 +128,7 @@ class WeightMethod(Method[C]):
     """
 
     targets: ClassVar[Literal["attention", "norms", "biases", "embedding", "outputs"]] = "attention"
-    """Which layers it changes where the config names none: see ``model/defaults.py``."""
+    """Which layers it changes where the config names none: see ``model/targets/architectures.py``."""
     follows_ties: ClassVar[bool] = False
     """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
     mixes: ClassVar[bool] = False

@@ -10,13 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .architecture import PlaceName
 from .method import C, Method, Values
 
-__all__ = ["Call", "OutputMethod", "PlaceName", "Site"]
-
-PlaceName = Literal["block", "attention", "attention_output", "feed_forward_output", "block_end"]
-"""A place in a transformer: a whole block; an attention module; the last product of an attention or of a feed-forward
-part, before it is added to the stream; the norm with which a block ends, or the block itself if it ends with none."""
+__all__ = ["Call", "OutputMethod", "Site"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,6 @@ class Site:
 
     Args:
         path: where it is in the model.
-        place: which of the method's places it is.
         width: the size of its output's last dimension.
         reads: the size of the last dimension of x.
         module: the module itself, without adapters around it.
@@ -35,7 +31,6 @@ class Site:
     """
 
     path: str
-    place: str
     width: int
     reads: int
     module: nn.Module
@@ -89,7 +84,7 @@ class OutputMethod(Method[C]):
     def places(self, config: C) -> tuple[PlaceName, ...]:
         """The places that it changes where the config names no modules."""
 
-    def source(self, config: C, place: str) -> Literal["feed_forward_input"] | None:
+    def source(self, config: C) -> Literal["feed_forward_input"] | None:
         """Where x is read, if it is not what the changed module itself is given."""
         return None
 

@@ -1,1 +1,1 @@
-"""The adapters of a model: put in, planned, started, made active, merged, taken out."""
+"""The adapters of a model: adding, activating, merging and deleting them."""

@@ -1,4 +1,4 @@
-"""The adapters of one model: put in, switched, merged, taken out."""
+"""The adapters of one model: add, activate, merge, delete."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
 from ..layers.walk import walk
 from ..prompts.running import Runner
+from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
-from .adding import New, add_changes, add_input, add_mixture, add_outputs
-from .surgery import SHARED, Surgery
+from .adding import add_changes, add_input, add_mixture, add_outputs
+from .starting import New
+from .surgery import SHARED, Surgery, key_of
 from .training_hooks import follow, unfollow
 
 __all__ = ["SHARED", "AdapterSet", "changes"]
@@ -85,21 +87,21 @@ class AdapterSet(Surgery):
 
     def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
-        bank: Parameters | None = None
+        shared: dict[str, Tensor] = {}
         whole: list[SavedModule] = []
         for module in walk(self.model):
             if isinstance(module, Adapted) and name in module.adapters:
                 for suffix, value in module.adapters[name].values_by_suffix().items():
-                    yield f"{SHARED}{suffix}" if module.path == SHARED else f"{module.path}.{suffix}", value
-                if bank is None and name in module.banks:
-                    bank = module.banks[name]
+                    yield key_of(module.path, suffix), value
+                if name in module.banks:
+                    shared = module.banks[name].values_by_suffix()
             elif isinstance(module, SavedModule) and name in module.modules_to_save:
                 whole.append(module)
-        for suffix, value in bank.values_by_suffix().items() if bank is not None else ():
-            yield f"{SHARED}{suffix}", value
+        for suffix, value in shared.items():
+            yield key_of(SHARED, suffix), value
         for saved in whole:
             for suffix, value in saved.modules_to_save[name].state_dict(keep_vars=True).items():
-                yield f"{saved.path}.{suffix}", value
+                yield key_of(saved.path, suffix), value
 
     def bank(self, name: str) -> Parameters | None:
         """The tensors that the layers of adapter ``name`` share, if they do; the first of the layers holds them."""
@@ -186,7 +188,7 @@ class AdapterSet(Surgery):
                 "add the adapter there, or unload() that one first",
             )
         method, given = method_of(config.peft_type), config
-        config = method.completed(config, str(getattr(getattr(self.model, "config", None), "model_type", "")))
+        config = method.completed(config, architecture_of(self.model))
         settle(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:
@@ -199,8 +201,7 @@ class AdapterSet(Surgery):
         elif isinstance(method, InputMethod):
             config = add_input(self, new, method, config)
         elif isinstance(method, MixtureMethod):
-            self.known(list(method.experts(config)))
-            config = add_mixture(self, new, method, config, self.configs)
+            config = add_mixture(self, new, method, config)
         memo: dict[int, Any] = {}
         for path in heads:
             if copies:

@@ -1,12 +1,11 @@
-"""A new adapter's places in a model, one function for each kind of method."""
+"""Adds an adapter to a model, one function for each kind of method."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ...errors import PeanutError
 from ...protocols import InputMethod, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
@@ -16,70 +15,50 @@ from ..prompts.prefix import takes_prefix
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
 from .planning import check_patterns, planned
-from .starting import kept, made_here, shared_start, started, starting
+from .starting import New
 from .surgery import Surgery
 
-__all__ = ["New", "add_changes", "add_input", "add_mixture", "add_outputs"]
+if TYPE_CHECKING:
+    from .adapter_set import AdapterSet
 
-
-@dataclass(frozen=True)
-class New:
-    """A new adapter.
-
-    Args:
-        name: its name.
-        seed: where its randomness comes from.
-        meta: leave its parameters without storage, to be filled by loading.
-        wide: keep them in float32 at least, also on a half-precision base.
-    """
-
-    name: str
-    seed: str
-    meta: bool
-    wide: bool
+__all__ = ["add_changes", "add_input", "add_mixture", "add_outputs"]
 
 
 def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
-    """Puts an adapter into the layers whose weight it changes.
-
-    Args:
-        on: the model.
-        new: the adapter.
-        method: its method.
-        config: its config.
-        given: the config as the user gave it.
-    """
-    places = planned(on, config, method)
+    """Puts an adapter into the layers whose weight it changes; ``given`` is its config as the user gave it."""
+    targets = planned(on, config, method)
     if not config.inference_mode:  # a file may name layers that its writer never had
-        check_patterns(given, [place.path for place in places])
-    frozen = [place.frozen for place in places if place.method == method]
-    bank = shared_start(method, config, frozen, f"{new.seed}/", wide=new.wide, meta=new.meta)
+        check_patterns(given, [target.path for target in targets])
+    frozen = [target.frozen for target in targets if target.method == method]
+    bank = Parameters({})
+    if frozen:
+        bank = new.tensors(method, config, "", frozen[0].weight, partial(method.shared, config, frozen))
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
-    keys = [id(place.frozen.weight if place.method.follows_ties else place) for place in places]
+    keys = [id(target.frozen.weight if target.method.follows_ties else target) for target in targets]
     made: dict[int, Parameters] = {}
     alike: dict[Any, dict[str, torch.Tensor]] = {}
-    for key, place in zip(keys, places, strict=True):
+    for key, target in zip(keys, targets, strict=True):
         if key not in made:
-            made[key] = started(place, f"{new.seed}/{place.path}", meta=new.meta, wide=new.wide, alike=alike)
-    holder = next((place for place in places if place.method == method), None)
-    for key, place in zip(keys, places, strict=True):
-        shared = bank if place.method == method else None
-        layer = on.wrapped(place.path)
-        layer.add(new.name, place.method, place.config, made[key], shared, holds=place is holder)
+            made[key] = new.in_layer(target, alike)
+    holder = next((target for target in targets if target.method == method), None)
+    for key, target in zip(keys, targets, strict=True):
+        shared = bank if bank.suffixes and target.method == method else None
+        layer = on.wrapped(target.path)
+        layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
 
 
 def add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
     """Puts an adapter behind the modules whose output it changes."""
-    found = sites(on.model, config, method)
-    made = []
+    found, made = sites(on.model, config, method), []
     for site in found:
         resolved = config.for_layer(site.path)
         method.check(resolved, site)
-        beside = _weight(site.module, site.path)
-        with starting(f"{new.seed}/{site.path}", new.meta or beside.is_meta) as generator:
-            values = method.start(resolved, site, generator)
-        made.append((resolved, kept(method, resolved, values, beside, meta=new.meta, wide=new.wide)))
+        beside = next(site.module.parameters(), None)
+        if beside is None:
+            raise PeanutError(f"'{site.path}', a {type(site.module).__name__}, has no weights", "a module with weights")
+        start = partial(method.start, resolved, site)
+        made.append((resolved, new.tensors(method, resolved, site.path, beside, start)))
     for site, (resolved, parameters) in zip(found, made, strict=True):
         on.output(site.path).put(new.name, method, resolved, parameters, on.listener(site.path, site.source))
 
@@ -97,44 +76,32 @@ def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfi
                 "a model that can be: a language model, BERT, RoBERTa, T5",
                 "use prompt tuning or P-tuning",
             )
-    weight: Any = stack.get_input_embeddings().weight
-    meta = new.meta and not made_here(method, fitted)
-    with starting(f"{new.seed}/", meta or weight.is_meta) as generator:
-        values = method.start(fitted, shape, generator)
-    on.input().add(new.name, method, fitted, kept(method, fitted, values, weight, meta=meta, wide=new.wide))
+    beside: Any = stack.get_input_embeddings().weight
+    made = new.tensors(method, fitted, "", beside, partial(method.start, fitted, shape))
+    on.input().add(new.name, method, fitted, made)
     return fitted
 
 
-def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftConfig, configs: Any) -> PeftConfig:
+def add_mixture(on: AdapterSet, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
     """Puts a gate over adapters that are in the model; returns its config with the model's sizes filled in.
-
-    Args:
-        on: the model.
-        new: the mixture.
-        method: its method.
-        config: its config, which names the experts.
-        configs: the configs of all adapters of the model, by name.
 
     Raises:
         PeanutError: an expert is not there, or does more than add to weights.
     """
-    experts = list(method.experts(config))
+    experts = on.known(list(method.experts(config)))
     for expert in experts:
-        if not isinstance(method_of(configs[expert].peft_type), WeightMethod):
+        own = method_of(on.configs[expert].peft_type)
+        if not isinstance(own, WeightMethod):
             raise PeanutError(
-                f"expert {expert!r} is a {configs[expert].peft_type} adapter, which changes no weight",
+                f"expert {expert!r} is a {own.name} adapter, which changes no weight",
                 "adapters that add to weights, as LoRA does",
                 "leave it out of the mixture",
             )
-    layers: dict[str, AdaptedLayer] = {
-        module.path: module
-        for module in on.model.modules()
-        if isinstance(module, AdaptedLayer) and any(expert in module.adapters for expert in experts)
-    }
-    for path, layer in layers.items():
+    layers = [layer for _, layer in on.layers() if any(expert in layer.adapters for expert in experts)]
+    for layer in layers:
         for expert in experts:
             if expert in layer.adapters:
-                _check_expert(layer, expert, path)
+                _check_expert(layer, expert)
     stack = reading_stack(on.model)
     if stack is not on.model:
         raise PeanutError(
@@ -143,28 +110,20 @@ def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftC
     settings = stack.config.get_text_config(decoder=True)
     beside: Any = stack.get_input_embeddings().weight
     fitted: PeftConfig = method.fitted(config, settings.hidden_size)
-    with starting(f"{new.seed}/", new.meta or beside.is_meta) as generator:
-        values = method.start(fitted, settings.hidden_size, len(experts), len(layers), generator)
+    start = partial(method.start, fitted, settings.hidden_size, len(experts), len(layers))
     mixture = on.mixture()
-    mixture.layers[new.name] = list(layers)
-    mixture.add(new.name, method, fitted, kept(method, fitted, values, beside, meta=new.meta, wide=new.wide))
+    mixture.layers[new.name] = [layer.path for layer in layers]
+    mixture.add(new.name, method, fitted, new.tensors(method, fitted, "", beside, start))
     return fitted
 
 
 @torch.no_grad()
-def _check_expert(layer: AdaptedLayer, expert: str, path: str) -> None:
+def _check_expert(layer: AdaptedLayer, expert: str) -> None:
     change = layer.change(expert)
     if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies():
         raise PeanutError(
-            f"expert {expert!r} does more at '{path}' than to add a product to the output (it scales or turns it, or "
-            "trains a bias)",
+            f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or turns "
+            "it, or trains a bias)",
             "adapters that only add to weights, as LoRA does",
             "leave it out of the mixture",
         )
-
-
-def _weight(module: nn.Module, path: str) -> torch.Tensor:
-    weight = next(module.parameters(), None)
-    if weight is None:
-        raise PeanutError(f"'{path}', a {type(module).__name__}, has no weights", "a module with weights")
-    return weight

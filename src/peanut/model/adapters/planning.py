@@ -1,4 +1,4 @@
-"""Which layers an adapter changes, by which method, with which config."""
+"""Resolves a config to the layers that it changes, each with its method and its own config."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
-from ..targets.matching import bare, biased_paths, modules_by_path, saved_paths, target_paths
-from .starting import Place
+from ..targets.matching import biased_paths, target_paths
+from ..targets.paths import bare, modules_by_path
+from .starting import Target
 from .surgery import Surgery
 
 __all__ = ["check_patterns", "planned"]
 
 
-def planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[Place]:
+def planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[Target]:
     """Every layer that an adapter with ``config`` changes, with the method that does.
 
     Raises:
         PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
     """
-    planned: dict[str, Place] = {}
+    planned: dict[str, Target] = {}
     wanted_by: dict[str, PeftConfig] = {}
     for part, own in [(method, config), *method.companions(config)]:
         for path in target_paths(on.model, own, part):
@@ -34,13 +35,13 @@ def planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[
                     )
                 resolved = own.for_layer(place)
                 part.check(resolved, on.frozen(place), place)
-                planned[place] = Place(place, on.frozen(place), part, resolved)
+                planned[place] = Target(place, on.frozen(place), part, resolved)
     if getattr(config, "bias", "none") == "all":
         biases = method_of("BITFIT")
         assert isinstance(biases, WeightMethod)
-        for path in biased_paths(on.model, biases, saved_paths(on.model, config)):
+        for path in biased_paths(on.model, config, biases):
             if path not in planned:
-                planned[path] = Place(path, on.frozen(path), biases, biases.config_class(target_modules=[path]))
+                planned[path] = Target(path, on.frozen(path), biases, biases.config_class(target_modules=[path]))
     return list(planned.values())
 
 

@@ -1,4 +1,4 @@
-"""Modules of a model found, wrapped and put back by path."""
+"""Finds modules of a model by path, wraps them or hooks onto them, and puts the originals back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from ..layers.layer import AdaptedLayer
 from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..targets.matching import bare
+from ..targets.paths import bare
 
-__all__ = ["SHARED", "Surgery"]
+__all__ = ["SHARED", "Surgery", "key_of"]
 
 SHARED = "/"
 """What begins the keys of tensors that belong to no one layer: they lie beside the model's modules in files."""
+
+
+def key_of(path: str, suffix: str) -> str:
+    """The key of a tensor at ``path``, or of one that belongs to no layer."""
+    return f"{SHARED}{suffix}" if path == SHARED else f"{path}.{suffix}" if path else suffix
 
 
 class Surgery:
@@ -46,9 +51,7 @@ class Surgery:
         module = self.at(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state)
-        if not module.training:
-            layer.eval()
+        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state).train(module.training)
         self.put(path, layer)
         return layer
 
@@ -138,9 +141,9 @@ class Surgery:
                     "modules with weights that are numbers",
                     "leave it out of what is trained whole",
                 )
-        if any(isinstance(module, Adapted) for module in self.own(self.at(path)).modules()):
-            raise PeanutError(
-                f"'{path}' is to be trained whole, and another adapter changes a layer in it",
-                "a module that no adapter changes",
-                "leave it out of modules_to_save, or delete that adapter first",
-            )
+            if isinstance(module, Adapted):
+                raise PeanutError(
+                    f"'{path}' is to be trained whole, and another adapter changes a layer in it",
+                    "a module that no adapter changes",
+                    "leave it out of modules_to_save, or delete that adapter first",
+                )

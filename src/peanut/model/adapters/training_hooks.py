@@ -1,39 +1,25 @@
-"""What a method needs of a training loop, without a call in it: penalties in the loss, and a turn after each step."""
+"""Adds penalties to the loss and runs after each optimizer step, without a call in the training loop."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..layers.state import AdapterState
+if TYPE_CHECKING:
+    from .adapter_set import AdapterSet
 
-__all__ = ["Followed", "follow", "unfollow"]
+__all__ = ["follow", "unfollow"]
 
-
-class Followed(Protocol):
-    """What the hooks must know of a model's adapters."""
-
-    model: nn.Module
-    state: AdapterState
-
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss."""
-
-    def after_step(self, updated: Collection[int]) -> None:
-        """Runs after an optimizer has updated the parameters of these ids."""
-
-
-_FOLLOWED: weakref.WeakSet[Followed] = weakref.WeakSet()
+_FOLLOWED: weakref.WeakSet[AdapterSet] = weakref.WeakSet()
 _HOOKED: list[Any] = []
 
 
-def follow(adapters: Followed) -> None:
+def follow(adapters: AdapterSet) -> None:
     """From now on, penalties of ``adapters`` enter the loss that the model returns, and schedules follow the optimizer.
 
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
@@ -44,7 +30,7 @@ def follow(adapters: Followed) -> None:
         adapters.model.register_forward_hook(_before_loss_leaves)
 
 
-def unfollow(adapters: Followed) -> None:
+def unfollow(adapters: AdapterSet) -> None:
     """Takes back what ``follow`` did."""
     _FOLLOWED.discard(adapters)
     hooks = adapters.model._forward_hooks
@@ -52,7 +38,7 @@ def unfollow(adapters: Followed) -> None:
         del hooks[key]
 
 
-def _watch(adapters: Followed) -> None:
+def _watch(adapters: AdapterSet) -> None:
     if not _HOOKED:
         _HOOKED.append(register_optimizer_step_post_hook(_after_step))
     _FOLLOWED.add(adapters)

@@ -1,1 +1,1 @@
-"""Adapters in files: keys, fingerprints of the base, saving and loading."""
+"""Saving and loading adapters: files, tensor names, fingerprints of the base model."""

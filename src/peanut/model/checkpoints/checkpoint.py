@@ -1,4 +1,4 @@
-"""An adapter as files: ``adapter_config.json`` and ``adapter_model.safetensors``, in Hugging Face PEFT's format."""
+"""Saves and reads adapters in Hugging Face PEFT's format: ``adapter_config.json``, ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from ...hub import locate
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
-from ..adapters.surgery import SHARED
-from ..targets.defaults import HEADS
-from ..targets.matching import ALL_LINEAR
+from ..adapters.surgery import SHARED, key_of
+from ..targets.matching import heads_of, is_all_linear
 from .fingerprint import fingerprint
-from .keys import PREFIX, KeyStyle, file_key, flat, key_of, plain_key
+from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 
 __all__ = [
     "TRAINING_NAME",
@@ -32,6 +31,7 @@ __all__ = [
     "adapter_state",
     "by_place",
     "file_config",
+    "keys_of",
     "parts_of",
     "read_adapter",
     "save_adapter",
@@ -39,7 +39,7 @@ __all__ = [
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "adapter_training.safetensors"
-"""What only training needs, to go on from: statistics of schedules. Loading an adapter for use ignores it."""
+"""Training state (statistics of schedules), saved separately for resuming; an adapter loaded for use ignores it."""
 _FINGERPRINT = "peanut_base"
 
 
@@ -52,7 +52,7 @@ class StoredAdapter:
         state: its tensors by key, without the prefix.
         base: the fingerprint of the base that it was trained on, if its writer recorded one.
         source: the folder, for messages.
-        passing: what only training needs, by key.
+        passing: training state, by key.
     """
 
     config: PeftConfig
@@ -88,14 +88,19 @@ def adapter_state(
 
 
 def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
-    """The tensors of adapter ``name`` that only training needs (statistics of a schedule), by key."""
-    wanted = {
+    """The training state of adapter ``name`` (statistics of a schedule, say), by key."""
+    wanted = keys_of(adapters, name, lambda method, config: method.passing(config) | method.scaffold(config))
+    return {key: value.detach() for key, value in adapters.parameters(name) if key in wanted} if wanted else {}
+
+
+def keys_of(adapters: AdapterSet, name: str, suffixes: Callable[[Method[Any], PeftConfig], frozenset[str]]) -> set[str]:
+    """The keys of the tensors of adapter ``name`` with the suffixes that are told for each of its methods."""
+    return {
         key_of(path, suffix)
         for method, config, paths in parts_of(adapters, name)
-        for suffix in method.passing(config) | method.scaffold(config)
+        for suffix in suffixes(method, config)
         for path in paths
     }
-    return {key: value.detach() for key, value in adapters.parameters(name) if key in wanted} if wanted else {}
 
 
 def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
@@ -134,21 +139,23 @@ def save_adapter(
     Raises:
         PeanutError: a value is not finite, or the folder cannot be written.
     """
-    held, state = adapter_state(adapters, name, state_dict)
-    _refuse_not_finite(state, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
-    config = file_config(adapters, name, _with_folders(held, Path(folder)))
-    metadata = {"format": "pt"}
+    config, state = adapter_state(adapters, name, state_dict)
+    training = training_state(adapters, name)
+    for held in (state, training):
+        _refuse_not_finite(held, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
+    method, metadata = method_of(config.peft_type), {"format": "pt"}
+    if isinstance(method, MixtureMethod):  # its experts are saved beside it
+        config = method.mixing(config, {expert: str(Path(folder) / expert) for expert in method.experts(config)})
+    config = file_config(adapters, name, config)
     base = fingerprint(adapters, name)
     if base is not None:
         metadata[_FINGERPRINT] = base
     style = KeyStyle.of(config)
-    tensors = _for_file(state, style)
+    tensors, passing = _for_file(state, style), _for_file(training, style)
     files: dict[str, Callable[[Path], object]] = {
         CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
         WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
     }
-    passing = _for_file(training_state(adapters, name), style)
-    _refuse_not_finite(passing, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     if passing:
         files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
     return write_files(folder, files)
@@ -156,29 +163,26 @@ def save_adapter(
 
 def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:
     """The config of adapter ``name`` as files hold it, from what ``adapter_state`` says of it."""
-    model_config = getattr(adapters.model, "config", None)
+    config, model_config = adapters.configs[name], getattr(adapters.model, "config", None)
     return replace(
         held,
         inference_mode=True,
-        base_model_name_or_path=adapters.configs[name].base_model_name_or_path
-        or getattr(model_config, "_name_or_path", None)
-        or None,
-        modules_to_save=_modules_to_save(adapters, name),
+        base_model_name_or_path=config.base_model_name_or_path or getattr(model_config, "_name_or_path", None) or None,
+        modules_to_save=sorted({*(config.modules_to_save or []), *heads_of(config)}) or None,
         target_modules=_target_modules(adapters, name, held),
     )
 
 
-def _with_folders(config: PeftConfig, folder: Path) -> PeftConfig:
-    """The config of a mixture with the folders into which its experts are saved beside it."""
-    method = method_of(config.peft_type)
-    if not isinstance(method, MixtureMethod):
-        return config
-    mixed: PeftConfig = method.mixing(config, {name: str(folder / name) for name in method.experts(config)})
-    return mixed
-
-
 def _for_file(state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]:
-    return _unshared({file_key(key, style): value.cpu().contiguous() for key, value in sorted(state.items())})
+    """Tensors by the keys of files. No two share memory, which safetensors refuses: a head may have two names."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in sorted(state.items()):
+        own = value.cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        tensors[file_key(key, style)] = own.clone() if place in seen else own
+        seen.add(place)
+    return tensors
 
 
 def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
@@ -210,49 +214,25 @@ def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tens
     return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 
-def _modules_to_save(adapters: AdapterSet, name: str) -> list[str] | None:
-    """What the config names, and the task's heads under the names that the peer writes for them."""
-    config = adapters.configs[name]
-    task = str(getattr(config.task_type, "value", config.task_type))
-    return sorted({*(config.modules_to_save or []), *HEADS.get(task, ())}) or None
-
-
 def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[str] | str | None:
     """The config's targets; where it left them open, the layers whose weight is changed."""
     if not isinstance(method_of(held.peft_type), WeightMethod):
         return held.target_modules
     targets = adapters.configs[name].target_modules
-    if targets is not None and not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+    if targets is not None and not is_all_linear(targets):
         return targets
-    main = method_of(adapters.configs[name].peft_type)
-    return (
-        sorted(
-            place.path for place in adapters.places(name) if place.method_of(name)[0] == main and place.path != SHARED
-        )
-        or None
-    )
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory, which safetensors refuses: a head may hold one bias under two names."""
-    seen: set[int] = set()
-    for key, value in tensors.items():
-        place = value.untyped_storage().data_ptr()
-        tensors[key] = value.clone() if place in seen else value
-        seen.add(place)
-    return tensors
+    _, _, paths = next(parts_of(adapters, name))
+    return sorted(path for path in paths if path != SHARED) or None
 
 
 def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
     for key, value in state.items():
+        if not value.is_floating_point():
+            continue
         # The norm is read fastest. It may be too large although no value is: then all are looked at.
-        if value.is_floating_point() and not (_norm(value).isfinite() or value.isfinite().all()):
+        norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        if not (norm.isfinite() or value.isfinite().all()):
             raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
-
-
-def _norm(value: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-    return norm
 
 
 def _plain(key: str) -> str:

@@ -1,4 +1,4 @@
-"""A few numbers of the frozen weights, kept with an adapter, so that it does not load on another base unnoticed."""
+"""Samples of the base's frozen weights, saved with an adapter, so that loading it on another base is an error."""
 
 from __future__ import annotations
 
@@ -47,12 +47,7 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     if not recorded or own is None:
         return
     then, now = json.loads(recorded), json.loads(own)
-    differs = then.keys() != now.keys() or any(len(then[path]) != len(now[path]) for path in then)
-    if not differs:
-        a = torch.tensor([value for path in sorted(then) for value in then[path]], dtype=torch.float64)
-        b = torch.tensor([value for path in sorted(now) for value in now[path]], dtype=torch.float64)
-        differs = bool(((a - b).abs() > 2**-7 * torch.maximum(a.abs(), b.abs()) + 1e-6).any())
-    if differs:
+    if then.keys() != now.keys() or any(_apart(then[path], now[path]) for path in then):
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         raise PeanutError(
             f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(recorded)}) "
@@ -60,6 +55,10 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
             "the base that it was trained on",
             "load that one, or pass check_base=False",
         )
+
+
+def _apart(a: list[float], b: list[float]) -> bool:
+    return len(a) != len(b) or any(abs(x - y) > 2**-7 * max(abs(x), abs(y)) + 1e-6 for x, y in zip(a, b, strict=True))
 
 
 def _short(samples: str) -> str:

@@ -1,4 +1,4 @@
-"""Keys of tensors: as the library has them, and as files write them."""
+"""Names of tensors: inside the library, and in files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...protocols import PeftConfig
-from ..adapters.surgery import SHARED
+from ..adapters.surgery import SHARED, key_of
 
-__all__ = ["PREFIX", "KeyStyle", "file_key", "flat", "key_of", "plain_key"]
+__all__ = ["PREFIX", "KeyStyle", "file_key", "flat", "plain_key"]
 
 PREFIX = "base_model.model."
 """What every key in a file begins with."""
@@ -52,8 +52,3 @@ def plain_key(key: str, style: KeyStyle, shared: Collection[str] = ()) -> str:
 def flat(grouped: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by key from those by path and suffix."""
     return {key_of(path, suffix): value for path, values in grouped.items() for suffix, value in values.items()}
-
-
-def key_of(path: str, suffix: str) -> str:
-    """The key of a tensor at ``path``, or of one that belongs to no module."""
-    return f"{SHARED}{suffix}" if path == SHARED else f"{path}.{suffix}" if path else suffix

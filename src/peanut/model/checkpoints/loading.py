@@ -1,4 +1,4 @@
-"""Stored tensors put into an adapter: all that fits, or nothing."""
+"""Loads saved tensors into an adapter: if anything is missing, unexpected or of another shape, nothing is changed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig
 from ..adapters.adapter_set import AdapterSet
-from ..adapters.surgery import SHARED
+from ..adapters.surgery import SHARED, key_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
-from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, parts_of
+from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, keys_of, parts_of
 from .fingerprint import check_base
-from .keys import flat, key_of
+from .keys import flat
 
 __all__ = ["load_state", "same_form"]
 
@@ -38,40 +38,29 @@ def load_state(
     """
     if name in adapters.state.merged:
         raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
-    parts, there = list(parts_of(adapters, name)), dict(adapters.parameters(name))
-    left_out = {
-        key_of(path, suffix)
-        for method, config, paths in parts
-        for suffix in method.rebuilt(config) | method.passing(config) | method.scaffold(config)
-        for path in paths
-    }
+    there = dict(adapters.parameters(name))
+    left_out = keys_of(adapters, name, lambda method, config: method.unsaved(config))
     own = {key: value for key, value in there.items() if key not in left_out}
     grouped = by_place(adapters, name, stored.state)
     state: dict[str, Tensor] = {}
-    for method, config, paths in parts:
+    for method, config, paths in parts_of(adapters, name):
         restored = method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped})
         state |= flat(restored)
     state |= flat(grouped)
-    scaffold = {
-        key: there[key]
-        for method, config, paths in parts
-        for suffix in method.scaffold(config)
-        for path in paths
-        if (key := key_of(path, suffix)) in there
-    }
+    computing = keys_of(adapters, name, lambda method, config: method.scaffold(config))
+    scaffold = {key: value for key, value in there.items() if key in computing}
     made = _made_by_scaffold(adapters, name, scaffold, state, stored)
-    state = {key: value for key, value in state.items() if key not in made}
-    state = {key: value for key, value in state.items() if key in own or not _is_base_copy(key, adapters, value)}
-    state = _without_copies(adapters, name, state)
+    state = _without_copies(adapters, name, {key: value for key, value in state.items() if key not in made}, own)
     read = {id(own[key]): value for key, value in state.items() if key in own}
     state |= {key: read[id(value)] for key, value in own.items() if key not in state and id(value) in read}  # tied
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
+        found = [_listed("lacks", missing), _listed("has unexpected", unexpected)]
+        near = f" (nearest to the first: {nearest(unexpected[0], own, 1)})" if unexpected and own else ""
         raise PeanutError(
-            f"'{stored.source}' {_listed('lacks', missing)}{' and ' if missing and unexpected else ''}"
-            f"{_listed('has unexpected', unexpected)}",
+            f"'{stored.source}' {' and '.join(filter(None, found))}",
             f"the {len(own)} tensors of its config on {type(adapters.model).__name__}",
-            f"check the base model and the config{_hint(unexpected, own)}",
+            f"check the base model and the config{near}",
         )
     for key, parameter in own.items():
         if parameter.shape != state[key].shape:
@@ -146,11 +135,29 @@ def _made_by_scaffold(
     return made
 
 
-def _without_copies(adapters: AdapterSet, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without what the peer writes of a trained module twice (its biases, under bias="all")."""
+def _without_copies(
+    adapters: AdapterSet, name: str, state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors without what Hugging Face PEFT writes beyond an adapter's ``own``.
+
+    That is a trained module twice (its biases, under bias="all"), and frozen tensors of the base (its embeddings).
+    """
+    if state.keys() <= own.keys():
+        return state
     parts = ("modules_to_save", "original_module")
-    copies = tuple(f"{path}.{part}." for path, _ in adapters.saved_modules(name) for part in parts)
-    return {key: value for key, value in state.items() if not key.startswith(copies)} if copies else state
+    twice = tuple(f"{path}.{part}." for path, _ in adapters.saved_modules(name) for part in parts)
+    base = adapters.model.state_dict()
+    layers = {f"{path}.base_layer.weight": layer for path, layer in adapters.layers()}
+
+    def is_copy(key: str, value: Tensor) -> bool:
+        there = layers[key].frozen.weight if key in layers else base.get(key)
+        return there is not None and there.shape == value.shape and torch.equal(there.cpu().to(value.dtype), value)
+
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(twice) and (key in own or not is_copy(key, value))
+    }
 
 
 def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
@@ -180,27 +187,15 @@ def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Paramet
     for place in adapters.places(name):
         near = (place.frozen.weight,) if isinstance(place, AdaptedLayer) else place.parameters()
         beside = next((own.device for own in near if own.device.type != "meta"), first)
-        held.append((SHARED if place.path == SHARED else f"{place.path}.", place.adapters[name], beside))
+        held.append((place.path, place.adapters[name], beside))
         if name in place.banks:
             held.append((SHARED, place.banks[name], beside))
     return {
-        f"{start}{suffix}": (holder, suffix, device)
-        for start, holder, device in held
+        key_of(path, suffix): (holder, suffix, device)
+        for path, holder, device in held
         for suffix, value in holder.values_by_suffix().items()
         if value.is_meta
     }
-
-
-def _is_base_copy(key: str, adapters: AdapterSet, value: Tensor) -> bool:
-    """Whether a key that no adapter owns is a copy of a frozen tensor of this base (the peer saves embeddings so)."""
-    *_, leaf = key.split(".")
-    for path, layer in adapters.layers():
-        if key == f"{path}.base_layer.{leaf}" and leaf == "weight":
-            return layer.frozen.weight.shape == value.shape and torch.equal(
-                layer.frozen.weight.cpu().to(value.dtype), value
-            )
-    base = {k: v for k, v in adapters.model.state_dict().items() if k == key}
-    return key in base and base[key].shape == value.shape and torch.equal(base[key].cpu().to(value.dtype), value)
 
 
 def _listed(verb: str, keys: list[str]) -> str:
@@ -208,7 +203,3 @@ def _listed(verb: str, keys: list[str]) -> str:
         return ""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return f"{verb} {', '.join(keys[:3])}{more}"
-
-
-def _hint(unexpected: list[str], own: Mapping[str, Tensor]) -> str:
-    return f" (nearest to the first: {nearest(unexpected[0], own, 1)})" if unexpected and own else ""

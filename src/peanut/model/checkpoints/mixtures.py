@@ -1,4 +1,4 @@
-"""The experts of a mixture: read into the model before it, and saved with it."""
+"""Loads the experts of a mixture (X-LoRA) before it, and saves them with it."""
 
 from __future__ import annotations
 
@@ -61,28 +61,24 @@ def ready(
     if not isinstance(method, MixtureMethod):
         return config
     wanted = method.experts(config)
-    if not wanted:
-        there = {
-            name: None for name, own in adapters.configs.items() if isinstance(method_of(own.peft_type), WeightMethod)
-        }
-        if not there:
-            raise PeanutError(
-                f"{method.name} without experts: the model has no adapters",
-                "adapters to mix",
-                "load LoRAs first, or name their folders: adapters={'name': 'folder'}",
-            )
-        return _mixing(method, config, there)
     with all_or_none(adapters):
         for name, source in wanted.items():
             if name in adapters.configs:
                 _check_same(adapters, name, source, folder)
-            else:
-                _read(adapters, name, _found(name, source, folder), wide=wide, check_base=check_base)
-    return _mixing(method, config, dict.fromkeys(wanted))
-
-
-def _mixing(method: MixtureMethod[Any], config: PeftConfig, experts: dict[str, Any]) -> PeftConfig:
-    mixed: PeftConfig = method.mixing(config, experts)
+                continue
+            stored = read_adapter(_found(name, source, folder))
+            adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
+            load_state(adapters, name, stored, check=check_base)
+    experts = list(wanted) or [
+        name for name, own in adapters.configs.items() if isinstance(method_of(own.peft_type), WeightMethod)
+    ]
+    if not experts:
+        raise PeanutError(
+            f"{method.name} without experts: the model has no adapters",
+            "adapters to mix",
+            "load LoRAs first, or name their folders: adapters={'name': 'folder'}",
+        )
+    mixed: PeftConfig = method.mixing(config, dict.fromkeys(experts))
     return mixed
 
 
@@ -108,7 +104,7 @@ def _found(name: str, source: Any, folder: str | os.PathLike[str] | None) -> str
             return own
         if source is None or not Path(source).exists():
             raise PeanutError(
-                f"'{own}' has tensors of several experts in it and lacks others, as the peer writes them",
+                f"'{own}' has tensors of several experts in it and lacks others, as Hugging Face PEFT writes them",
                 f"the folder into which expert {name!r} was saved by itself",
                 f"load with config=XLoraConfig(adapters={{{name!r}: 'that folder', ...}}, ...)",
             )
@@ -122,7 +118,7 @@ def _found(name: str, source: Any, folder: str | os.PathLike[str] | None) -> str
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether an expert was saved as adapters are. The peer takes numbers in layers' paths for names of experts."""
+    """Whether an expert was saved as adapters are. Hugging Face PEFT takes numbers in paths for experts' names."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         return True  # reading it says so
@@ -131,7 +127,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def gathered(stored: StoredAdapter) -> StoredAdapter:
-    """A mixture with what the peer wrote of its gate into the folders of its experts.
+    """A mixture with what Hugging Face PEFT wrote of its gate into the folders of its experts.
 
     It takes the number of a gate's layer for an expert's name, leaves it out of the key, and puts the tensor there.
     """
@@ -148,12 +144,6 @@ def gathered(stored: StoredAdapter) -> StoredAdapter:
                     place, _, leaf = plain.rpartition(".")
                     state.setdefault(f"{SHARED}{place}.{name}.{leaf}", file.get_tensor(key))
     return replace(stored, state=state)
-
-
-def _read(adapters: AdapterSet, name: str, source: str | os.PathLike[str], *, wide: bool, check_base: bool) -> None:
-    stored = read_adapter(source)
-    adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
-    load_state(adapters, name, stored, check=check_base)
 
 
 def save_experts(folder: Path, adapters: AdapterSet, name: str) -> None:

@@ -1,1 +1,1 @@
-"""Virtual tokens and prefixes around a model's forward: masks, positions, labels, caches, gates of mixtures."""
+"""Virtual tokens and prefixes in a forward: inputs, masks, positions, labels, caches; and the gates of mixtures."""

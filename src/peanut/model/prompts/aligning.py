@@ -1,4 +1,4 @@
-"""Where the user's tokens stand among virtual tokens, on the way in and on the way out."""
+"""Orders virtual tokens, padding and the user's tokens in a batch, and puts outputs back into the user's order."""
 
 from __future__ import annotations
 

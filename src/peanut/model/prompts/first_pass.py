@@ -1,4 +1,4 @@
-"""The first pass of a mixture: the base model alone, whose hidden states the gates are computed from."""
+"""The first pass of a mixture (X-LoRA): hidden states of the base model, from which the gates are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values that every layer's attention sees before those of its own tokens."""
+"""Prefixes: keys and values that every layer's attention sees before those of its own tokens, as a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch's arguments become when something comes before the user's tokens: masks, positions, ids, labels."""
+"""Fits a batch's arguments to virtual tokens and prefixes: attention masks, positions, token ids, labels."""
 
 from __future__ import annotations
 
@@ -67,10 +67,9 @@ class Reader:
     def fit_mask(self, arguments: dict[str, Any], there: Tensor | None, seen: int, rows: int, width: int) -> None:
         """The attention mask over what comes before, and the ``seen`` tokens of the user."""
         mask = arguments.get("attention_mask")
-        if mask is None and there is None:
-            return
         if mask is None:
-            assert there is not None  # as just seen
+            if there is None:
+                return
             mask = torch.ones(rows, seen, dtype=torch.long, device=there.device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -94,9 +93,7 @@ class Reader:
         if "position_ids" not in self.names:
             return
         given, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-        read = arguments.get("input_ids")
-        read = arguments["inputs_embeds"] if read is None else read
-        count = read.shape[1] + inserted
+        count = _given(arguments).shape[1] + inserted
         if given is None:
             if mask is not None and self.padding is None and "past_key_values" in self.names:
                 arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
@@ -113,16 +110,12 @@ class Reader:
         """Position ids for a model that gives all rows one past, where some rows have less of a prefix than others."""
         if "past_key_values" in self.names or arguments.get("position_ids") is not None:
             return
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        if ids is None and self.padding is not None:
-            return  # it counts without the past
-        read = embeds if ids is None else ids
-        assert read is not None  # else it had not come here
+        read = _given(arguments)
         past = there.to(read.device).sum(1, keepdim=True)
         if self.padding is None:
             arguments["position_ids"] = torch.arange(read.shape[1], device=read.device) + past
-        elif ids is not None:
-            known = (ids != self.padding).long()
+        elif arguments.get("input_ids") is not None:  # of embeddings it counts without the past
+            known = (read != self.padding).long()
             arguments["position_ids"] = (known.cumsum(1) + past) * known + self.padding
 
     def check_length(self, width: int, count: int, past: Any, begun: bool) -> None:
@@ -141,18 +134,15 @@ class Reader:
         Where rows have fewer than others, a model that reads in one go (BERT) is given the empty places last: it
         answers from the first one, and counts from there. One that writes (GPT) is given them first.
         """
-        width = tokens.values.shape[1]
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        read = ids if ids is not None else embeds
-        assert read is not None  # else it had not come here
-        if ids is not None:
-            front = ids.new_full((rows, width), self.virtual)
+        width, read = tokens.values.shape[1], _given(arguments)
+        if arguments.get("input_ids") is None:
+            arguments["inputs_embeds"] = torch.cat([tokens.values.to(read), read], dim=1)
+        else:
+            front = read.new_full((rows, width), self.virtual)
             padding = getattr(self.stack.config, "pad_token_id", None)
             if tokens.there is not None:
-                front[~tokens.there.to(ids.device)] = self.virtual if padding is None else padding
-            arguments["input_ids"] = torch.cat([front, ids], dim=1)
-        elif embeds is not None:
-            arguments["inputs_embeds"] = torch.cat([tokens.values.to(embeds), embeds], dim=1)
+                front[~tokens.there.to(read.device)] = self.virtual if padding is None else padding
+            arguments["input_ids"] = torch.cat([front, read], dim=1)
         if arguments.get("token_type_ids") is not None:
             types = arguments["token_type_ids"]
             arguments["token_type_ids"] = torch.cat([types.new_zeros(rows, width), types], dim=1)
@@ -162,16 +152,15 @@ class Reader:
         order = None
         before: Tensor | int = width
         if tokens.there is not None and self.reads_alone and "past_key_values" not in self.names:
-            order = order_of(tokens.there.to(read.device), read.shape[1])
-            before = tokens.there.to(read.device).sum(1)
+            there = tokens.there.to(read.device)
+            order, before = order_of(there, read.shape[1]), there.sum(1)
             places = width + read.shape[1]
             for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels"):
                 value = arguments.get(name)
                 if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == places:
                     arguments[name] = arranged(value, order)
             mask = arguments["attention_mask"]  # it has a prefix in front
-            parts = mask[:, : mask.shape[1] - places], mask[:, mask.shape[1] - places :]
-            arguments["attention_mask"] = torch.cat([parts[0], arranged(parts[1], order)], dim=1)
+            arguments["attention_mask"] = torch.cat([mask[:, :-places], arranged(mask[:, -places:], order)], dim=1)
         elif not self.reads_alone and arguments.get("attention_mask") is not None:
             order = padding_first(arguments["attention_mask"], width)
             for name in ("input_ids", "inputs_embeds", "attention_mask"):
@@ -198,6 +187,12 @@ class Reader:
             return known
         asked = known & ~((labels != IGNORED).cumsum(1) > 0)
         return torch.where(asked.any(1, keepdim=True), asked, known)  # where all is answer, all is prompt
+
+
+def _given(arguments: dict[str, Any]) -> Tensor:
+    """The user's tokens: ids (batch, tokens), or embeddings (batch, tokens, width)."""
+    ids: Tensor | None = arguments.get("input_ids")
+    return arguments["inputs_embeds"] if ids is None else ids
 
 
 def with_front(mask: Tensor, there: Tensor | None, width: int) -> Tensor:

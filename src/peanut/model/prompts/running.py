@@ -1,4 +1,4 @@
-"""Around a forward of the whole model: virtual tokens come in, masks and labels are made to fit, mixtures get gates."""
+"""Hooks around a model's forward that insert virtual tokens and prefixes, and compute the gates of mixtures."""
 
 from __future__ import annotations
 

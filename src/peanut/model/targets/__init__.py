@@ -1,1 +1,1 @@
-"""Which modules of a model an adapter changes: names and patterns, architectures, sizes."""
+"""Which modules an adapter changes: names and patterns, defaults by architecture, and sizes of the model."""

@@ -1,104 +1,22 @@
-"""Where methods that change an output attach, by architecture."""
+"""The modules whose output a method changes (bottleneck adapters, ReFT, adaption prompts), by architecture or name."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ...errors import PeanutError
-from ...protocols import OutputMethod, PeftConfig, Site
+from ...protocols import OutputMethod, PeftConfig, Site, Stack
 from ...weights import FrozenLayer, kind_of
-from .matching import bare, modules_by_path, named_paths, narrowed
+from .architectures import architecture_of, model_type_of
+from .matching import matching_paths, narrowed
+from .paths import Modules, bare, modules_by_path
 from .shape import reading_stack
 from .tree import module_tree
 
-__all__ = ["PLACES", "Places", "sites"]
-
-
-@dataclass(frozen=True)
-class Places:
-    """The places of a stack of blocks, each a path inside a block. All are regular expressions.
-
-    Args:
-        block: the paths of the blocks; its group is the block's number.
-        attention: the attention module, which is given the hidden states.
-        attention_output: the last product of attention, before it is added to the stream.
-        feed_forward_input: a module that is given the stream as the feed-forward part finds it.
-        feed_forward_output: the last product of the feed-forward part, before it is added to the stream.
-        block_end: the norm with which a block ends, empty where the block ends with the sum itself.
-        writes: whether it is a decoder beside an encoder that reads the user's tokens.
-    """
-
-    block: str
-    attention: str
-    attention_output: str
-    feed_forward_input: str
-    feed_forward_output: str
-    block_end: str = ""
-    writes: bool = False
-
-
-_BERT = Places(
-    r"(?:.*\.)?encoder\.layer\.(\d+)",
-    r"attention\.self",
-    r"attention\.output\.dense",
-    r"intermediate\.dense",
-    r"output\.dense",
-    r"output\.LayerNorm",
-)
-_MPNET = replace(_BERT, attention=r"attention\.attn", attention_output=r"attention\.attn\.o")
-_DISTILBERT = Places(
-    r"(?:.*\.)?layer\.(\d+)", "attention", r"attention\.out_lin", "ffn", r"ffn\.lin2", "output_layer_norm"
-)
-_LLAMA = Places(
-    r"(?:.*\.)?layers\.(\d+)", "self_attn", r"self_attn\.o_proj", "post_attention_layernorm", r"mlp\.down_proj"
-)
-_GEMMA = replace(_LLAMA, feed_forward_input="pre_feedforward_layernorm")
-_OLMO = replace(_LLAMA, feed_forward_input="mlp")  # it norms what its parts answer, not what they are given
-_VIT = Places(r"(?:.*\.)?layers\.(\d+)", "attention", r"attention\.o_proj", "layernorm_after", r"mlp\.fc2")
-_GPT2 = Places(r"(?:.*\.)?h\.(\d+)", "attn", r"attn\.c_proj", "ln_2", r"mlp\.c_proj")
-_T5_ENCODER = Places(
-    r"(?:.*\.)?encoder\.block\.(\d+)",
-    r"layer\.0\.SelfAttention",
-    r"layer\.0\.SelfAttention\.o",
-    r"layer\.1",
-    r"layer\.1\.DenseReluDense\.wo",
-)
-_T5_DECODER = replace(
-    _T5_ENCODER,
-    block=r"(?:.*\.)?decoder\.block\.(\d+)",
-    feed_forward_input=r"layer\.2",
-    feed_forward_output=r"layer\.2\.DenseReluDense\.wo",
-    writes=True,
-)
-
-PLACES: dict[str, tuple[Places, ...]] = {
-    "bert": (_BERT,),
-    "camembert": (_BERT,),
-    "electra": (_BERT,),
-    "roberta": (_BERT,),
-    "xlm-roberta": (_BERT,),
-    "mpnet": (_MPNET,),
-    "distilbert": (_DISTILBERT,),
-    "vit": (_VIT,),
-    "gpt2": (_GPT2,),
-    "llama": (_LLAMA,),
-    "mistral": (_LLAMA,),
-    "qwen2": (_LLAMA,),
-    "qwen3": (_LLAMA,),
-    "gemma": (_LLAMA,),
-    "gemma2": (_GEMMA,),
-    "gemma3_text": (_GEMMA,),
-    "phi3": (_LLAMA,),
-    "olmo2": (_OLMO,),
-    "smollm3": (_LLAMA,),
-    "t5": (_T5_ENCODER, _T5_DECODER),
-    "mt5": (_T5_ENCODER, _T5_DECODER),
-}
-"""``model_type`` → the places of its stacks."""
+__all__ = ["sites"]
 
 
 def sites(model: nn.Module, config: PeftConfig, method: OutputMethod[Any]) -> list[Site]:
@@ -108,36 +26,34 @@ def sites(model: nn.Module, config: PeftConfig, method: OutputMethod[Any]) -> li
         PeanutError: the architecture is not known and the config names no modules; it names none that are there; what
             it names has no last dimension to change; nothing is left.
     """
-    modules = modules_by_path(model)
+    modules, stacks = modules_by_path(model), architecture_of(model).stacks
     settings = getattr(model, "config", None)
-    model_type = str(getattr(settings, "model_type", None))
     if config.target_modules is None:
-        if model_type not in PLACES:
+        if not stacks:
             raise PeanutError(
-                f"no default places of {method.name} for {type(model).__name__} (model_type {model_type!r})",
+                f"no default places of {method.name} for {type(model).__name__} (model_type {model_type_of(model)!r})",
                 "target_modules",
                 "name the modules whose output is to be changed, for instance target_modules=['down_proj'] (every "
                 "path that ends so) or a regular expression for whole paths, out of this tree:",
                 detail=module_tree(model),
             )
-        places = _by_place(list(modules), PLACES[model_type], method, config)
-        left = narrowed(model, list(places), config, modules) if places else []
+        found = _default_paths(modules, stacks, method, config)
+        left = narrowed(model, found, config, modules) if found else []
     else:
-        left = named_paths(model, config, method, modules)
-        places = dict.fromkeys(left, "named")
+        found = left = narrowed(model, matching_paths(model, config, method, modules), config, modules)
         _refuse_writers(model, left, modules, method)
-    blocks = {path: _block(path, model_type) for path in places}
-    counts = {
-        stack: 1 + max(number for other, number in blocks.values() if other == stack) for stack, _ in blocks.values()
-    }
+    blocks = {path: _block(path, stacks) for path in found}
+    counts: dict[str, int] = {}
+    for stack, number in blocks.values():
+        counts[stack] = max(counts.get(stack, 0), number + 1)
     made = []
     for path in left:
-        (stack, number), place = blocks[path], places[path]
+        stack, number = blocks[path]
         if method.chosen(config, number, counts[stack]):
-            source = _source(path, method.source(config, place), model_type, modules) if place != "named" else None
+            place = method.source(config) if config.target_modules is None else None
+            source = None if place is None else _source(path, place, stacks, modules)
             width, reads = _sizes(modules[path], path, settings, heard=source is not None)
-            block = number, counts[stack]
-            made.append(Site(path, place, width, reads, bare(modules[path]), block, source, settings))
+            made.append(Site(path, width, reads, bare(modules[path]), (number, counts[stack]), source, settings))
     if not made:
         raise PeanutError(
             f"{method.name} finds no module to change in {type(model).__name__}",
@@ -148,9 +64,7 @@ def sites(model: nn.Module, config: PeftConfig, method: OutputMethod[Any]) -> li
     return made
 
 
-def _refuse_writers(
-    model: nn.Module, paths: list[str], modules: dict[str, nn.Module], method: OutputMethod[Any]
-) -> None:
+def _refuse_writers(model: nn.Module, paths: list[str], modules: Modules, method: OutputMethod[Any]) -> None:
     """Refuses modules of a decoder beside an encoder if the method looks at the tokens that the encoder reads."""
     if not method.reads_prompt or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
@@ -164,31 +78,29 @@ def _refuse_writers(
             )
 
 
-def _by_place(
-    paths: list[str], stacks: tuple[Places, ...], method: OutputMethod[Any], config: PeftConfig
-) -> dict[str, str]:
-    """The places of the modules that the method changes, by path, in the model's order."""
-    patterns = {}
-    for place in method.places(config):
-        for stack in stacks:
-            inside = "" if place == "block" else getattr(stack, place)
-            if not (stack.writes and method.reads_prompt):
-                patterns[stack.block + (rf"\.(?:{inside})" if inside else "")] = place
-    return {path: place for path in paths for pattern, place in patterns.items() if re.fullmatch(pattern, path)}
+def _default_paths(
+    modules: Modules, stacks: tuple[Stack, ...], method: OutputMethod[Any], config: PeftConfig
+) -> list[str]:
+    """The paths of the places that the method changes, in the model's order."""
+    patterns = [
+        stack.paths(place)
+        for place in method.places(config)
+        for stack in stacks
+        if not (stack.writes and method.reads_prompt)
+    ]
+    return [path for path in modules if any(re.fullmatch(pattern, path) for pattern in patterns)]
 
 
-def _source(path: str, source: str | None, model_type: str, modules: dict[str, nn.Module]) -> str | None:
-    """The path of the module whose input is x for the module at ``path``."""
-    if source is None:
-        return None
-    stack, block = next((each, found) for each in PLACES[model_type] if (found := re.match(each.block, path)))
-    pattern = rf"{re.escape(block.group())}\.(?:{getattr(stack, source)})"
+def _source(path: str, place: str, stacks: tuple[Stack, ...], modules: Modules) -> str:
+    """The path of the module in the same block whose input is x for the module at ``path``."""
+    stack, block = next((each, found) for each in stacks if (found := re.match(each.block, path)))
+    pattern = rf"{re.escape(block.group())}\.(?:{getattr(stack, place)})"
     return next(path for path in modules if re.fullmatch(pattern, path))
 
 
-def _block(path: str, model_type: str) -> tuple[str, int]:
+def _block(path: str, stacks: tuple[Stack, ...]) -> tuple[str, int]:
     """The stack that ``path`` lies in and the number of its block there; ("", 0) if there are no numbers."""
-    known = [rf"(?:{each.block})(?:\.|$)" for each in PLACES.get(model_type, ())]
+    known = [rf"(?:{each.block})(?:\.|$)" for each in stacks]
     for pattern in [*known, r"(?:.*?\.)??[^.]*\.(\d+)(?:\.|$)"]:
         match = re.match(pattern, path)
         if match:

@@ -1,4 +1,4 @@
-"""What an input method must know of a model, read off its config."""
+"""Sizes and token ids that prompt methods need, read off a model and its config."""
 
 from __future__ import annotations
 

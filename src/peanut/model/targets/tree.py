@@ -1,4 +1,4 @@
-"""A model's modules as a picture, for messages: equal neighbours are shown once."""
+"""A model's module tree as text, for error messages; equal neighbours are shown once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""Module paths of a model, and which of them a name or a regular expression matches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from ...weights import kind_of
+from ..layers.layer import AdaptedLayer
+from ..layers.saved_modules import SavedModule
+
+__all__ = [
+    "Modules",
+    "bare",
+    "inside_attention",
+    "kind_name",
+    "last_names",
+    "matched",
+    "modules_by_path",
+    "outside",
+    "unmatched",
+]
+
+Modules = dict[str, nn.Module]
+
+_HOLDERS = ("adapted_output", "adapted_input", "adapted_mixture")
+"""Names under which a model's modules hold the adapters that change no weight."""
+
+
+def modules_by_path(model: nn.Module) -> Modules:
+    """The base model's modules by path; of an adapted layer only the layer, not what is inside."""
+    found: Modules = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        if path:
+            found[path] = module
+        if isinstance(module, AdaptedLayer):
+            return
+        inner = module.original_module if isinstance(module, SavedModule) else module
+        for name, child in inner.named_children():
+            if name not in _HOLDERS:
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A layer without the adapters around it."""
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
+
+
+def matched(paths: Iterable[str], names: Iterable[str] | str) -> list[str]:
+    """The paths that a regular expression matches whole, or that end in one of some names."""
+    if isinstance(names, str):
+        return [path for path in paths if re.fullmatch(names, path)]
+    wanted = frozenset(names)
+    return [path for path in paths if not wanted.isdisjoint(_ends(path))]
+
+
+def unmatched(hits: list[str], names: list[str] | str) -> str | None:
+    """The first of the names (or the regular expression) that none of its ``hits`` is called."""
+    if isinstance(names, str):
+        return None if hits else names
+    ends = set().union(*map(_ends, hits))
+    return next((name for name in names if name not in ends), None)
+
+
+def _ends(path: str) -> set[str]:
+    """All names that a path ends in: ``mlp.up_proj`` in itself and in ``up_proj``."""
+    names = path.split(".")
+    return {".".join(names[first:]) for first in range(len(names))}
+
+
+def outside(paths: Iterable[str], outer: list[str]) -> list[str]:
+    """The paths that are none of ``outer`` and lie in none of them."""
+    return [path for path in paths if not any(path == other or path.startswith(f"{other}.") for other in outer)]
+
+
+def inside_attention(path: str, modules: Modules) -> bool:
+    """Whether a path leads into an ``nn.MultiheadAttention``, which reads its weights and calls no layer."""
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def kind_name(module: nn.Module) -> str | None:
+    """What kind of layer a module is (``LayerKind.name``), ``None`` if none that is known."""
+    kind = kind_of(bare(module))
+    return None if kind is None else kind.name
+
+
+def last_names(paths: Iterable[str]) -> set[str]:
+    """The last names of paths, each once."""
+    return {path.rpartition(".")[2] for path in paths}
