@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.lab.measure import saved_bytes
 from peanut.methods.diff_pruning import DiffPruning, DiffPruningConfig
-from peanut.operators import gated
+from peanut.operators import hard_concrete
 from peanut.operators.hard_concrete import Gated, logistic
 
-from ..operators.test_built import check_laws
+from ..operators.test_materialised import check_laws
 from ..support import Net, distance, one_thread, randomised  # noqa: F401
 
 pytestmark = [
@@ -69,7 +69,7 @@ def noise_of(seed: int, shape: tuple[int, int], rows: int) -> Tensor:
 def test_noise_is_drawn_from_a_seed_whenever_it_is_needed(
     structured: bool, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated, "SPAN", span)
+    monkeypatch.setattr(hard_concrete, "SPAN", span)
     torch.manual_seed(1)
     values, logits = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     group = torch.tensor([0.9], dtype=torch.float64, requires_grad=True) if structured else None

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from peanut.operators.blockwise import BlockAffine, Blockwise
 
 from ..support import distance, one_thread  # noqa: F401
-from .test_built import check_laws
+from .test_materialised import check_laws
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

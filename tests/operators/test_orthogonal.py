@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peanut.lab.measure import saved_bytes
-from peanut.operators import Operator, mixing
+from peanut.operators import Operator, block_factors
 from peanut.operators.cayley import cayley, cayley_neumann
 from peanut.operators.householder import Householder
 from peanut.operators.orthogonal import BlockDiagonal, Butterfly
@@ -281,7 +281,7 @@ def test_turned_product_equals_its_formula_forward_and_backward(
 ) -> None:
     make, written_out, values = case
     width = make(values).shape[1]
-    monkeypatch.setattr(mixing, "SPAN", span * width)  # so many tokens are turned at a time
+    monkeypatch.setattr(block_factors, "SPAN", span * width)  # so many tokens are turned at a time
     weight, x = drawn(5, width, seed=3), drawn(2, 5, width, seed=2)
     bias = drawn(5, seed=4) if "bias" in extras else None
     gain = drawn(5, seed=5) if "gain" in extras else None

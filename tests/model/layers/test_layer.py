@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.methods.peanut import Peanut
 
-from ..support import Net, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
+from ...support import Net, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 31).reshape(4, 7)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 
-from ..support import distance, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 31).reshape(4, 7)

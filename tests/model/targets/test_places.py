@@ -16,7 +16,7 @@ from peanut.methods.loreft import LoreftConfig
 from peanut.model.layers.hooks import Hooking
 from peanut.model.targets.places import PLACES
 
-from ..support import one_thread, refused  # noqa: F401
+from ...support import one_thread, refused  # noqa: F401
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -14,7 +14,7 @@ from peanut import LoraConfig, PeanutConfig, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.targets.defaults import DEFAULT_TARGETS, HEADS
 
-from ..support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
+from ...support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
 
 pytestmark = PEER_WARNINGS
 Build = Callable[..., hf.PreTrainedModel]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.model.layers.saved_modules import SavedModule
 
-from ..support import distance, frozen_state, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import distance, frozen_state, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 15).reshape(2, 6)

@@ -16,7 +16,7 @@ from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.model.checkpoints.fingerprint import fingerprint
 from peanut.protocols import METHODS
 
-from ..support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 15).reshape(2, 6)
