@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from .support import distance
+from .support import directed, distance
 
 __all__ = ["assert_compiles"]
 
@@ -31,7 +31,7 @@ def assert_compiles(model: nn.Module, given: dict[str, Any], answer: Callable[[A
             model.zero_grad()
             torch.manual_seed(step)
             output = called(**given)
-            loss = output["loss"] if output.get("loss") is not None else answer(output).square().mean()
+            loss = output["loss"] if output.get("loss") is not None else directed(answer(output))
             loss.backward()
             gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
             found.append({"answer": answer(output).detach(), **gradients})

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from transformers.pytorch_utils import Conv1D
 import peanut.methods  # noqa: F401 - fills METHODS
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
-from peanut.protocols import METHODS, PeftConfig, WeightMethod
+from peanut.model.layers.layer import AdaptedLayer
+from peanut.operators import Diagonal, LowRank
+from peanut.protocols import METHODS, Change, PeftConfig, WeightMethod
 from peanut.weights import FrozenLayer, kind_of
 
 from .variants import PEER, VARIANTS, Variant
@@ -155,6 +158,46 @@ class Case:
             model.add_adapter(name, self.config())
         return randomised(model).eval()
 
+    # What tells for which cases a law says something. It takes a model to answer, so only modules with such laws ask.
+
+    @cached_property
+    def _layer(self) -> AdaptedLayer:
+        return next(layer for _, layer in AdapterSet.of(get_peft_model(self.net(), self.config())).layers())
+
+    @cached_property
+    def _change(self) -> Change:
+        return self._layer.change("default")
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether a bias that the adapter moves has a place in the layer."""
+        return self._change.shift is None or self._layer.frozen.bias() is not None
+
+    @property
+    def turns(self) -> bool:
+        """Whether the adapter turns the input or the output, so that the order of two matters."""
+        left = self._change.left
+        return self._change.rotation is not None or not (left is None or isinstance(left, Diagonal))
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether its change is more than gains of the input and shifts."""
+        change = self._change
+        return change.delta is not None or change.rotation is not None or change.left is not None
+
+    @property
+    def low_rank(self) -> bool:
+        return isinstance(self._change.delta, LowRank)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the layer multiplies by a matrix; a norm's change is as small as the norm."""
+        return self._layer.frozen.kind.multiplies()
+
+    @property
+    def takes_features(self) -> bool:
+        return self._layer.frozen.kind.takes_features()
+
 
 def _cases() -> Iterable[Case]:
     for method in METHODS.values():
@@ -268,6 +311,15 @@ def distance(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     difference = (found.detach().double() - expected.detach().double()).abs().max()
     return float(difference / expected.detach().double().abs().max())
+
+
+def directed(y: Tensor) -> Tensor:
+    """A loss, Σ y ⊙ d with d ~ N(0, 1), the same d for every y of this shape.
+
+    It sees every entry of y and where it stands: Σ y² is blind to rotations of y, and Σ y to all but the sum.
+    """
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return (y * direction.to(y.device, y.dtype)).sum()
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:

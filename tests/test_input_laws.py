@@ -140,11 +140,13 @@ def test_what_is_trained_gets_a_gradient(kind: Kind, form: Form) -> None:
     assert all(float(value.abs().max()) > 0 for name, value in found.items() if name not in flat)
 
 
-@cases(CASES)
-@pytest.mark.parametrize("side", ["left", "right"])
+PADDED = [(kind, form, "right") for kind, form in CASES]
+# Elsewhere padding on the left moves the tokens of the base itself.
+PADDED += [(kind, form, "left") for kind, form in CASES if kind.counts_tokens or kind is T5]
+
+
+@pytest.mark.parametrize(("kind", "form", "side"), PADDED, ids=str)
 def test_padded_rows_are_as_alone(kind: Kind, form: Form, side: str) -> None:
-    if side == "left" and not kind.counts_tokens and kind is not T5:
-        pytest.skip("padding on the left moves the tokens of the base itself")
     model, batch, lengths = adapted(kind, form), kind.batch(), [6, 4, 2]
     whole = padded(batch, lengths, side)
     found = answer(model, whole)

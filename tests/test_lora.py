@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peanut import LoraConfig, PeftModel, get_peft_model
 from peanut.model.layers.layer import AdaptedLayer
 
-from .support import Net, distance, one_thread, randomised, refused, same_bits  # noqa: F401
+from .support import Net, directed, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
 
 def adapted(layer: nn.Module, **options: Any) -> tuple[PeftModel, AdaptedLayer]:
@@ -120,7 +120,7 @@ def test_a_half_precision_base_keeps_its_bias_and_the_adapter_float32() -> None:
     net = Net(nn.Linear(6, 5)).bfloat16()
     model = randomised(get_peft_model(net, LoraConfig(target_modules=["layer"], bias="lora_only", lora_bias=True)))
     y = model(torch.randn(3, 6, dtype=torch.bfloat16))
-    y.sum().backward()
+    directed(y).backward()
     assert y.dtype == net.layer.base_layer.bias.dtype == torch.bfloat16
     for _, value in model.adapters.parameters("default"):
         assert value.dtype == value.grad.dtype == torch.float32

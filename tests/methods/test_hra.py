@@ -12,7 +12,7 @@ from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.hra import HRAConfig
 from peanut.model.adapters.adapter_set import AdapterSet
 
-from ..support import Net, distance, one_thread, peer_model, randomised  # noqa: F401
+from ..support import Net, directed, distance, one_thread, peer_model, randomised  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed")
 
@@ -100,7 +100,7 @@ def test_orthogonal_reflections_start_apart_and_finite() -> None:
     model = new(base, r=4, apply_GS=True)
     x = torch.randn(5, 12, dtype=torch.float64)
     y = model(x)
-    (gradient,) = torch.autograd.grad(y.square().sum(), layer_of(model).values("default")["hra_u"])
+    (gradient,) = torch.autograd.grad(directed(y), layer_of(model).values("default")["hra_u"])
     assert torch.isfinite(gradient).all()
     rotation = layer_of(model).change("default").rotation.dense().detach()
     assert abs(float(rotation.trace()) - (12 - 2 * 4)) < 1e-6

@@ -13,7 +13,7 @@ from peanut.methods.oft import OFTConfig, held, skew
 from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS, PeftConfig
 
-from ..support import Net, distance, one_thread, peer_model, randomised  # noqa: F401
+from ..support import Net, directed, distance, one_thread, peer_model, randomised  # noqa: F401
 
 PARAMETER = "base_model.model.layer.oft_R.weight"
 
@@ -115,10 +115,10 @@ def test_constrained_blocks_stay_in_their_ball() -> None:
     R = layer_of(model).change("default").rotation.dense()
     assert distance(R, rotation_written_out(inside, 4, 12)) < 1e-12
     x = torch.randn(5, 12, dtype=torch.float64)
-    (found,) = torch.autograd.grad(model(x).square().sum(), weight)
+    (found,) = torch.autograd.grad(directed(model(x)), weight)
     free = adapted(linear(), r=3)
     weight_of(free).data.copy_(inside)
-    (expected,) = torch.autograd.grad(free(x).square().sum(), weight_of(free))
+    (expected,) = torch.autograd.grad(directed(free(x)), weight_of(free))
     assert distance(found, expected) < 1e-12
     started = get_peft_model(linear(), OFTConfig(target_modules=["layer"], r=3, coft=True, init_weights=False))
     assert (skew(weight_of(started), 4).norm(dim=(1, 2)) <= 6e-5 / 3**0.5 * 1.001).all()

@@ -17,7 +17,7 @@ from peanut.methods.variational_lora import VariationalLoraConfig
 from peanut.methods.vblora import VBLoRAConfig
 from peanut.protocols import METHODS, get_peft_config
 
-from ..support import Net, distance, one_thread, peer_loaded, peer_model, refused, same_bits, scattered  # noqa: F401
+from ..support import Net, directed, distance, one_thread, peer_loaded, peer_model, refused, same_bits, scattered  # noqa: F401
 from .pairs import Pair, adapted, saved, tensors, through
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -59,14 +59,14 @@ def test_bank_is_trained_once_from_both_layers() -> None:
     model = adapted(config()).train()
     banks = [p for name, p in model.named_parameters() if "vector_bank" in name]
     assert len(banks) == 1
-    model(X).sum().backward()
+    directed(model(X)).backward()
     both = banks[0].grad
     values = tensors(model)
     bank = values["vblora_vector_bank"].requires_grad_()
     weights = {name: module.weight.detach() for name, module in Pair().double().named_children()}
     biases = {name: module.bias.detach() for name, module in Pair().double().named_children()}
     h = torch.tanh(X @ (weights["a"] + delta(values, "a", 2)).T + biases["a"])
-    (h @ (weights["b"] + delta(values, "b", 2)).T + biases["b"]).sum().backward()
+    directed(h @ (weights["b"] + delta(values, "b", 2)).T + biases["b"]).backward()
     assert both is not None
     assert bank.grad is not None
     assert distance(both, bank.grad) < 1e-12
@@ -97,7 +97,7 @@ def test_files_of_what_was_chosen(number: int, k: int, dtype: torch.dtype, tmp_p
     second = saved(again, tmp_path / "second")
     assert all(same_bits(state[key], value) for key, value in second.items() if key.endswith("indices"))
     # Training goes on with the vectors that were chosen.
-    again.train()(X.float()).sum().backward()
+    directed(again.train()(X.float())).backward()
     assert all(torch.isfinite(p.grad).all() for p in again.parameters() if p.grad is not None)
 
 

@@ -11,7 +11,7 @@ from peanut.operators.fourier import Fourier
 from peanut.operators.inference import Evaluated, few_tokens
 
 from ..support import distance, one_thread  # noqa: F401
-from .test_built import check_laws
+from .test_materialised import check_laws
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

@@ -14,7 +14,7 @@ from peanut.operators import LowRank
 from peanut.operators.inference import WrittenOut
 from peanut.operators.random_bases import RandomBases, rescaled
 
-from ..support import distance, one_thread, same_bits  # noqa: F401
+from ..support import directed, distance, one_thread, same_bits  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -130,7 +130,7 @@ def test_only_the_input_and_the_parts_are_kept(side: str, dtype: torch.dtype) ->
     assert kept
     assert {tensor.data_ptr() for tensor in kept} <= given
     assert y.dtype == dtype
-    y.sum().backward()
+    directed(y).backward()
     assert operator.left.grad is not None
     assert operator.left.grad.dtype == torch.float32
     assert distance(y, x.float() @ (W.float() + written_out(operator)).T) < 20 * torch.finfo(dtype).eps
@@ -152,15 +152,13 @@ def test_compiles_in_one_graph(side: str) -> None:
     torch._dynamo.reset()
     operator, x = made(side, torch.float32), torch.randn(2, 3, 5)
     W = torch.randn(7, 5)
-    expected = torch.autograd.grad(operator.joined(x, W, None).square().sum(), [operator.left, operator.right])
+    expected = torch.autograd.grad(directed(operator.joined(x, W, None)), [operator.left, operator.right])
 
     def run(left: Tensor, right: Tensor) -> Tensor:
         return replace(operator, left=left, right=right).joined(x, W, None)
 
     y = torch.compile(run, backend="aot_eager", fullgraph=True)(operator.left, operator.right)
-    for found, wanted in zip(
-        torch.autograd.grad(y.square().sum(), [operator.left, operator.right]), expected, strict=True
-    ):
+    for found, wanted in zip(torch.autograd.grad(directed(y), [operator.left, operator.right]), expected, strict=True):
         assert distance(found, wanted) < 1e-5
 
 

@@ -8,7 +8,7 @@ import torch
 from peanut.operators.sparse import Sparse
 
 from ..support import one_thread  # noqa: F401
-from .test_built import check_laws
+from .test_materialised import check_laws
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 

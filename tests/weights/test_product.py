@@ -12,7 +12,7 @@ from peanut import PeanutConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
 from peanut.weights.product import product, product_of_codes
 
-from ..support import distance, one_thread, randomised  # noqa: F401
+from ..support import directed, distance, one_thread, randomised  # noqa: F401
 
 WIDE, NARROW, R, TOKENS = 40, 24, 3, 5
 
@@ -59,13 +59,13 @@ def test_a_weight_that_is_trained_after_all_gets_its_gradient() -> None:
     x = torch.randn(TOKENS, NARROW, dtype=torch.float64)
     layer = model.base_model.model[0]
     layer.base_layer.weight.requires_grad_()
-    model(x).square().sum().backward()
+    directed(model(x)).backward()
     found = layer.base_layer.weight.grad
     eps, direction = 1e-6, torch.randn_like(found)
     ends = []
     for sign in (1, -1):
         with torch.no_grad():
             layer.base_layer.weight.add_(direction, alpha=sign * eps)
-            ends.append(model(x).square().sum())
+            ends.append(directed(model(x)))
             layer.base_layer.weight.sub_(direction, alpha=sign * eps)
     assert distance((found * direction).sum(), (ends[0] - ends[1]) / (2 * eps)) < 1e-6

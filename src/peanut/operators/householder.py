@@ -39,6 +39,7 @@ class Householder(Rotation):
         r, device = directions.shape[1], directions.device
         # One row for each direction, so that equal directions are normalised to equal bits.
         units = F.normalize(directions.T.contiguous(), dim=1, eps=torch.finfo(directions.dtype).tiny)
+        units = units * directions.any(0)[:, None]  # else the gradient of a direction of zero length is infinite
         place = torch.arange(r, device=device)
         rows = torch.where(place[:, None] % 2 == 1, units - units.roll(1, 0), units)
         first = torch.arange(0, r - 1, 2, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, OFTConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 
-from ..support import (
+from ...support import (
     assert_looks,
     distance,
     frozen_state,

@@ -16,7 +16,7 @@ from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.targets.architectures import ARCHITECTURES
 from peanut.model.targets.matching import HEADS
 
-from ..support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
+from ...support import PEER_WARNINGS, one_thread, peer_model, refused  # noqa: F401
 
 pytestmark = PEER_WARNINGS
 Build = Callable[..., hf.PreTrainedModel]

@@ -15,7 +15,7 @@ from peanut.methods.prompt_tuning import PromptTuningConfig
 from peanut.methods.xlora import XLoraConfig
 from peanut.model.adapters.adapter_set import AdapterSet
 
-from ..methods.mixing import (
+from ...methods.mixing import (
     GATE,
     OPTIONS,
     TARGETS,
@@ -25,7 +25,7 @@ from ..methods.mixing import (
     lora_folders,  # noqa: F401
     mixed,
 )
-from ..support import (
+from ...support import (
     PEER_WARNINGS,
     distance,
     one_thread,  # noqa: F401

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.methods.peanut import Peanut
 
-from ..support import Net, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
+from ...support import Net, directed, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 31).reshape(4, 7)
@@ -204,11 +204,14 @@ def test_hooks_on_the_base_layer_run_and_change_the_output() -> None:
 @pytest.mark.parametrize("config", [PeanutConfig(r=4, depth=1), LoraConfig(r=4)], ids=["PEANUT", "LORA"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Any, tiny_llama: Build) -> None:
     model = randomised(get_peft_model(tiny_llama().double(), config)).train()
-    model(IDS).logits.square().sum().backward()
+    logits = model(IDS).logits
+    direction = torch.randn_like(logits)
+    logits.backward(direction)
     whole = {key: p.grad.clone() for key, p in model.adapters.parameters("default")}
     model.zero_grad()
-    for half in IDS.split(2):
-        model(half).logits.square().sum().backward()
+    for half, part in zip(IDS.split(2), direction.split(2), strict=True):
+        model(half).logits.backward(part)
+    assert whole
     assert all(distance(p.grad, whole[key]) < 1e-10 for key, p in model.adapters.parameters("default"))
 
 
@@ -267,8 +270,8 @@ def test_a_compiled_layer_trains_the_same_and_sees_switches(backend: str, switch
         expected, y = model(x), compiled(x)
         assert distance(y, expected) < 1e-5
         for found, wanted in zip(
-            torch.autograd.grad(y.square().sum(), inputs),
-            torch.autograd.grad(expected.square().sum(), inputs),
+            torch.autograd.grad(directed(y), inputs),
+            torch.autograd.grad(directed(expected), inputs),
             strict=True,
         ):
             assert distance(found, wanted) < 1e-5

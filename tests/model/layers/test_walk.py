@@ -11,7 +11,7 @@ from peanut.methods.bottleneck import BottleneckConfig
 from peanut.model.layers.adapted import Adapted
 from peanut.model.layers.walk import walk
 
-from ..support import one_thread  # noqa: F401
+from ...support import one_thread  # noqa: F401
 
 
 def test_in_the_order_of_modules_and_past_what_adapters_keep(tiny_llama: Callable[..., hf.PreTrainedModel]) -> None:

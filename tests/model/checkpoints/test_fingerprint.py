@@ -16,7 +16,7 @@ from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 from peanut.model.checkpoints.fingerprint import fingerprint
 from peanut.protocols import METHODS
 
-from ..support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import LAYERS, Net, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -24,6 +24,15 @@ IDS = torch.arange(3, 15).reshape(2, 6)
 
 def adapted(base: Any, **options: Any) -> PeftModel:
     return randomised(get_peft_model(base, PeanutConfig(**{"target_modules": ["q_proj"], "r": 4} | options))).eval()
+
+
+def assert_loads(base: Any, folder: Path, expected: PeftModel) -> None:
+    """The adapter in the folder is loaded on ``base``, with the numbers that it has in ``expected``."""
+    loaded, saved = (
+        dict(model.adapters.parameters("default")) for model in (PeftModel.from_pretrained(base, folder), expected)
+    )
+    assert loaded.keys() == saved.keys() > set()
+    assert all(torch.equal(value.float(), saved[key].float()) for key, value in loaded.items())
 
 
 def test_it_holds_values_of_at_most_sixteen_layers(tiny_llama: Build) -> None:
@@ -49,9 +58,10 @@ def test_every_kind_of_layer_has_one_and_a_merge_does_not_change_it(kind: str) -
 
 def test_the_base_in_other_precisions_is_the_base(tiny_llama: Build, tmp_path: Path) -> None:
     for name, dtype in (("wide", torch.float32), ("half", torch.bfloat16)):
-        adapted(tiny_llama().to(dtype)).save_pretrained(tmp_path / name)
+        model = adapted(tiny_llama().to(dtype))
+        model.save_pretrained(tmp_path / name)
         for other in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            PeftModel.from_pretrained(tiny_llama().to(other), tmp_path / name)
+            assert_loads(tiny_llama().to(other), tmp_path / name, model)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "meta"])
@@ -81,21 +91,23 @@ def test_another_base_is_refused_and_both_are_named(low_cpu_mem_usage: bool, tin
 def test_other_weights_that_the_adapter_does_not_lie_on_are_none_of_its_business(
     tiny_llama: Build, tmp_path: Path
 ) -> None:
-    adapted(tiny_llama()).save_pretrained(tmp_path)
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
     base = tiny_llama()
     with torch.no_grad():
         base.lm_head.weight.mul_(2)
-    PeftModel.from_pretrained(base, tmp_path)
+    assert_loads(base, tmp_path, model)
 
 
 def test_files_without_one_load_on_any_base(tiny_llama: Build, tmp_path: Path) -> None:
-    adapted(tiny_llama()).save_pretrained(tmp_path)
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file(load_file(path), path)  # as the peer writes it
     base = tiny_llama()
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.mul_(2)
-    PeftModel.from_pretrained(base, tmp_path)
+    assert_loads(base, tmp_path, model)
 
 
 def test_a_base_without_storage_has_none() -> None:

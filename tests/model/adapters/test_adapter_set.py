@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model, inject_adapter_in_model
 from peanut.model.adapters.adapter_set import AdapterSet
 
-from ..support import (
+from ...support import (
     assert_looks,
     distance,
     frozen_state,

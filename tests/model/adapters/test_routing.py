@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
 
-from ..support import distance, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import directed, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 31).reshape(4, 7)
@@ -81,17 +81,17 @@ def gradients(model: PeftModel, name: str) -> dict[str, Tensor]:
 def test_each_adapter_learns_from_its_own_samples(checkpointing: bool | None, tiny_gpt2: Build) -> None:
     model = adapted(tiny_gpt2(**NO_DROPOUT).double()).train()
     model.adapters.freeze(trainable="ab")
-    expected = {}
+    expected, direction = {}, torch.randn_like(model(IDS).logits)
     for name, rows in (("a", [2]), ("b", [0, 3])):
         model.set_adapter(name)
         model.zero_grad()
-        model(IDS[rows]).logits.square().sum().backward()
+        model(IDS[rows]).logits.backward(direction[rows])
         expected[name] = gradients(model, name)
     model.adapters.freeze(trainable="ab")
     if checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": checkpointing})
     model.zero_grad()
-    model(IDS, adapter_names=NAMES).logits.square().sum().backward()
+    model(IDS, adapter_names=NAMES).logits.backward(direction)
     for name, wanted in expected.items():
         found = gradients(model, name)
         assert all(distance(found[key], grad) < 1e-10 for key, grad in wanted.items())
@@ -109,10 +109,10 @@ def test_two_mixed_batches_before_one_backward(tiny_gpt2: Build) -> None:
         if checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
-        first = model(IDS, adapter_names=["a", "a", "b", "b"]).logits.square().sum()
-        second = model(IDS, adapter_names=["b", "__base__", "b", "a"]).logits.sum()
-        third = model(IDS).logits.sum()
-        (first + second + third).backward()
+        first = model(IDS, adapter_names=["a", "a", "b", "b"]).logits
+        second = model(IDS, adapter_names=["b", "__base__", "b", "a"]).logits
+        third = model(IDS).logits
+        directed(torch.stack([first, second, third])).backward()
         found.append({**gradients(model, "a"), **{f"b.{key}": g for key, g in gradients(model, "b").items()}})
     assert all(distance(found[1][key], grad) < 1e-10 for key, grad in found[0].items())
 

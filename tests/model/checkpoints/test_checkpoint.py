@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peanut.model.checkpoints.checkpoint import read_adapter
 
-from ..support import distance, look_of, one_thread, randomised, refused, same_bits  # noqa: F401
+from ...support import distance, look_of, one_thread, randomised, refused, same_bits  # noqa: F401
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 15).reshape(2, 6)

@@ -16,8 +16,8 @@ from peanut.methods.prompt_tuning import PromptTuningConfig
 from peanut.methods.xlora import XLoraConfig
 from peanut.model.xlora_model import XLoraModel
 
-from ..compiling import assert_compiles
-from ..methods.mixing import (
+from ...compiling import assert_compiles
+from ...methods.mixing import (
     COMMON,
     GATE,
     IDS,
@@ -30,7 +30,7 @@ from ..methods.mixing import (
     mixed,
     peers,
 )
-from ..support import (
+from ...support import (
     PEER_WARNINGS,
     distance,
     gradients,

@@ -31,7 +31,7 @@ from peanut import (
 )
 from peanut.model.layers.layer import BIAS
 
-from ..support import (  # noqa: F401
+from ...support import (  # noqa: F401
     PEER_WARNINGS,
     change_in_output,
     distance,
