@@ -63,10 +63,9 @@ def test_the_loss_that_the_model_returns_holds_the_penalty(config: PeftConfig, t
     torch.manual_seed(1)
     with_penalty = model(**batch()).loss
     torch.manual_seed(1)
-    model.adapters.state.penalising = False
-    without = model(**batch()).loss
+    with model.adapters.state.during(penalising=False):
+        without = model(**batch()).loss
     assert (with_penalty - without).item() == pytest.approx(added.item(), rel=1e-4)
-    model.adapters.state.penalising = True
     model.eval()
     with torch.no_grad():
         plain = tiny_bert()(**batch()).loss
@@ -81,9 +80,9 @@ def test_an_injected_model_has_it_too_and_a_tuple_as_well(config: PeftConfig, ti
     assert added is not None
     torch.manual_seed(1)
     loss = model(**batch(), return_dict=False)[0]
-    AdapterSet.of(model).state.penalising = False
     torch.manual_seed(1)
-    assert (loss - model(**batch(), return_dict=False)[0]).item() == pytest.approx(added.item(), rel=1e-4)
+    with AdapterSet.of(model).state.during(penalising=False):
+        assert (loss - model(**batch(), return_dict=False)[0]).item() == pytest.approx(added.item(), rel=1e-4)
 
 
 def test_a_model_that_returns_no_loss_says_so(tiny_bert: Builder) -> None:
@@ -210,9 +209,8 @@ def test_predictive_mean_and_deviation(tiny_bert: Builder) -> None:
     torch.manual_seed(5)
     again = predictive(model, samples=4, **inputs)
     torch.manual_seed(5)
-    model.adapters.state.sampling = True
-    draws = torch.stack([model(**inputs).logits.softmax(-1) for _ in range(4)])
-    model.adapters.state.sampling = False
+    with model.adapters.state.during(sampling=True):
+        draws = torch.stack([model(**inputs).logits.softmax(-1) for _ in range(4)])
     assert torch.allclose(again.mean, draws.mean(0), atol=1e-6)
     assert torch.allclose(again.deviation, draws.std(0), atol=1e-6)
     assert torch.allclose(found.mean.sum(-1), torch.ones(8), atol=1e-5)
@@ -262,8 +260,8 @@ def test_a_base_that_adapters_left_keeps_nothing_of_them(leave: str, tiny_bert: 
         assert added is not None
         torch.manual_seed(1)
         with_penalty = model(**batch()).loss
-        model.adapters.state.penalising = False
         torch.manual_seed(1)
-        assert (with_penalty - model(**batch()).loss).item() == pytest.approx(added.item(), rel=1e-4)  # once
+        with model.adapters.state.during(penalising=False):
+            assert (with_penalty - model(**batch()).loss).item() == pytest.approx(added.item(), rel=1e-4)  # once
         base = getattr(model, leave)()
         assert not base._forward_hooks

@@ -59,7 +59,7 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, group: int) -> Tensor:
         ctx.save_for_backward(x, cos, sin)
         ctx.group = group
-        return _partners(x, group).mul_(sin.to(x.dtype)).addcmul_(x, (cos - 1).to(x.dtype)).add_(x)
+        return x + _partners(x, group).mul_(sin.to(x.dtype)).addcmul_(x, (cos - 1).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

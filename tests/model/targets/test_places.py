@@ -167,7 +167,7 @@ def test_the_stream_before_the_feed_forward_part(name: str) -> None:
 
             def keep(module: Any, args: Any, kwargs: Any, see: Any = see, path: str = place.path) -> None:
                 see(module, args, kwargs)
-                heard[path] = see.__self__.seen
+                heard[path] = see.__self__.heard()
 
             model.get_submodule(listener.source).register_forward_pre_hook(keep, with_kwargs=True)
         watch(model, name, place.path, streams)

@@ -94,6 +94,8 @@ class AdapterState:
     one call lies in the ``call`` of whoever makes it: two threads do not see each other's.
     """
 
+    __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "merged", "version")
+
     def __init__(self) -> None:
         self._active: list[str] = []
         self.merged: list[str] = []
@@ -260,13 +262,13 @@ class AdapterState:
         share = _share(count, len(tasks), "task_ids", "task", "give one task a sample")
         return tasks if share == 1 else torch.repeat_interleave(tasks, share)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[list[str], list[str]]:
         """Copies and files take along what holds in the model, and no call."""
-        return {"_active": self._active, "merged": self.merged}
+        return self._active, self.merged
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: tuple[list[str], list[str]]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.__dict__.update(state)
+        self._active, self.merged = state
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:
