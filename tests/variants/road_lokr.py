@@ -5,7 +5,7 @@ from . import Variant
 VARIANTS = {
     "ROAD": [
         Variant("road_1", {"group_size": 2}),
-        Variant("groups of 4", {"group_size": 4}, kinds=("linear", "conv1d", "embedding")),
+        Variant("groups of 4", {"group_size": 4}),
         Variant("road_2", {"group_size": 2, "variant": "road_2"}),
         Variant("road_4", {"group_size": 2, "variant": "road_4"}),
         Variant("random", {"group_size": 2, "variant": "road_4", "init_weights": False}, silent=False),
@@ -18,7 +18,7 @@ VARIANTS = {
         Variant("kernels apart", {"r": 1, "use_effective_conv2d": True}, kinds=("conv2d",)),
         Variant("lycoris", {"r": 1, "init_weights": "lycoris"}),
         Variant("random", {"r": 1, "init_weights": False}, silent=False),
-        Variant("dropout", {"r": 1, "rank_dropout": 0.25, "rank_dropout_scale": True, "module_dropout": 0.1}),
+        Variant("dropout", {"r": 1, "rank_dropout": 0.25, "rank_dropout_scale": True}),
         Variant("patterns", {"r": 4, "rank_pattern": {"lay..": 1}, "alpha_pattern": {"layer": 3}}),
     ],
 }

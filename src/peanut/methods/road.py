@@ -50,7 +50,7 @@ class Road(WeightMethod[RoadConfig]):
     """W' = R W and b' = R b with R y = (α cos θ) ⊙ y + (α sin θ) ⊙ ỹ, ỹ the partners of y, the first ones negative."""
 
     config_class = RoadConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d")
     size = "d_out, 2 * d_out or 4 * d_out"
 
     def start(self, config: RoadConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

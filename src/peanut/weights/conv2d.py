@@ -46,6 +46,9 @@ class Conv2dKind(LayerKind):
     def up_shape(self, module: nn.Conv2d, r: int) -> tuple[int, ...]:
         return (module.weight.shape[0], r, 1, 1)
 
+    def mixes(self, module: nn.Conv2d) -> bool:
+        return module.groups == 1
+
     def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         return function(y.movedim(-3, -1)).movedim(-1, -3)
 

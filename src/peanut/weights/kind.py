@@ -87,6 +87,10 @@ class LayerKind(ABC):
         """Whether the layer computes just ``x Wᵀ + b``, nothing hooked in, so that a change may join its product."""
         return False
 
+    def mixes(self, module: Any) -> bool:
+        """Whether every output is made of the whole input, so that the weight can hold what mixes outputs."""
+        return True
+
     def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)

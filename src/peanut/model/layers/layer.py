@@ -102,7 +102,7 @@ class AdaptedLayer(Adapted):
         change, weight = self.change(name), self._wide_matrix()
         if change.adds:
             return torch.zeros_like(weight) if change.delta is None else change.delta.dense()
-        return change.matrix(weight) - weight
+        return self._written(change, weight) - weight
 
     @torch.no_grad()
     def check_merge(self, merged: Collection[str], active: Sequence[str]) -> None:
@@ -145,9 +145,19 @@ class AdaptedLayer(Adapted):
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
         try:
-            self.frozen.write(change.matrix(self._wide_matrix()), offset, shared=shared)
+            self.frozen.write(self._written(change, self._wide_matrix()), offset, shared=shared)
         except PeanutError as error:
             raise PeanutError(f"'{self.path}': {error}") from None
+
+    def _written(self, change: Change, weight: Tensor) -> Tensor:
+        """W' as a matrix."""
+        if not (change.left is None or isinstance(change.left, Diagonal) or self.frozen.kind.mixes(self.base_layer)):
+            raise PeanutError(
+                f"an adapter that mixes the outputs of {self.base_layer}",
+                "a convolution in one group",
+                "use it unmerged",
+            )
+        return change.matrix(weight)
 
     def _wide_matrix(self) -> Tensor:
         matrix = self.frozen.matrix()
