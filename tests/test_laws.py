@@ -58,7 +58,7 @@ def layer_of(model: PeftModel) -> AdaptedLayer:
 def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
     """The layer's output from the definition of its adapters together, built densely and put into a copy of it.
 
-    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ L₁ b + Σ shift.
+    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ (L₁ b + shift₁) + shift₂ ….
     """
     changes = [layer.change(name) for name in names]
     kind, module = layer.frozen.kind, case.net().layer
@@ -71,6 +71,7 @@ def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) ->
         matrix = matrix if change.left is None else change.left.dense() @ matrix
         matrix = matrix if change.in_scale is None else matrix @ torch.diag(change.in_scale)
         bias = bias if bias is None or change.left is None else change.left.dense() @ bias
+        shift = shift if shift is None or change.left is None else change.left.dense() @ shift
         if change.shift is not None:
             shift = change.shift if shift is None else shift + change.shift
     if bias is not None and shift is not None:

@@ -36,6 +36,7 @@ from peanut import (
     get_peft_model_state_dict,
 )
 from peanut.model.checkpoints.keys import KeyStyle, file_key
+from peanut.protocols import METHODS
 
 from .support import (
     PEER_WARNINGS,
@@ -49,6 +50,7 @@ from .support import (
     randomised,
     scattered,
 )
+from .variants import PEER, VARIANTS
 
 pytestmark = [*PEER_WARNINGS, pytest.mark.filterwarnings("ignore:Specified to not load")]  # of what it makes again
 SAME = 1e-5
@@ -225,6 +227,14 @@ WHOLE: list[tuple[str, PeftConfig]] = [
     ("llama", TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=TOKENS)),
     ("gpt2", TrainableTokensConfig(target_modules=["wte"], token_indices=TOKENS)),
 ]
+WHOLE += [
+    (
+        "llama",
+        METHODS[name].config_class(**VARIANTS[name][0].options, target_modules=["q_proj", "v_proj", "down_proj"]),
+    )
+    for name in sorted(PEER.keys() - {str(config.method) for _, config in WHOLE})
+]
+"""Methods that nobody has listed join with one of the configs under which the laws test them."""
 whole = pytest.mark.parametrize(
     ("kind", "config"), WHOLE, ids=[f"{kind}-{config.method}-{i}" for i, (kind, config) in enumerate(WHOLE)]
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..operators import Between, Delta, Diagonal, Rotation, chain, total
+from ..operators import Between, Delta, Rotation, chain, total
 
 __all__ = ["Change"]
 
@@ -59,23 +59,31 @@ class Change:
     def together(changes: Sequence[Change]) -> Change:
         """Several changes of one layer as one: the definition of several active adapters.
 
-        Deltas and shifts add, gains multiply, and square operators compose in the order given, the first next to the
-        weight: W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ L₁ b + Σ shift. Dropout is not carried over.
+        Deltas add, gains multiply, and square operators compose in the order given, the first next to the weight:
+        W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ (L₁ b + shift₁) + shift₂ …. Dropout is left out.
         """
         if len(changes) == 1:
             return changes[0]
         scales = [change.in_scale for change in changes if change.in_scale is not None]
-        shifts = [change.shift for change in changes if change.shift is not None]
+        shift: Tensor | None = None
+        for change in changes:
+            shift = shift if shift is None or change.left is None else change.left.apply(shift)
+            if change.shift is not None:
+                shift = change.shift if shift is None else shift + change.shift
         return Change(
             delta=total([change.delta for change in changes if change.delta is not None]),
             rotation=chain([change.rotation for change in changes if change.rotation is not None]),
             left=chain([change.left for change in reversed(changes) if change.left is not None]),
             in_scale=scales[0] if len(scales) == 1 else torch.stack(scales).prod(0) if scales else None,
-            shift=shifts[0] if len(shifts) == 1 else torch.stack(shifts).sum(0) if shifts else None,
+            shift=shift,
         )
 
-    def after(self, merged: Change) -> Change:
-        """What is still to be done to a layer into which ``merged`` is written, so that both are done ``together``.
+    def after(self, merged: Change, whole: Change) -> Change:
+        """What is still to be done to a layer into which ``merged`` is written, so that in the end ``whole`` is done.
+
+        Args:
+            merged: what is in the weight and the bias.
+            whole: this change and what is merged, together in the order of their adapters.
 
         Raises:
             PeanutError: there is no such change: a rotation is left, and what is merged would be turned by it.
@@ -86,18 +94,12 @@ class Change:
                 "both merged or neither",
                 "merge all active adapters together, or fewer",
             )
-        delta, shift = self.delta, self.shift
+        delta, shift = self.delta, whole.shift
         if delta is not None and not (merged.left is None and merged.in_scale is None):
             delta = Between(merged.left, delta, merged.in_scale)
-        if merged.shift is not None and self.left is not None:  # which it would go through, and is not to
-            kept = merged.shift - self.left.apply(merged.shift)
-            shift = kept if shift is None else shift + kept
+        if merged.shift is not None and shift is not None:  # what is merged goes through this change's L
+            shift = shift - (merged.shift if self.left is None else self.left.apply(merged.shift))
         return replace(self, delta=delta, shift=shift)
-
-    def order(self) -> str:
-        """On which sides of the weight the order of this change among others matters: of ``"input"``, ``"output"``."""
-        left = self.left is not None and not isinstance(self.left, Diagonal)
-        return " and ".join((["input"] if self.rotation is not None else []) + (["output"] if left else []))
 
     def to(self, dtype: torch.dtype) -> Change:
         """The same change with its parts in ``dtype``."""

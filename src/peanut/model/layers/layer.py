@@ -133,7 +133,8 @@ class AdaptedLayer(Adapted):
                     "a merge in the order of activation",
                     "merge the earlier one too",
                 )
-        Change.together([changes[name] for name in outside]).after(Change.together([changes[n] for n in inside]))
+        outer, inner = (Change.together([changes[name] for name in names]) for names in (outside, inside))
+        outer.after(inner, Change.together(list(changes.values())))
 
     @torch.no_grad()
     def merge(self, names: Sequence[str], shared: bool) -> None:
@@ -227,13 +228,14 @@ class AdaptedLayer(Adapted):
             index: these rows, ``None`` for all.
         """
         merged = self.state.merged
-        changes = [
-            change for name in names if name not in merged for change in self._changes_of(call, name, x, tasks, index)
-        ]
+        each = {name: self._changes_of(call, name, x, tasks, index) for name in names if name not in merged}
+        changes = [change for own in each.values() for change in own]
         if changes and self.merged:
-            there = Change.together([self.change(name) for name in self.merged_adapters])
-            if not there.adds or there.shift is not None:
-                return [Change.together(changes).after(there)]
+            there = {name: [self.change(name)] for name in self.merged_adapters}
+            inner = Change.together([change for own in there.values() for change in own])
+            if not inner.adds or inner.shift is not None:
+                whole = [change for name in names for change in {**there, **each}.get(name, [])]
+                return [Change.together(changes).after(inner, Change.together(whole))]
         return changes
 
     def _changes_of(
