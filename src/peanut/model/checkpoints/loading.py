@@ -72,7 +72,7 @@ def load_state(
     if check:
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
     waiting = _without_storage(adapters, name)
-    with torch.no_grad():
+    with torch.no_grad(), adapters.state.changing():
         for key, parameter in own.items():
             value = state[key]
             if key in waiting:
