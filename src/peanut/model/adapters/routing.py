@@ -42,12 +42,11 @@ def calling(
             thread changes the adapters meanwhile.
     """
     state, asked = adapters.state, samples is not None or tasks is not None
-    if asked:
-        _check(adapters, samples, tasks, rows)
     if torch.compiler.is_compiling():
         if not asked:
             yield
             return
+        _check(adapters, samples, tasks, rows)
         with state.during(samples=_names(samples), tasks=_on_cpu(tasks)):
             yield
         return
@@ -56,6 +55,8 @@ def calling(
     values = {} if keep and state.call.values is None else state.call.values
     given: dict[str, Any] = {"samples": _names(samples), "tasks": _on_cpu(tasks)} if asked else {}
     with state.unchanged(), state.during(values=values, **given):
+        if asked:
+            _check(adapters, samples, tasks, rows)
         yield
 
 
