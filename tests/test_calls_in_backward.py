@@ -1,0 +1,309 @@
+"""A block that runs again in the backward (gradient checkpointing), and a compiled model: each sees its own call.
+
+Where the call cannot be known again, as under a ``torch.utils.checkpoint`` of the user's own whose backward runs after
+the context was left, the answer is an error of one line, never another gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peanut import HRAConfig, LoraConfig, PeanutConfig, PeftModel, PolyConfig, get_peft_model
+
+from .calls import Mlp, X, in_threads, one_line
+from .support import distance, one_thread, randomised, same_bits  # noqa: F401
+from .writing.llama import IDS, TARGETS, llama
+from .writing.reference import answer_of, direction
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* returned no loss")
+
+LAYERS = ["layers.0", "layers.1", "layers.2"]
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+
+
+class Blocks(Mlp):
+    """Its layers in checkpoints of its own: ``None`` for none, else whether they are reentrant."""
+
+    reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            block = nn.Sequential(layer, nn.Tanh())
+            y = block(y) if self.reentrant is None else checkpoint(block, y, use_reentrant=self.reentrant)
+        return y
+
+
+def blocks() -> PeftModel:
+    model = get_peft_model(
+        Blocks().double(), PolyConfig(r=2, n_tasks=3, n_skills=2, n_splits=2, target_modules=LAYERS), "a"
+    )
+    model.add_adapter("b", PeanutConfig(r=3, depth=1, target_modules=LAYERS))
+    model.add_adapter("c", HRAConfig(r=2, target_modules=LAYERS))
+    model.add_adapter("d", LoraConfig(r=2, target_modules=LAYERS))
+    randomised(model)
+    model.set_adapter("d")
+    model.adapters.freeze("abcd")
+    return model.eval()
+
+
+def transformer() -> PeftModel:
+    model = get_peft_model(llama(2), LoraConfig(r=2, target_modules=TARGETS["linear"], task_type="CAUSAL_LM"), "a")
+    poly = PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=TARGETS["linear"], task_type="CAUSAL_LM")
+    model.add_adapter("b", poly)
+    randomised(model)
+    model.adapters.freeze("ab")
+    return model.train()
+
+
+@contextmanager
+def as_usual(_: PeftModel) -> Iterator[None]:
+    yield
+
+
+Context = Callable[[PeftModel], Any]
+DISABLED: Context = PeftModel.disable_adapter
+HOW: dict[str, tuple[Context, dict[str, Any]]] = {
+    "plain": (as_usual, {}),
+    "disabled": (DISABLED, {}),
+    "names": (as_usual, {"adapter_names": ["b", "__base__", "c", "d"]}),
+    "other names": (as_usual, {"adapter_names": ["d"] * 4}),
+    "tasks": (as_usual, {"task_ids": [0, 2, 1, 0], "adapter_names": ["a", "a", "d", "a"]}),
+    "disabled, with names": (DISABLED, {"adapter_names": ["b"] * 4}),
+}
+LLAMA_HOW: dict[str, tuple[Context, dict[str, Any]]] = {
+    "plain": (as_usual, {}),
+    "disabled": (DISABLED, {}),
+    "names": (as_usual, {"adapter_names": ["a", "__base__", "a"]}),
+    "tasks": (as_usual, {"task_ids": [0, 2, 1], "adapter_names": ["b", "b", "a"]}),
+}
+
+
+def trained(model: PeftModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def gradients(model: PeftModel, x: Tensor, *losses: Tensor) -> dict[str, Tensor]:
+    """Those that a backward of the losses puts there."""
+    for value in [x, *trained(model).values()]:
+        value.grad = None
+    sum((loss * direction(loss)).sum() for loss in losses).backward()  # type: ignore[union-attr]
+    found = {name: value.grad for name, value in {**trained(model), "x": x}.items() if value.grad is not None}
+    return {name: value for name, value in found.items() if value.abs().max() > 0}
+
+
+def assert_right_or_refused(found: Callable[[], dict[str, Tensor]], expected: dict[str, Tensor]) -> bool:
+    """The gradients are those expected, or there is an error of one line; whether they are."""
+    try:
+        own = found()
+    except Exception as error:
+        if one_line(error):
+            return False
+        raise
+    assert own.keys() == expected.keys()
+    for name, value in expected.items():
+        assert distance(own[name], value) < 1e-9, name
+    return True
+
+
+def call(model: PeftModel, how: tuple[Context, dict[str, Any]], x: Tensor) -> Tensor:
+    context, given = how
+    torch.default_generator.manual_seed(7)  # Poly draws in training
+    with context(model):
+        return answer_of(model(**given, **({"inputs_embeds": x} if x.dim() == 3 and len(x) == 3 else {"x": x})))
+
+
+@REENTRANT
+@pytest.mark.parametrize("how", HOW)
+def test_a_checkpoint_of_the_user_s_own(how: str, reentrant: bool) -> None:
+    model, x = blocks(), X.clone().requires_grad_()
+    plain_answer = model(X).detach()
+    expected = gradients(model, x, call(model, HOW[how], x))
+    assert {"disabled": 1, "disabled, with names": 1}.get(how, 4) <= len(expected)
+    model.get_base_model().reentrant = reentrant  # type: ignore[assignment]
+    right = assert_right_or_refused(lambda: gradients(model, x, call(model, HOW[how], x)), expected)
+    assert right or how != "plain"
+
+    def in_another_thread() -> dict[str, Tensor]:
+        loss, found = call(model, HOW[how], x), []
+        in_threads([lambda: found.append(gradients(model, x, loss))])
+        return found[0]  # type: ignore[no-any-return]
+
+    def after_another_call() -> dict[str, Tensor]:
+        loss = call(model, HOW[how], x)
+        call(model, HOW["other names"], x)
+        call(model, HOW["plain"], x)
+        return gradients(model, x, loss)
+
+    def inside_another_context() -> dict[str, Tensor]:
+        loss = call(model, HOW[how], x)
+        with model.disable_adapter():
+            return gradients(model, x, loss)
+
+    for later in (in_another_thread, after_another_call, inside_another_context):
+        assert_right_or_refused(later, expected)
+    with model.disable_adapter():
+        assert_right_or_refused(lambda: gradients(model, x, call(model, HOW[how], x)), disabled_gradients())
+    model.get_base_model().reentrant = None  # type: ignore[assignment]
+    assert same_bits(model(X).detach(), plain_answer)
+
+
+def disabled_gradients() -> dict[str, Tensor]:
+    model, x = blocks(), X.clone().requires_grad_()
+    return gradients(model, x, call(model, HOW["disabled"], x))
+
+
+@REENTRANT
+@pytest.mark.parametrize("second", HOW)
+@pytest.mark.parametrize("first", HOW)
+def test_two_calls_before_one_backward(first: str, second: str, reentrant: bool) -> None:
+    model, x = blocks(), X.clone().requires_grad_()
+
+    def both() -> dict[str, Tensor]:
+        return gradients(model, x, call(model, HOW[first], x), call(model, HOW[second], x))
+
+    expected = both()
+    model.get_base_model().reentrant = reentrant  # type: ignore[assignment]
+    right = assert_right_or_refused(both, expected)
+    assert right or (first, second) != ("plain", "plain")
+    assert_right_or_refused(both, expected)
+
+
+@REENTRANT
+@pytest.mark.parametrize("how", LLAMA_HOW)
+def test_checkpointing_of_transformers(how: str, reentrant: bool) -> None:
+    model = transformer()
+    x = model.get_base_model().get_input_embeddings()(IDS).detach().requires_grad_()
+    expected = gradients(model, x, call(model, LLAMA_HOW[how], x))
+    other = gradients(model, x, call(model, LLAMA_HOW[how], x), call(model, LLAMA_HOW["names"], x))
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    right = assert_right_or_refused(lambda: gradients(model, x, call(model, LLAMA_HOW[how], x)), expected)
+    assert right or how == "disabled"
+
+    def two() -> dict[str, Tensor]:
+        return gradients(model, x, call(model, LLAMA_HOW[how], x), call(model, LLAMA_HOW["names"], x))
+
+    assert_right_or_refused(two, other)
+
+    def in_another_thread() -> dict[str, Tensor]:
+        loss, found = call(model, LLAMA_HOW[how], x), []
+        in_threads([lambda: found.append(gradients(model, x, loss))])
+        return found[0]  # type: ignore[no-any-return]
+
+    assert_right_or_refused(in_another_thread, expected)
+
+
+@REENTRANT
+def test_threads_that_train_under_checkpointing(reentrant: bool) -> None:
+    """Forwards and backwards of several threads interleave: each has its own gradients, or an error of one line."""
+    model, wrong = blocks(), []
+    expected = {}
+    for how, each in HOW.items():
+        x = X.clone().requires_grad_()
+        expected[how] = torch.autograd.grad(call(model, each, x).cumsum(-1).sum(), x)[0]
+    model.get_base_model().reentrant = reentrant  # type: ignore[assignment]
+    values = list(trained(model).values())
+    model.get_base_model().requires_grad_(False)  # only x, which threads do not share, has a gradient
+
+    def work(how: str) -> None:
+        for _ in range(10):
+            x = X.clone().requires_grad_()
+            try:
+                call(model, HOW[how], x).cumsum(-1).sum().backward()
+            except Exception as error:
+                if not one_line(error):
+                    wrong.append(f"{how}: {type(error).__name__}: {error}"[:200])
+            else:
+                if not distance(x.grad, expected[how]) < 1e-9:  # type: ignore[arg-type]
+                    wrong.append(how)
+
+    in_threads([lambda how=how: work(how) for how in HOW])
+    assert values
+    assert wrong == []
+
+
+# Compiled
+
+
+def small() -> PeftModel:
+    model = get_peft_model(Mlp().double(), LoraConfig(r=2, target_modules=["layers.0", "layers.2"]), "a")
+    model.add_adapter("b", PeanutConfig(r=3, target_modules=["layers.0", "layers.1"]))
+    return randomised(model).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo, of its own doing
+@pytest.mark.parametrize("grad", [False, True], ids=["without gradients", "with gradients"])
+def test_a_compiled_model_inside_and_outside(grad: bool) -> None:
+    model = small()
+    names = ["b", "__base__", "a", "b"]
+
+    def answers(called: Any) -> list[Tensor]:
+        found = [called(X)]
+        with model.disable_adapter():
+            found.append(called(X))
+        found += [called(X), called(X, adapter_names=names), called(X)]
+        with model.disable_adapter(), model.disable_adapter():
+            found.append(called(X, adapter_names=names))
+        model.set_adapter("b")
+        found += [called(X), called(X, adapter_names=["a"] * 4)]
+        with model.disable_adapter():
+            found.append(called(X))
+        model.set_adapter("a")
+        return [*found, called(X)]
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        expected = answers(model)
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            for own, right in zip(answers(compiled), expected, strict=True):
+                assert distance(own, right) < 1e-9
+        for parameter in model.parameters():
+            parameter.data *= 1.3
+        moved = answers(model)
+        assert distance(moved[0], expected[0]) > 0.02
+        for own, right in zip(answers(compiled), moved, strict=True):
+            assert distance(own, right) < 1e-9
+    assert distance(expected[1], expected[0]) > 0.02
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_in_two_threads() -> None:
+    """Compiled beforehand for each call: threads then have their own answers."""
+    model, wrong = small(), []
+    names = ["b", "__base__", "a", "b"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+
+    @torch.no_grad()
+    def disabled(called: Any) -> Tensor:
+        with model.disable_adapter():
+            return called(X)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def plain(called: Any) -> Tensor:
+        return called(X)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def named(called: Any) -> Tensor:
+        return called(X, adapter_names=names)  # type: ignore[no-any-return]
+
+    kinds = [plain, disabled, named]
+    expected = [each(model) for each in kinds]
+    assert all(distance(each(compiled), right) < 1e-9 for each, right in zip(kinds, expected, strict=True))
+
+    def work(number: int) -> None:
+        far = [distance(kinds[number](compiled), expected[number]) for _ in range(30)]
+        wrong.extend(kinds[number].__name__ for each in far if not each < 1e-9)
+
+    in_threads([lambda number=number: work(number) for number in range(3)])
+    assert wrong == []
+    torch._dynamo.reset()
