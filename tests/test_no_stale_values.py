@@ -20,7 +20,19 @@ from peanut import PeftModel
 from .support import CASES, FIRST_CASES, Case, distance, one_thread  # noqa: F401
 from .writing import FEW, WAYS
 from .writing.llama import ADAPT, IDS, adapted_llama, generated, llama
-from .writing.reference import HISTORIES, History, anew, answer, answers, differences, learn, remade, to_eval, to_train
+from .writing.reference import (
+    HISTORIES,
+    History,
+    anew,
+    answer,
+    answers,
+    begun,
+    differences,
+    learn,
+    remade,
+    to_eval,
+    to_train,
+)
 from .writing.trial import Trial, assert_follows, noisy, target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* returned no loss")  # so its penalty is not in it
@@ -33,8 +45,9 @@ Tried = tuple[Any, str, History, bool]
 
 
 def trial_of(case: Case) -> Trial:
-    model = case.adapted()
-    return Trial(model, case.input(), lambda own, given: anew(case, own, given), replaces=case.method == "LN_TUNING")
+    return Trial(
+        begun(case), case.input(), lambda own, given: anew(case, own, given), replaces=case.method == "LN_TUNING"
+    )
 
 
 def cover(
@@ -90,7 +103,7 @@ GENERATING: list[History] = [
 ]
 
 
-@over(cover(list(ADAPT), FEW, 3, GENERATING))
+@over(cover(list(ADAPT), FEW, 2, GENERATING))
 def test_after_generation(case: str, way: str, history: History, traced_first: bool) -> None:
     model = adapted_llama(case)
     trial = Trial(model, IDS, lambda own, given: remade(own, llama(), ADAPT[case], given), case == "FULL", generated)

@@ -79,7 +79,7 @@ def assert_follows(trial: Trial, way: str, history: History, traced_first: bool)
         wrong += [f"{what}: {difference}" for difference in differences(found, expected)]
         if also is not None and trial.also is not None and not distance(also, trial.also(fresh)) < 1e-9:
             wrong.append(f"{what}: generation")
-        right.append((expected.plain, of_base_alone(fresh, trial.x)))
+        right.append((expected.plain, of_base_alone(fresh, trial.x) if trial.replaces else expected.plain))
     assert not wrong, wrong
     of = int(trial.replaces)
     moves = {"adapter": (2, 0, 0), "base": (0, 1, of), "both, back": (1, 2, 0)}
