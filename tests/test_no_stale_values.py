@@ -53,12 +53,12 @@ def trial_of(case: Case) -> Trial:
 def cover(
     cases: Sequence[Any], ways: Sequence[str], each: int, histories: Sequence[History] = HISTORIES
 ) -> list[Tried]:
-    """Every case with ``each`` of the ways, which take turns, as do the histories with both."""
+    """Every case with ``each`` of the ways, which take turns; the histories take turns with both cases and ways."""
     count, found = len(histories), []
     for number, case in enumerate(cases):
         for place in range(each):
             turn = number * each + place
-            history = histories[(number + turn) % count]
+            history = histories[(number + place) % count]
             found.append((case, ways[turn % len(ways)], history, bool((number + place // count) % 2)))
     return found
 
