@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -193,22 +194,30 @@ class AdaptedLayer(Adapted):
             plan = Plan.of(self.frozen, changes, training=False)
             return plan.for_inference(dtype) if self.frozen.kind.fused(self.base_layer) else plan
 
-        return self._once(call, "plan", (dtype, *names, None, *self.state.merged, task and tuple(task)), made)
+        key = (dtype, *names, None, *self.state.merged, task and tuple(task))
+        return self._once(call, "plan", names, key, made)
 
     def _keeps(self, call: CallState) -> bool:
         """Whether what is computed now may be kept: where the caller has said so, and only in evaluation."""
         compiling = torch.compiler.is_compiling()
         return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
 
-    def _once(self, call: CallState, what: Hashable, key: Hashable, make: Callable[[], V]) -> V:
-        """A value that is kept until the caller leaves the context that allows it, or asks for one with another key."""
+    def _once(self, call: CallState, what: Hashable, names: Collection[str], key: Hashable, make: Callable[[], V]) -> V:
+        """A value that is kept until the caller leaves the context that allows it.
+
+        It is made again for another key, and where other tensors (not other values in them) are in the place of those
+        of the layer and of the adapters ``names``, as under ``torch.func.functional_call``.
+        """
         assert call.values is not None  # as ``_keeps`` has seen
         own = (self.state.version, key)
+        tensors = [*self.base_layer._parameters.values()]
+        for name in names:
+            tensors += [kept.get(leaf) for kept, leaf in self.kept_at(name)] if name in self.adapters else ()
         found = call.values.get((id(self), what))
-        if found is None or found[0] != own:
-            found = call.values[id(self), what] = (own, make())
-        kept: V = found[1]
-        return kept
+        if found is None or found[0] != own or not all(map(operator.is_, found[1], tensors)):
+            found = call.values[id(self), what] = (own, tensors, make())
+        made: V = found[2]
+        return made
 
     def _acting(
         self,
@@ -259,7 +268,7 @@ class AdaptedLayer(Adapted):
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
         if not self._keeps(call):
             return self.change(name, sample=sample)
-        return self._once(call, ("expert", name), (), lambda: self.change(name))
+        return self._once(call, ("expert", name), [name], (), lambda: self.change(name))
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
         tokens = x.shape if not self.frozen.kind.takes_activations() else x.shape[:-1]
@@ -293,7 +302,7 @@ class AdaptedLayer(Adapted):
 
         if self._keeps(call) and tasks is None and not call.running.gates:
             key = (x.dtype, x.shape[:-1], tuple(call.samples or ()), *self.state.merged)
-            found, plan = None, self._once(call, "samples", key, lambda: together(groups()))
+            found, plan = None, self._once(call, "samples", placed, key, lambda: together(groups()))
         else:
             found = groups()
             plan = together(found)

@@ -114,9 +114,9 @@ class Plan:
         W' is made again in the backward rather than kept. (Dropout of Δ's input does not exist here.)
         """
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
+        weight, bias = module.weight, getattr(module, "bias", None)  # in the backward the module may have others
 
         def run(x: Tensor) -> Tensor:
-            weight, bias = module.weight, getattr(module, "bias", None)
             wide = torch.promote_types(weight.dtype, torch.float32)
             own = {"weight": kind.layout(module, change.matrix(kind.matrix(module, weight).to(wide))).to(weight.dtype)}
             offset = change.offset(bias)

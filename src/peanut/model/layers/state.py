@@ -102,7 +102,7 @@ class AdapterState:
         self.version = 0
         self._lock, self._changer = threading.RLock(), (0, 0)  # a thread, and how often it has begun a change
         self._thread = _OfThread()
-        self._graphs: weakref.WeakSet[CallState] = weakref.WeakSet()
+        self._graphs: weakref.WeakKeyDictionary[CallState, int] = weakref.WeakKeyDictionary()
 
     # What holds in the model
 
@@ -164,10 +164,14 @@ class AdapterState:
             return
         if self.version % 2:
             self._check_version(-1, None)
-        again = torch._C._current_graph_task_id() != -1 and not call.again
-        if again and (not call.plain or len(self._graphs)):
+        if torch._C._current_graph_task_id() == -1 or call.again:
+            return
+        with self._lock:
+            known = call.plain and all(then.plain and at == self.version for then, at in self._graphs.items())
+        if not known:
             raise PeanutError(
-                "a block is run again in the backward of a call with adapter_names, task_ids or a disabled adapter",
+                "a block is run again in a backward, and a call was under others than the adapters that act now "
+                "(adapter_names, task_ids, a disabled adapter, other active ones)",
                 "gradient checkpointing that restores the call: model.gradient_checkpointing_enable() of transformers",
                 "use that instead of a torch.utils.checkpoint of your own",
             )
@@ -175,13 +179,14 @@ class AdapterState:
     def leads_to(self, output: Any) -> None:
         """Remembers the state of a call that ends with ``output`` as long as the graph that it has made."""
         call = self.call
-        if call.plain or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         for value in tree_leaves(dict(output) if isinstance(output, dict) else output):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 node: Any = value.grad_fn
                 node.metadata[self] = call
-                self._graphs.add(call)
+                with self._lock:
+                    self._graphs[call] = self.version
 
     # What holds in a call
 
