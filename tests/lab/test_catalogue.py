@@ -29,6 +29,7 @@ PLAIN = [
         (case.method, case.kind): case
         for case in reversed(CASES)
         if "boft_block_num" not in case.variant.options  # the formula is in the blocks' size
+        and "where" not in METHODS[case.method].size  # the sizes of LoKr's matrices have no short formula
     }.values()
     if case.kind == ("norm" if METHODS[case.method].kinds == ("norm",) else METHODS[case.method].kinds[0])
 ]

@@ -75,7 +75,7 @@ class LoKr(WeightMethod[LoKrConfig]):
 
     config_class = LoKrConfig
     kinds = ("linear", "conv1d", "conv2d", "embedding")
-    size = "a * c + r * (b + d), where a * b = d_out and c * d = d_in"
+    size = "a · c + r · (b + d), where a · b is d_out and c · d is d_in"
 
     def start(self, config: LoKrConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         kernel = tuple(layer.module.weight.shape[2:]) if layer.kind.name == "conv2d" else ()

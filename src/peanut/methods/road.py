@@ -51,7 +51,7 @@ class Road(WeightMethod[RoadConfig]):
 
     config_class = RoadConfig
     kinds = ("linear", "conv1d")
-    size = "d_out, 2 * d_out or 4 * d_out"
+    size = "int(variant[-1]) * d_out"
 
     def start(self, config: RoadConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         count = int(SHARE[config.variant] * layer.out_features)
