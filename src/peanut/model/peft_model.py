@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import METHODS, InputMethod, PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
-from .adapters.routing import Inference, calling
+from .adapters.routing import Inference, called
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import load_state, same_form
 from .checkpoints.mixtures import all_or_none, gathered, name_for, ready, save_experts
@@ -131,10 +131,7 @@ class PeftModel(nn.Module):
             adapter_names: for each sample the adapter that it goes through, ``"__base__"`` for none.
             task_ids: for each sample its task, for mixtures by task.
         """
-        with calling(self.adapters, adapter_names, task_ids, _rows(args, kwargs)):
-            output = self.base_model(*args, **kwargs)
-            self.adapters.state.leads_to(output)
-        return output
+        return called(self.adapters, self.base_model, args, kwargs, adapter_names, task_ids)
 
     def generate(
         self,
@@ -147,8 +144,8 @@ class PeftModel(nn.Module):
 
         What is computed from the adapters is kept until it returns, as within ``inference``.
         """
-        with calling(self.adapters, adapter_names, task_ids, _rows(args, kwargs), keep=True):
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        generate: Any = self.get_base_model().generate
+        return called(self.adapters, generate, args, kwargs, adapter_names, task_ids, keep=True)
 
     def inference(self) -> Inference:
         """A context in which evaluation keeps what it computes from the weights, for a server or a loop.
@@ -340,13 +337,6 @@ class PeftModel(nn.Module):
 def _inner(model: nn.Module, *configs: PeftConfig) -> AdaptedModel:
     """A base model in the class that the last of its adapters' configs asks for."""
     return model_of(method_of(configs[-1].peft_type))(model, {})
-
-
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """How many samples a model is called with, if the call tells."""
-    names = ("input_ids", "inputs", "inputs_embeds")
-    given = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
-    return len(given) if isinstance(given, Tensor) and given.dim() else None
 
 
 def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:

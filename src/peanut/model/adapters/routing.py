@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,53 +17,62 @@ from ..layers.state import BASE, AdapterState, CallState
 from ..prompts.replay import restore_in_checkpoints
 from .adapter_set import AdapterSet
 
-__all__ = ["Inference", "calling"]
+__all__ = ["Inference", "called"]
+
+R = TypeVar("R")
 
 
-@contextmanager
-def calling(
+def called(
     adapters: AdapterSet,
+    function: Callable[..., R],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     samples: Sequence[str] | None = None,
     tasks: Tensor | Sequence[int] | None = None,
-    rows: int | None = None,
     *,
     keep: bool = False,
-) -> Iterator[None]:
-    """Within the context this thread calls the model: all that is said here is for this call alone.
+) -> R:
+    """What a function of the model answers; all that is said here holds for this call of this thread alone.
 
     Args:
         adapters: the model's adapters.
+        function: the model, or its ``generate``.
+        args, kwargs: what it is given.
         samples: for each sample of the batch the adapter that it goes through.
         tasks: for each sample its task.
-        rows: how many samples the user gave, if that is known.
-        keep: evaluation may keep what it computes until the context is left.
+        keep: evaluation may keep what it computes until the function returns.
 
     Raises:
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another
             thread changes the adapters meanwhile.
     """
-    state, asked = adapters.state, samples is not None or tasks is not None
+    state, changes = adapters.state, dict[str, Any]()
+    if samples is not None or tasks is not None:
+        changes["samples"] = None if samples is None else list(samples)
+        # On the CPU each layer may look at the tasks without waiting for a device.
+        changes["tasks"] = None if tasks is None else torch.as_tensor(tasks).cpu()
+        function = partial(_checked, adapters, function, samples, tasks)
     if torch.compiler.is_compiling():
-        if not asked:
-            yield
-            return
-        _check(adapters, samples, tasks, rows)
-        with state.during(samples=_names(samples), tasks=_on_cpu(tasks)):
-            yield
-        return
-    if adapters.model.training and torch.is_grad_enabled():
+        with state.during(**changes) if changes else nullcontext():
+            return function(*args, **kwargs)
+    if keep and state.call.values is None:
+        changes["values"] = {}
+    if torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
-    values = {} if keep and state.call.values is None else state.call.values
-    given: dict[str, Any] = {"samples": _names(samples), "tasks": _on_cpu(tasks)} if asked else {}
-    with state.unchanged(), state.during(values=values, **given):
-        if asked:
-            _check(adapters, samples, tasks, rows)
-        yield
+    return state.called(function, args, kwargs, changes)
 
 
-def _check(
-    adapters: AdapterSet, samples: Sequence[str] | None, tasks: Tensor | Sequence[int] | None, rows: int | None
-) -> None:
+def _checked(
+    adapters: AdapterSet,
+    function: Callable[..., R],
+    samples: Sequence[str] | None,
+    tasks: Tensor | Sequence[int] | None,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> R:
+    """The function's answer, once names and tasks fit: within the call, where a change by another thread is noticed."""
+    rows = _rows(args, kwargs)
     # Layers may see a multiple of the samples (beams), so they do not notice every wrong number.
     for what, of, given in (("adapter_names", "name", samples), ("task_ids", "task", tasks)):
         if given is not None and rows is not None and len(given) != rows:
@@ -79,15 +89,14 @@ def _check(
                 "an unmerged model",
                 "call unmerge_adapter() first",
             )
+    return function(*args, **kwargs)
 
 
-def _names(samples: Sequence[str] | None) -> list[str] | None:
-    return None if samples is None else list(samples)
-
-
-def _on_cpu(tasks: Tensor | Sequence[int] | None) -> Tensor | None:
-    """On the CPU, where each layer may look at them without waiting for a device."""
-    return None if tasks is None else torch.as_tensor(tasks).cpu()
+def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many samples a model is called with, if the call tells."""
+    names = ("input_ids", "inputs", "inputs_embeds")
+    given = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
+    return len(given) if isinstance(given, Tensor) and given.dim() else None
 
 
 class Inference(AbstractContextManager["Inference"]):

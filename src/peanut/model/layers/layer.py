@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,6 @@ __all__ = ["BIAS", "AdaptedLayer"]
 
 BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
-
-V = TypeVar("V")
 
 
 class AdaptedLayer(Adapted):
@@ -184,40 +181,43 @@ class AdaptedLayer(Adapted):
         if not self._keeps(call):
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         task = None if tasks is None else set(tasks.tolist())
-        mixed = [name for name in names if name in call.running.gates]
-        if mixed or (task is not None and len(task) != 1):  # factors of each row or token: nothing to keep
+        if (task is not None and len(task) > 1) or any(name in call.running.gates for name in names):
+            # factors of each row, or gates of each token: there is nothing to keep
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
-        dtype = product_dtype(x) if self.frozen.kind.takes_activations() else self.weight.dtype
-
-        def made() -> Plan:
+        dtype = product_dtype(x)
+        key = (dtype, names, self.state.merged, task)
+        plan: Plan | None = self._known(call, "plan", key)
+        if plan is None:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
-            plan = Plan.of(self.frozen, changes, training=False)
-            return plan.for_inference(dtype) if self.frozen.kind.fused(self.base_layer) else plan
-
-        key = (dtype, *names, None, *self.state.merged, task and tuple(task))
-        return self._once(call, "plan", names, key, made)
+            plan = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
+            self._keep(call, "plan", key, names, plan)
+        return plan
 
     def _keeps(self, call: CallState) -> bool:
         """Whether what is computed now may be kept: where the caller has said so, and only in evaluation."""
         compiling = torch.compiler.is_compiling()
         return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
 
-    def _once(self, call: CallState, what: Hashable, names: Collection[str], key: Hashable, make: Callable[[], V]) -> V:
-        """A value that is kept until the caller leaves the context that allows it.
+    def _known(self, call: CallState, what: Hashable, key: Any) -> Any:
+        """What is kept under ``what``; ``None`` if it is not what would be computed now.
 
-        It is made again for another key, and where other tensors (not other values in them) are in the place of those
-        of the layer and of the adapters ``names``, as under ``torch.func.functional_call``.
+        So it is with another key, after the library has changed an adapter, and where other tensors (not other values
+        in them) stand in the place of those that it came from, as under ``torch.func.functional_call``.
         """
         assert call.values is not None  # as ``_keeps`` has seen
-        own = (self.state.version, key)
-        tensors = [*self.base_layer._parameters.values()]
-        for name in names:
-            tensors += [kept.get(leaf) for kept, leaf in self.kept_at(name)] if name in self.adapters else ()
         found = call.values.get((id(self), what))
-        if found is None or found[0] != own or not all(map(operator.is_, found[1], tensors)):
-            found = call.values[id(self), what] = (own, tensors, make())
-        made: V = found[2]
-        return made
+        if found is None or found[0] != self.state.version or found[1] != key:
+            return None
+        return found[3] if all(owner.get(leaf) is tensor for owner, leaf, tensor in found[2]) else None
+
+    def _keep(self, call: CallState, what: Hashable, key: Any, names: Collection[str], value: object) -> None:
+        """Keeps a value of the adapters ``names`` until the caller leaves the context that allows it."""
+        assert call.values is not None  # as ``_keeps`` has seen
+        own = self.base_layer._parameters
+        places = [(own, leaf) for leaf in own]
+        places += [place for name in names if name in self.adapters for place in self.kept_at(name)]
+        tensors = [(owner, leaf, owner.get(leaf)) for owner, leaf in places]
+        call.values[id(self), what] = (self.state.version, key, tensors, value)
 
     def _acting(
         self,
@@ -266,9 +266,13 @@ class AdaptedLayer(Adapted):
         return changes
 
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
-        if not self._keeps(call):
-            return self.change(name, sample=sample)
-        return self._once(call, ("expert", name), [name], (), lambda: self.change(name))
+        keeps = self._keeps(call)
+        known: Change | None = self._known(call, ("expert", name), None) if keeps else None
+        if known is None:
+            known = self.change(name, sample=sample)
+            if keeps:
+                self._keep(call, ("expert", name), None, [name], known)
+        return known
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
         tokens = x.shape if not self.frozen.kind.takes_activations() else x.shape[:-1]
@@ -282,34 +286,24 @@ class AdaptedLayer(Adapted):
 
     def _per_sample(self, call: CallState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
-        tasks = self.state.tasks_of(x.shape[0])
-        placed = self.state.placed(x.shape[0], x.device)
-
-        def groups() -> list[tuple[Tensor, list[Change]]]:
-            return [
-                (
-                    index,
-                    []
-                    if name == BASE
-                    else self._acting(call, x[index], [name], None if tasks is None else tasks[index], index),
-                )
-                for name, index in placed.items()
-            ]
-
-        def together(found: Sequence[tuple[Tensor, list[Change]]]) -> Plan | None:
-            change = for_samples(found, x) if self.frozen.kind.takes_features() else None
-            return None if change is None else Plan(self.frozen, change)
-
-        if self._keeps(call) and tasks is None and not call.running.gates:
-            key = (x.dtype, x.shape[:-1], tuple(call.samples or ()), *self.state.merged)
-            found, plan = None, self._once(call, "samples", placed, key, lambda: together(groups()))
-        else:
-            found = groups()
-            plan = together(found)
+        tasks, placed = self.state.tasks_of(x.shape[0]), self.state.placed(x.shape[0], x.device)
+        keeps = self._keeps(call) and tasks is None and not call.running.gates
+        key = (x.dtype, x.shape[:-1], tuple(call.samples or ()))
+        plan: Plan | None = self._known(call, "samples", key) if keeps else None
         if plan is not None:
             return plan(x, *args, **kwargs)
+        groups = [
+            (index, [] if name == BASE else self._acting(call, x[index], [name], _at(tasks, index), index))
+            for name, index in placed.items()
+        ]
+        together = for_samples(groups, x) if self.frozen.kind.takes_features() else None
+        if together is not None:
+            plan = Plan(self.frozen, together)
+            if keeps:
+                self._keep(call, "samples", key, placed, plan)
+            return plan(x, *args, **kwargs)
         y: Tensor | None = None
-        for index, changes in found or groups():
+        for index, changes in groups:
             part = Plan.of(self.frozen, changes, training=self.training)(x[index], *args, **kwargs)
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
@@ -323,6 +317,10 @@ class AdaptedLayer(Adapted):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+def _at(tasks: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if tasks is None else tasks[index]
 
 
 def _rows(x: Tensor) -> int:

@@ -33,13 +33,13 @@ class Plan:
         frozen: the layer.
         change: of all adapters that act, together.
         dropped: the Δ whose input is dropped out, each with its probability; they are not part of ``change``.
-        ready: the parts of ``change`` are in the dtype of the products.
+        ready: for evaluation of a plain linear layer, its matrix and its bias; ``change`` is then made for inference.
     """
 
     frozen: FrozenLayer
     change: Change
     dropped: tuple[tuple[Delta, float], ...] = ()
-    ready: bool = False
+    ready: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def of(cls, frozen: FrozenLayer, changes: Sequence[Change], *, training: bool) -> Plan:
@@ -54,19 +54,35 @@ class Plan:
 
     def for_inference(self, dtype: torch.dtype) -> Plan:
         """The same computation for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
-        return replace(self, change=self.change.for_inference(dtype), ready=True)
+        module = self.frozen.module
+        if not self.frozen.kind.fused(module):
+            return self
+        change, bias = self.change.for_inference(dtype), module.bias
+        weight = self.frozen.kind.matrix(module, module.weight)
+        if weight.dtype != dtype:  # under autocast: a copy of the weight is not kept
+            return Plan(self.frozen, change)
+        if change.left is None and change.shift is not None:
+            bias, change = change.offset(bias), replace(change, shift=None)
+        return Plan(self.frozen, change, (), (weight, bias))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y for x; what else is given goes to the layer."""
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
+        if self.ready is not None and not args and not kwargs and kind.fused(module):
+            return self._fused(x, *self.ready, change)
         if not kind.multiplies() or (
             not kind.takes_features() and (change.rotation is not None or change.in_scale is not None)
         ):
             return self._rebuilt(x, *args, **kwargs)
         if not args and not kwargs and kind.fused(module):
-            return self._fused(x)
-        dtype = x.dtype if kind.takes_activations() else module.weight.dtype
-        change = change if self.ready else change.to(dtype)
+            weight, bias, dtype = kind.matrix(module, module.weight), module.bias, product_dtype(x)
+            if dtype != x.dtype:  # autocast is on
+                x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            change = change.to(dtype)
+            if change.left is None and change.shift is not None and not self.dropped:
+                bias, change = change.offset(bias), replace(change, shift=None)
+            return self._fused(x, weight, bias, change)
+        change = change.to(x.dtype if kind.takes_activations() else module.weight.dtype)
         seen = x if change.in_scale is None else x * change.in_scale
         y: Tensor = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
         if change.delta is not None:
@@ -76,18 +92,10 @@ class Plan:
                 y = y + kind.respond(module, seen, change.delta).to(y.dtype)
         return self._behind(self._with_dropped(y, seen), change)
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
         """Of a plain linear layer, whose product the change joins."""
-        module, change = self.frozen.module, self.change
-        weight, bias = self.frozen.kind.matrix(module, module.weight), module.bias
-        dtype = product_dtype(x)
-        if dtype != x.dtype:  # autocast is on
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        change = change if self.ready else change.to(dtype)
         if change.in_scale is not None:
             x = x * change.in_scale
-        if change.left is None and change.shift is not None and not self.dropped:
-            bias, change = change.offset(bias), replace(change, shift=None)
         if change.rotation is not None:
             y = change.rotation.turned(x, weight, bias)
             y = y if change.delta is None else y + change.delta.apply(x)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from ...errors import PeanutError
 
 __all__ = ["BASE", "AdapterState", "CallState", "Running"]
+
+R = TypeVar("R")
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -129,21 +131,33 @@ class AdapterState:
                 self.version += outermost
                 self._changer = (threading.get_ident(), self._changer[1] - 1)
 
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Within the context a call runs, for which the adapters stay what they are.
+    def called(
+        self, function: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> R:
+        """What a function of the model answers, called with other values of some fields of ``CallState``.
 
         Raises:
-            PeanutError: another thread has changed them: the call may have seen some of both.
+            PeanutError: another thread has changed the adapters: the call may have seen some of both.
         """
-        with self._lock:  # a change that another thread has begun is waited for
-            before = self.version
+        before = self.call
+        if self.version % 2:  # a change that another thread has begun is waited for
+            with self._lock:
+                pass
+        version = self.version
+        if changes or torch.is_grad_enabled():  # a graph remembers a call of its own
+            self.call = replace(before, **{"indices": {}, **changes})
         try:
-            yield
+            answer = function(*args, **kwargs)
+            if torch.is_grad_enabled():
+                self._remember(answer)
         except Exception as error:
-            self._check_version(before, error)
+            self._check_version(version, error)
             raise
-        self._check_version(before, None)
+        finally:
+            if self.call is not before:  # a hook may have been broken off, too
+                self.call = before
+        self._check_version(version, None)
+        return answer
 
     def _check_version(self, before: int, error: Exception | None) -> None:
         if self.version != before and self._changer[0] != threading.get_ident():
@@ -176,11 +190,9 @@ class AdapterState:
                 "use that instead of a torch.utils.checkpoint of your own",
             )
 
-    def leads_to(self, output: Any) -> None:
-        """Remembers the state of a call that ends with ``output`` as long as the graph that it has made."""
+    def _remember(self, output: Any) -> None:
+        """Remembers the call that ends with ``output`` as long as the graph that it has made."""
         call = self.call
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
         for value in tree_leaves(dict(output) if isinstance(output, dict) else output):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 node: Any = value.grad_fn
