@@ -90,11 +90,7 @@ class PromptConfig(PeftConfig):
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
     def fitted(self, shape: ModelShape, *, key_value: bool = False) -> Self:
-        """The config with what it leaves open read off the model.
-
-        Args:
-            shape: the model's.
-            key_value: heads and sizes are those of keys and values.
+        """The config with what it leaves open read off the model; with ``key_value``, sizes are those of keys and values.
 
         Raises:
             PeanutError: a size that is given is not the model's.
@@ -140,15 +136,9 @@ class InputMethod(Method[C]):
 
     @abstractmethod
     def prepended(self, config: C, parameters: Values, training: bool) -> Tensor:
-        """What is put before the tokens that the user gave.
+        """What is put before the user's tokens: (p, width), or keys and values.
 
-        Args:
-            config: the method's config.
-            parameters: its tensors.
-            training: whether the model is being trained.
-
-        Returns:
-            (p, width), or (layers, 2, key_value_heads, p, head_size) of keys and values.
+        Keys and values are of shape (layers, 2, key_value_heads, p, head_size).
         """
 
     own_loss: ClassVar[bool] = False
@@ -158,7 +148,6 @@ class InputMethod(Method[C]):
         """The loss in place of the model's own, for methods that have one (``own_loss``).
 
         Args:
-            config: the method's config.
             logits: (batch, p + tokens, vocabulary), those of the virtual tokens first.
             labels: (batch, tokens), as the user gave them.
             arguments: what ``reads`` names, where the batch has it.

@@ -26,8 +26,12 @@ Values = Mapping[str, Tensor]
 class Method(ABC, Generic[C]):
     """What all methods have in common: a config, tensors by suffix, and how files keep them.
 
-    A method keeps no state: all it knows is in its arguments, so that one instance serves every model. Where it acts
+    A method has no state: all it knows is in its arguments, so that one instance serves every model. Where it acts
     and what it computes there, its kind says: ``WeightMethod``, ``OutputMethod``, ``InputMethod``, ``MixtureMethod``.
+
+    In all functions ``config`` is the method's config, with its patterns resolved for the layer where there is one;
+    ``parameters`` are the adapter's tensors there, by suffix; ``generator`` is the source of all randomness that the
+    config does not seed itself; ``training`` is whether the model is being trained.
     """
 
     config_class: ClassVar[type[PeftConfig]]
@@ -80,13 +84,7 @@ class Method(ABC, Generic[C]):
         return config
 
     def planned(self, config: C, steps: int, rows: int) -> C:
-        """The config with what it leaves open about training filled in, once a Trainer knows it.
-
-        Args:
-            config: the method's config.
-            steps: how many optimizer steps there will be.
-            rows: how many rows are trained on.
-        """
+        """The config with what it leaves open about training filled in: optimizer steps, and rows trained on."""
         return config
 
     def penalty(self, config: C, layers: Sequence[Values]) -> Tensor | None:
@@ -136,13 +134,7 @@ class WeightMethod(Method[C]):
 
     @abstractmethod
     def start(self, config: C, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors' first values in a layer, by the suffix under which files keep them.
-
-        Args:
-            config: the method's config, with its patterns resolved for this layer.
-            layer: the layer to be changed.
-            generator: the source of all randomness that the config does not seed itself.
-        """
+        """The tensors' first values in ``layer``, by the suffix under which files store them."""
 
     @abstractmethod
     def change(self, config: C, parameters: Values, layer: FrozenLayer) -> Change:
@@ -161,11 +153,7 @@ class WeightMethod(Method[C]):
     def routed(self, config: C, parameters: Values, tasks: Tensor | None, training: bool) -> Values:
         """What stands for ``parameters`` where each sample has a task, for methods that mix by task.
 
-        Args:
-            config: the method's config.
-            parameters: the layer's tensors.
-            tasks: the task of each sample (batch,), or ``None`` if the caller names none.
-            training: whether the layer is being trained.
+        ``tasks`` is the task of each sample, (batch,), or ``None`` if the caller names none.
         """
         return parameters
 

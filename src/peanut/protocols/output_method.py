@@ -98,11 +98,9 @@ class OutputMethod(Method[C]):
 
     @abstractmethod
     def adapt(self, config: C, parameters: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """The changed output.
+        """The changed output. The parameters are in the dtype of y or a wider one.
 
         Args:
-            config: the method's config.
-            parameters: the tensors at this site, in the dtype of y or wider.
             x: (…, in), the activations that the module (or ``source``) was given.
             y: (…, width), what the module answered, the first if it answers with several values.
             call: what else is known of the call.
@@ -111,9 +109,7 @@ class OutputMethod(Method[C]):
     def changes_input(self, config: C, kind: str | None) -> bool:
         """Whether ``adapt`` returns x' instead, which the module is then given once more, so that y' = module(x').
 
-        Args:
-            config: the method's config.
-            kind: the kind of layer that the module is (``LayerKind.name``), ``None`` if it is no layer by itself.
+        ``kind`` is the kind of layer that the module is (``LayerKind.name``), ``None`` if it is no layer by itself.
         """
         return False
 

@@ -2,16 +2,15 @@
 
 from torch import nn
 
-from .conv1d import Conv1DKind
 from .conv2d import Conv2dKind
 from .embedding import EmbeddingKind
 from .frozen import FrozenLayer
-from .kind import LayerKind, LinearMap, with_tensors
-from .linear import LinearKind
+from .kind import LayerKind, with_tensors
+from .linear import Conv1DKind, LinearKind
 from .norm import NormKind
 from .quantised import Linear4bitKind, Linear8bitKind
 
-__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of", "settle", "with_tensors"]
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "kind_of", "settle", "with_tensors"]
 
 KINDS: tuple[LayerKind, ...] = (
     Linear4bitKind(),

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap, recomputed
+from ..operators import Delta
+from .kind import LayerKind, recomputed
 
 __all__ = ["Conv2dKind"]
 
@@ -30,7 +31,7 @@ class Conv2dKind(LayerKind):
     def layout(self, module: nn.Conv2d, matrix: Tensor) -> Tensor:
         return matrix.reshape(-1, *module.weight.shape[1:])
 
-    def respond(self, module: nn.Conv2d, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: nn.Conv2d, x: Tensor, delta: Delta) -> Tensor:
         factors = delta.factors()
         if factors is None:
             # The kernel is made again in the backward rather than kept.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap
+from ..operators import Delta
+from .kind import LayerKind
 
 __all__ = ["EmbeddingKind"]
 
@@ -27,7 +28,7 @@ class EmbeddingKind(LayerKind):
     def layout(self, module: nn.Embedding, matrix: Tensor) -> Tensor:
         return matrix.T.contiguous()
 
-    def respond(self, module: nn.Embedding, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: nn.Embedding, x: Tensor, delta: Delta) -> Tensor:
         rows = delta.rows(x)
         if module.padding_idx is not None:
             # nn.Embedding lets no gradient into its padding row, so neither does its change.

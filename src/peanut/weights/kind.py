@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LayerKind", "LinearMap", "recomputed", "unhooked", "with_tensors"]
+from ..operators import Delta
 
-
-class LinearMap(Protocol):
-    """A linear operator of shape (out, in), as a layer applies it to its input."""
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """(…) ids in [0, in) → (…, out), the columns of the matrix at ``ids``."""
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(up, down) of shapes (out, r) and (r, in) whose product is the operator, if it is given so."""
-
-    def dense(self) -> Tensor:
-        """The matrix, (out, in)."""
+__all__ = ["LayerKind", "recomputed", "unhooked", "with_tensors"]
 
 
 class LayerKind(ABC):
@@ -72,7 +58,7 @@ class LayerKind(ABC):
         return with_tensors(module, tensors, *args, **kwargs)
 
     @abstractmethod
-    def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         """What ``delta`` adds to the layer's output for the input ``x``."""
 
     def down_shape(self, module: Any, r: int) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap, with_tensors
+from ..operators import Delta
+from .kind import LayerKind, with_tensors
 
 __all__ = ["NormKind"]
 
@@ -35,7 +36,7 @@ class NormKind(LayerKind):
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         return matrix.reshape(module.weight.shape)
 
-    def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
         gained: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
         return gained
