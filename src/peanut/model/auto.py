@@ -52,13 +52,9 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """The adapted model.
+        """The adapted model; arguments as for ``PeftModel.from_pretrained``, the folder being the adapter's.
 
         Args:
-            pretrained_model_name_or_path: the adapter's folder.
-            adapter_name: the name it gets.
-            is_trainable: whether it is trained further.
-            config: to be used instead of the folder's.
             kwargs: for the base model's ``from_pretrained`` (``dtype``, ``num_labels``…), and the hub's.
 
         Raises:

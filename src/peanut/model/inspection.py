@@ -19,8 +19,6 @@ class LayerReport:
     """One adapted layer.
 
     Args:
-        path: where it is in the model.
-        method: the method that changes it.
         kind: what kind of layer it is.
         shape: (out, in) of its matrix.
         parameters: how many parameters the adapter has in it.
@@ -50,9 +48,7 @@ class PlaceReport:
 
     Args:
         path: where it is in the model, "/" for the model's input.
-        method: the method that acts there.
         tensors: the shape and the Frobenius norm of each of its tensors, by suffix.
-        parameters: how many it has.
     """
 
     path: str

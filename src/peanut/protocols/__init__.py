@@ -2,13 +2,12 @@
 
 from .architecture import Architecture, PlaceName, Stack
 from .change import Change
-from .config import FORMAT_VERSION, PeftConfig, TaskType
+from .config import FORMAT_VERSION, PeftConfig, TaskType, get_peft_config
 from .input_method import InputMethod, ModelShape, PromptConfig
 from .method import Method, Values, WeightMethod
 from .mixture_method import MixtureMethod
-from .names import METHODS, PeftType, method_of
 from .output_method import Call, OutputMethod, Site
-from .registry import get_peft_config, register
+from .registry import METHODS, PeftType, method_of, register
 from .trial import Trial
 
 __all__ = [

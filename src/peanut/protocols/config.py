@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, nearest
 from ..files import read_json, write_json
-from .names import PeftType, method_of, name_of
+from .registry import PeftType, method_of, name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,6 +32,7 @@ __all__ = [
     "check_pattern",
     "check_probability",
     "check_whole",
+    "get_peft_config",
     "matching_pattern",
 ]
 
@@ -96,7 +97,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            self.task_type = _member(TaskType, self.task_type, "task_type")
+            self.task_type = _task_type(self.task_type)
         given = self.peft_type
         if given is not None and name_of(given) != self.method:
             raise PeanutError(
@@ -199,6 +200,11 @@ class PeftConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
 
+def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dictionary with a ``peft_type`` describes."""
+    return PeftConfig.from_dict(values)
+
+
 def check_whole(name: str, value: Any, least: int) -> int:
     """``value`` as an int of at least ``least``.
 
@@ -239,16 +245,13 @@ def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-_Member = TypeVar("_Member", bound=Enum)
-
-
-def _member(kind: type[_Member], value: Any, name: str) -> _Member:
+def _task_type(value: str) -> TaskType:
     try:
-        return kind(value)
+        return TaskType(value)
     except ValueError:
-        names = [member.value for member in kind]
+        names = [member.value for member in TaskType]
         raise PeanutError(
-            f"{name}={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
+            f"task_type={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
         ) from None
 
 

@@ -90,7 +90,7 @@ class PromptConfig(PeftConfig):
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
     def fitted(self, shape: ModelShape, *, key_value: bool = False) -> Self:
-        """The config with what it leaves open read off the model; with ``key_value``, sizes are those of keys and values.
+        """The config with what it leaves open read off the model (its keys and values, if ``key_value``).
 
         Raises:
             PeanutError: a size that is given is not the model's.
@@ -125,6 +125,10 @@ class InputMethod(Method[C]):
 
     def tried(self, on: Trial) -> dict[str, Any] | None:
         return {"num_virtual_tokens": on.tokens}
+
+    @property
+    def model_name(self) -> None:
+        """``None``: it puts nothing into layers."""
 
     def fitted(self, config: C, shape: ModelShape) -> C:
         """The config with what it leaves open read off the model."""

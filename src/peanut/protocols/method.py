@@ -118,6 +118,11 @@ class Method(ABC, Generic[C]):
         """The method's name in ``adapter_config.json``."""
         return self.config_class.method
 
+    @property
+    def model_name(self) -> str | None:
+        """The name of the class of the models that it adapts: ``LoraModel``, as its config is ``LoraConfig``."""
+        return self.config_class.__name__.removesuffix("Config") + "Model"
+
 
 class WeightMethod(Method[C]):
     """A method that changes a layer's weight or bias.

@@ -15,6 +15,7 @@ class EmbeddingKind(LayerKind):
     """y = W e_id with W kept as (vocabulary, dim); Gemma's embeddings multiply the output by ``embed_scale``."""
 
     name = "embedding"
+    takes_activations = False
 
     def matches(self, module: object) -> bool:
         return isinstance(module, nn.Embedding)
@@ -35,6 +36,3 @@ class EmbeddingKind(LayerKind):
             rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
         scale = getattr(module, "embed_scale", None)
         return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
-
-    def takes_activations(self) -> bool:
-        return False

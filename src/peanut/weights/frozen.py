@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from .kind import LayerKind
-from .product import product, product_of_codes
 
-__all__ = ["FrozenLayer"]
+__all__ = ["FrozenLayer", "product", "product_of_codes"]
 
 
 class FrozenLayer:
@@ -145,3 +145,25 @@ class FrozenLayer:
         """Makes what is merged the layer's own: the originals are let go."""
         self._weight = self._bias = None
         self._shared = None
+
+
+def product(matrix: Tensor, A: Tensor) -> Tensor:
+    """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
+    return (matrix @ A.to(matrix.dtype).T).to(A.dtype)
+
+
+def product_of_codes(read: Callable[[], Tensor], A: Tensor) -> Tensor:
+    """``product`` for an M that ``read`` makes of codes; the backward makes it again."""
+    return _OfCodes.apply(A, read)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OfCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, read: Callable[[], Tensor]) -> Tensor:
+        ctx.read, ctx.dtype = read, A.dtype
+        return product(read(), A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        matrix = ctx.read()
+        return (matrix.T @ grad.to(matrix.dtype)).T.to(ctx.dtype), None

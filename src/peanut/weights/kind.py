@@ -24,7 +24,13 @@ class LayerKind(ABC):
 
     name: ClassVar[str]
     quantised: ClassVar[bool] = False
-    """Whether the weight is kept as codes, which ``matrix`` turns into numbers and ``quantise`` makes of them."""
+    """Whether the weight is stored as codes, which ``matrix`` turns into numbers and ``quantise`` makes of them."""
+    takes_activations: ClassVar[bool] = True
+    """Whether the input is activations (dropout makes sense), not ids."""
+    takes_features: ClassVar[bool] = False
+    """Whether the columns of the matrix are the last dimension of the input, which can be rotated and scaled."""
+    multiplies: ClassVar[bool] = True
+    """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
 
     @abstractmethod
     def matches(self, module: object) -> bool:
@@ -84,18 +90,6 @@ class LayerKind(ABC):
     def along_output(self, vector: Tensor) -> Tensor:
         """A vector (out), shaped so that it broadcasts over the layer's output."""
         return vector
-
-    def takes_activations(self) -> bool:
-        """Whether the input is activations (dropout makes sense), not ids."""
-        return True
-
-    def multiplies(self) -> bool:
-        """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
-        return True
-
-    def takes_features(self) -> bool:
-        """Whether the columns of the matrix are the last dimension of the input, which can be turned and scaled."""
-        return False
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

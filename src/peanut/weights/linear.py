@@ -20,6 +20,7 @@ class LinearKind(LayerKind):
     """y = x Wᵀ + b with W stored as (out, in)."""
 
     name = "linear"
+    takes_features = True
 
     def matches(self, module: object) -> bool:
         return isinstance(module, nn.Linear)
@@ -38,9 +39,6 @@ class LinearKind(LayerKind):
 
     def fused(self, module: nn.Module) -> bool:
         return unhooked(module, nn.Linear.forward)
-
-    def takes_features(self) -> bool:
-        return True
 
 
 class Conv1DKind(LinearKind):

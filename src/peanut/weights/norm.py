@@ -19,6 +19,7 @@ class NormKind(LayerKind):
     """
 
     name = "norm"
+    multiplies = False
 
     def matches(self, module: object) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
@@ -40,6 +41,3 @@ class NormKind(LayerKind):
         changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
         gained: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
         return gained
-
-    def multiplies(self) -> bool:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -69,9 +68,7 @@ class AdapterSet(Surgery):
 
     def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
         """The adapted layers with their paths, all or those that have adapter ``name``."""
-        for module in walk(self.model):
-            if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
-                yield module.path, module
+        return ((place.path, place) for place in self.places(name) if isinstance(place, AdaptedLayer))
 
     def places(self, name: str | None = None) -> Iterator[Adapted]:
         """Every place where adapters act, or those that have adapter ``name``."""
@@ -163,7 +160,6 @@ class AdapterSet(Surgery):
 
         Args:
             name: any name without a dot or slash.
-            config: what to put in.
             meta: leave the parameters without storage, to be filled by loading.
             wide: keep parameters in float32 at least, also on a half-precision base.
             copies: copy the modules that are trained whole; else the caller puts them into ``saved_modules``.
@@ -321,17 +317,10 @@ class AdapterSet(Surgery):
 
     def _trained_with(self, name: str) -> list[str]:
         """The experts that are trained when mixture ``name`` is."""
-        config = self.configs.get(name)
-        method = None if config is None else method_of(config.peft_type)
-        if not isinstance(method, MixtureMethod) or not method.trains_experts(config):
-            return []
-        return list(method.experts(config))
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the context the model answers this thread exactly as its base, also where adapters are merged."""
-        with self.state.during(disabled=True):
-            yield
+        config = self.configs[name]
+        method = method_of(config.peft_type)
+        trains = isinstance(method, MixtureMethod) and method.trains_experts(config)
+        return experts_of(config) if trains else []
 
     # Merging
 

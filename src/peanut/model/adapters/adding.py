@@ -120,7 +120,7 @@ def add_mixture(on: AdapterSet, new: New, method: MixtureMethod[Any], config: Pe
 @torch.no_grad()
 def _check_expert(layer: AdaptedLayer, expert: str) -> None:
     change = layer.change(expert)
-    if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies():
+    if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies:
         raise PeanutError(
             f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or turns "
             "it, or trains a bias)",

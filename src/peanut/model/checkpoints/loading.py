@@ -26,9 +26,6 @@ def load_state(
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
 
     Args:
-        adapters: the model's adapters.
-        name: the adapter, which is in the model already.
-        stored: what was read.
         check: refuse a base whose weights differ from those that the adapter was trained on.
         alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
             it may lie in the file still.

@@ -186,7 +186,7 @@ class AdaptedLayer(Adapted):
         mixed = [name for name in names if name in call.running.gates]
         if mixed or (task is not None and len(task) != 1):  # factors of each row or token: nothing to keep
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
-        dtype = product_dtype(x) if self.frozen.kind.takes_activations() else self.weight.dtype
+        dtype = product_dtype(x) if self.frozen.kind.takes_activations else self.weight.dtype
 
         def made() -> Plan:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
@@ -262,7 +262,7 @@ class AdaptedLayer(Adapted):
         return self._once(call, ("expert", name), (), lambda: self.change(name))
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
-        tokens = x.shape if not self.frozen.kind.takes_activations() else x.shape[:-1]
+        tokens = x.shape if not self.frozen.kind.takes_activations else x.shape[:-1]
         if tokens != gate.shape[:2]:
             raise PeanutError(
                 f"'{self.path}' deals with {tuple(x.shape)} where a mixture's gates are for (batch, tokens) = "
@@ -288,7 +288,7 @@ class AdaptedLayer(Adapted):
             ]
 
         def together(found: Sequence[tuple[Tensor, list[Change]]]) -> Plan | None:
-            change = for_samples(found, x) if self.frozen.kind.takes_features() else None
+            change = for_samples(found, x) if self.frozen.kind.takes_features else None
             return None if change is None else Plan(self.frozen, change)
 
         if self._keeps(call) and tasks is None and not call.running.gates:
