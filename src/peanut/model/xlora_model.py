@@ -83,7 +83,7 @@ class XLoraModel(AdaptedModel):
 
     def get_global_scaling_weight(self) -> float:
         """What all gates are multiplied by."""
-        return float(self._config().global_scaling_weight)
+        return float(self.adapters.configs[self._mixture()[1]].global_scaling_weight)  # type: ignore[attr-defined]
 
     def set_scaling_pass_value(self, value: float | None) -> None:
         """The gate of every expert in the first pass; ``None`` for one divided by their number."""
@@ -103,8 +103,6 @@ class XLoraModel(AdaptedModel):
             )
         return holder, (active or names)[0]  # type: ignore[return-value]
 
-    def _config(self) -> Any:
-        return self.adapters.configs[self._mixture()[1]]
-
     def _set(self, **changes: Any) -> None:
-        self.adapters.configure(self._mixture()[1], replace(self._config(), **changes))
+        _, name = self._mixture()
+        self.adapters.configure(name, replace(self.adapters.configs[name], **changes))

@@ -4,11 +4,10 @@ from .architecture import Architecture, PlaceName, Stack
 from .change import Change
 from .config import FORMAT_VERSION, PeftConfig, TaskType, get_peft_config
 from .input_method import InputMethod, ModelShape, PromptConfig
-from .method import Method, Values, WeightMethod
+from .method import Method, Trial, Values, WeightMethod
 from .mixture_method import MixtureMethod
 from .output_method import Call, OutputMethod, Site
 from .registry import METHODS, PeftType, method_of, register
-from .trial import Trial
 
 __all__ = [
     "FORMAT_VERSION",

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..errors import PeanutError
 from .config import PeftConfig, check_whole
-from .method import C, Method, Values
-from .trial import Trial
+from .method import C, Method, Trial, Values
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -13,9 +15,8 @@ from ..weights import FrozenLayer
 from .architecture import Architecture
 from .change import Change
 from .config import PeftConfig
-from .trial import Trial
 
-__all__ = ["Method", "Values", "WeightMethod"]
+__all__ = ["Method", "Trial", "Values", "WeightMethod"]
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -122,6 +123,33 @@ class Method(ABC, Generic[C]):
     def model_name(self) -> str | None:
         """The name of the class of the models that it adapts: ``LoraModel``, as its config is ``LoraConfig``."""
         return self.config_class.__name__.removesuffix("Config") + "Model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The model, or stack of layers, that a method is measured on: what ``Method.tried`` may have to know of it.
+
+    Args:
+        shapes: (out, in) of the weights that may be changed.
+        feed_forward: names of the layers among them that end a feed-forward part.
+        blocks: how many blocks there are.
+        tokens: how many virtual tokens to add, or tokens to train.
+        causal: whether it is a causal language model.
+        biases: whether its layers have biases.
+        head: whether it has a head that is trained whole.
+    """
+
+    shapes: Sequence[Sequence[int]] = ()
+    feed_forward: Sequence[str] = ()
+    blocks: int = 1
+    tokens: int = 16
+    causal: bool = False
+    biases: bool = True
+    head: bool = False
+
+    def divisor(self, size: int) -> int:
+        """The largest divisor of ``size`` that divides every width too."""
+        return math.gcd(size, *(width for shape in self.shapes for width in shape))
 
 
 class WeightMethod(Method[C]):

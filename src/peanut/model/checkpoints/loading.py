@@ -20,6 +20,7 @@ from .keys import flat
 __all__ = ["load_state", "same_form"]
 
 
+@torch.no_grad()
 def load_state(
     adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
 ) -> None:
@@ -69,21 +70,20 @@ def load_state(
     if check:
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
     waiting = _without_storage(adapters, name)
-    with torch.no_grad():
-        for key, parameter in own.items():
-            value = state[key]
-            if key in waiting:
-                holder, suffix, device = waiting[key]
-                holder.assign(suffix, value.to(device, parameter.dtype, copy=not alias))
-            elif parameter.is_meta:
-                raise PeanutError(
-                    f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded"
-                )
-            else:
-                parameter.copy_(value.to(parameter.device))
-        for key in left_out & there.keys() & stored.passing.keys():
-            if there[key].shape == stored.passing[key].shape:
-                there[key].copy_(stored.passing[key].to(there[key].device))
+    for key, parameter in own.items():
+        value = state[key]
+        if key in waiting:
+            holder, suffix, device = waiting[key]
+            holder.assign(suffix, value.to(device, parameter.dtype, copy=not alias))
+        elif parameter.is_meta:
+            raise PeanutError(
+                f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded"
+            )
+        else:
+            parameter.copy_(value.to(parameter.device))
+    for key in left_out & there.keys() & stored.passing.keys():
+        if there[key].shape == stored.passing[key].shape:
+            there[key].copy_(stored.passing[key].to(there[key].device))
 
 
 def _made_by_scaffold(
@@ -109,10 +109,9 @@ def _made_by_scaffold(
             "the tensors that the training went on with",
             "load it with is_trainable=False, or give it the file that was saved beside it",
         )
-    before = {key: value.detach().clone() for key, value in scaffold.items()}
-    with torch.no_grad():
-        for key, value in scaffold.items():
-            value.copy_(stored.passing[key].to(value.device))
+    before = {key: value.clone() for key, value in scaffold.items()}
+    for key, value in scaffold.items():
+        value.copy_(stored.passing[key].to(value.device))
     own = dict(adapters.parameters(name))
     made = {key: value for key, value in adapter_state(adapters, name)[1].items() if key not in own}
     apart = [
@@ -121,9 +120,8 @@ def _made_by_scaffold(
         if key not in state or not torch.allclose(value.cpu(), state[key].to(value.dtype), rtol=1e-3, atol=1e-4)
     ]
     if apart:
-        with torch.no_grad():
-            for key, value in scaffold.items():
-                value.copy_(before[key])
+        for key, value in scaffold.items():
+            value.copy_(before[key])
         raise PeanutError(
             f"{TRAINING_NAME} in '{stored.source}' computes another '{apart[0]}' than the adapter's file holds",
             "files that were saved together",
