@@ -21,7 +21,6 @@ class Site:
     """A module whose output a method changes.
 
     Args:
-        path: where it is in the model.
         width: the size of its output's last dimension.
         reads: the size of the last dimension of x.
         module: the module itself, without adapters around it.
@@ -103,7 +102,6 @@ class OutputMethod(Method[C]):
         Args:
             x: (…, in), the activations that the module (or ``source``) was given.
             y: (…, width), what the module answered, the first if it answers with several values.
-            call: what else is known of the call.
         """
 
     def changes_input(self, config: C, kind: str | None) -> bool:

@@ -31,9 +31,7 @@ def calling(
     """Within the context this thread calls the model: all that is said here is for this call alone.
 
     Args:
-        adapters: the model's adapters.
         samples: for each sample of the batch the adapter that it goes through.
-        tasks: for each sample its task.
         rows: how many samples the user gave, if that is known.
         keep: evaluation may keep what it computes until the context is left.
 
@@ -93,9 +91,6 @@ class Inference(AbstractContextManager["Inference"]):
     """Within the context evaluation keeps what it computes from the adapters and the base.
 
     It may be entered again, and in several threads, which then share what is kept. The last one out lets go of it.
-
-    Args:
-        state: of the model's adapters.
     """
 
     def __init__(self, state: AdapterState) -> None:

@@ -35,7 +35,6 @@ class New:
     """A new adapter.
 
     Args:
-        name: its name.
         seed: where its randomness comes from: a number drawn from torch's generator.
         meta: leave its parameters without storage, to be filled by loading.
         wide: keep them in float32 at least, also on a half-precision base.
@@ -61,8 +60,6 @@ class New:
         """Its tensors in one place, on the device of the base's weight there and as precise as they are kept.
 
         Args:
-            method: the method that they are of.
-            config: its config.
             path: where they are; with the adapter's seed it seeds the generator.
             beside: a weight of the base.
             start: makes them, with a generator.

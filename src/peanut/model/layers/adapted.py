@@ -15,12 +15,7 @@ __all__ = ["Adapted"]
 
 
 class Adapted(nn.Module):
-    """The tensors of the adapters that act in one place; what they do there, the classes below say.
-
-    Args:
-        path: where in the model.
-        state: which adapters act, shared by all places.
-    """
+    """The tensors of the adapters that act in one place; what they do there, the classes below say."""
 
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__()
@@ -43,10 +38,6 @@ class Adapted(nn.Module):
         """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
 
         Args:
-            name: its name.
-            method: its method.
-            config: its config here.
-            parameters: its tensors here.
             shared: those that it shares with other places.
             holds: whether this place, the first of them, is where the model keeps them.
         """

@@ -71,7 +71,6 @@ class AdaptedLayer(Adapted):
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
         Args:
-            name: the adapter.
             sample: draw what the method draws at random.
             tasks: the task of each row, for methods that mix by task.
         """
@@ -221,8 +220,6 @@ class AdaptedLayer(Adapted):
         """The changes that are still to be made of what the layer computes, in the order of activation.
 
         Args:
-            call: the call.
-            x: the layer's input.
             names: the adapters that act.
             tasks: the task of each row that goes through them.
             index: these rows, ``None`` for all.

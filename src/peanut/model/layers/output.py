@@ -68,11 +68,6 @@ class AdaptedOutput(Adapted, Hooking):
     """The adapters that change the output of one module, y' = adapt(x, y), one after the other as they were activated.
 
     It is a child of the module, so that it moves and trains with it, and acts by hooks on it.
-
-    Args:
-        module: the module, without adapters around it.
-        path: where it is.
-        state: which adapters act.
     """
 
     def __init__(self, module: nn.Module, path: str, state: AdapterState) -> None:

@@ -51,7 +51,6 @@ class Parameters(nn.Module):
     """Tensors by the suffix under which files keep them: ``lora_A.weight`` is ``lora_A.weight`` here too.
 
     Args:
-        values: the tensors.
         untrained: suffixes of those that are buffers.
         rebuilt: suffixes of buffers that a state dict leaves out.
     """

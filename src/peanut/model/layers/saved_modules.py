@@ -34,7 +34,6 @@ class SavedModule(nn.Module):
         """Gives adapter ``name`` a copy of the module as it is in the base.
 
         Args:
-            name: the adapter.
             wide: keep the copy in float32 at least.
             memo: what has been copied for the same adapter already: what was tied stays so.
         """

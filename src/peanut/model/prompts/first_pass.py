@@ -40,7 +40,6 @@ def gates_of(
 
     Args:
         mixtures: the mixtures.
-        state: which adapters act.
         reader: the model.
         arguments: what it is called with; a cache is put there where one is begun.
         running: what is known of the batch.

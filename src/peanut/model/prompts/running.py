@@ -47,10 +47,6 @@ class Runner(Hooking):
 
     A virtual token is a token like others: it has an id that means nothing, and where the model looks its embedding
     up, the trained one is put. So whatever a model makes of ids (positions, the place of the last token) stays right.
-
-    Args:
-        model: the base model.
-        state: which adapters act.
     """
 
     def __init__(self, model: nn.Module, state: AdapterState) -> None:
