@@ -19,9 +19,7 @@ class LayerReport:
     """One adapted layer.
 
     Args:
-        kind: what kind of layer it is.
         shape: (out, in) of its matrix.
-        parameters: how many parameters the adapter has in it.
         weight_norm: Frobenius norm of W⁰.
         delta_norm: Frobenius norm of ΔW.
         effective_rank: exp of the entropy of ΔW's normalised singular values; at most its rank.

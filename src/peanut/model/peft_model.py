@@ -228,7 +228,6 @@ class PeftModel(nn.Module):
         Args:
             safe_serialization: must be true; only safetensors are written.
             selected_adapters: which adapters; all by default.
-            is_main_process: whether this process writes.
             state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
             unused: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
 
@@ -259,7 +258,6 @@ class PeftModel(nn.Module):
         """A model with an adapter read from a folder (or from the hub, if a hub id is given).
 
         Args:
-            is_trainable: whether the adapter is trained further.
             config: to be used instead of the folder's.
             autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
             low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.

@@ -32,7 +32,6 @@ def predictive(model: nn.Module, samples: int = 16, **inputs: Any) -> Prediction
 
     Args:
         model: a model that returns logits; it stays in the mode that it is in, so call ``eval()`` first.
-        samples: number of draws.
     """
     state = AdapterSet.of(model).state
     total = squares = torch.zeros(())

@@ -17,9 +17,8 @@ __all__ = ["XLoraModel"]
 class XLoraModel(AdaptedModel):
     """A model adapted by X-LoRA.
 
-    Gates are of shape (batch, tokens, layers, experts), as the gate answers, before ``top_k_lora`` and
-    ``global_scaling_weight``; layers in the order in which they lie in the model, experts in that of their names. What
-    is said of "the mixture" is said of the active one, or of the only one there is.
+    Gates are of shape (batch, tokens, layers, experts), before ``top_k_lora`` and ``global_scaling_weight``; layers in
+    the model's order, experts in that of their names. "The mixture" is the active one, or the only one.
 
     Raises:
         PeanutError: from each method, if no mixture is in the model, or several and none is active.

@@ -29,9 +29,7 @@ class ModelShape:
         layers: how many layers have an attention of their own (the decoder's, if there are two stacks).
         heads: how many heads these have.
         key_value_heads: how many heads their keys and values have.
-        head_size: the size of a head.
         encoder_decoder: whether an encoder reads and a decoder writes.
-        vocabulary: how many tokens there are.
         embed: the embeddings (…, width) of token ids (…), as the model makes them.
     """
 

@@ -132,9 +132,7 @@ class Trial:
     Args:
         shapes: (out, in) of the weights that may be changed.
         feed_forward: names of the layers among them that end a feed-forward part.
-        blocks: how many blocks there are.
         tokens: how many virtual tokens to add, or tokens to train.
-        causal: whether it is a causal language model.
         biases: whether its layers have biases.
         head: whether it has a head that is trained whole.
     """

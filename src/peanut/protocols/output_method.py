@@ -54,7 +54,6 @@ class Call:
         prompt: (batch, tokens), which of the tokens that it sees belong to the prompt that the user gave: no padding,
             no virtual token, no answer; ``None`` if nothing is known of the tokens. False everywhere while an answer
             is generated token by token.
-        training: whether the model is being trained.
         kind: the kind of layer that the module is, as for ``changes_input``.
         apart: ``apart(layer, rows)`` is what a layer inside the module makes of rows (n, in) that are no tokens of the
             batch, of shape (1 or batch, n, out): as adapters of weights change it, and none of outputs.

@@ -87,7 +87,6 @@ class FrozenLayer:
         """Puts a merged matrix (out, in) and bias (out) in place; the first time, keeps the originals on the CPU.
 
         Args:
-            matrix: the new W.
             bias: the new b, or ``None`` to leave it.
             shared: another layer uses the same weight (a tied head) and must not see the change.
 

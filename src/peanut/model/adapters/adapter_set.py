@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...weights import settle
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, walk
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..layers.walk import walk
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
@@ -44,11 +43,7 @@ def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concate
 
 
 class AdapterSet(Surgery):
-    """The adapters of ``model``, which is changed in place: its target layers are wrapped.
-
-    Args:
-        model: the base model; the set is kept on it, and ``AdapterSet.of`` finds it again.
-    """
+    """The adapters of ``model``, whose target layers are wrapped in place; ``AdapterSet.of`` finds them again."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -306,10 +301,9 @@ class AdapterSet(Surgery):
         self.trained = list(trainable)
         trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
         for place in self.places():
-            for name in place.adapters:
-                place.adapters[name].requires_grad_(name in trainable)
-            for name in place.banks:
-                place.banks[name].requires_grad_(name in trainable)
+            for own in (place.adapters, place.banks):
+                for name in own:
+                    own[name].requires_grad_(name in trainable)
         for _, saved in self.saved_modules():
             saved.original_module.requires_grad_(False)
             for name in saved.modules_to_save:
@@ -426,8 +420,6 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():
-        if isinstance(module, AdaptedLayer):
-            continue
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders.setdefault(id(parameter), set()).add(id(module))

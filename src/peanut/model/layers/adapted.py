@@ -1,7 +1,8 @@
-"""A place in a model where adapters act, and their tensors there."""
+"""A place in a model where adapters act, with their tensors there, and the walk that finds such places."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ...protocols import PeftConfig
 from .parameters import NamedModules, Parameters, Place
 from .state import AdapterState
 
-__all__ = ["Adapted"]
+__all__ = ["Adapted", "walk"]
 
 
 class Adapted(nn.Module):
@@ -91,3 +92,22 @@ class Adapted(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
+
+
+def walk(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of ``model`` once, in the order of ``modules()``, but for those that hold adapters' tensors.
+
+    Loading an adapter asks some twenty times where adapters are; ``modules()`` would take half of its time.
+    """
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        inside = module._modules
+        if isinstance(module, Adapted):
+            inside = {name: child for name, child in inside.items() if name not in ("adapters", "banks")}
+        waiting += [child for child in reversed(inside.values()) if child is not None]
