@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         quiet()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peer's, about a base on the meta device
+            warnings.simplefilter("ignore")  # Hugging Face PEFT's, about a base on the meta device
             seconds = {"import": _imports(options.repeats), "inject into 7B": _injections(options.repeats)}
             seconds["load 100 MB"] = _loads(options.repeats)
         versions = {"peanut": __version__, "torch": str(torch.__version__), "peft": peer_version()}

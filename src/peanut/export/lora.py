@@ -52,7 +52,7 @@ class LoraExport:
         return int(self.adapters.configs[self.name].r)  # type: ignore[attr-defined]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the LoRA as an adapter of its own, which the peer and servers of LoRA read."""
+        """Writes the LoRA as an adapter of its own, which Hugging Face PEFT and servers of LoRA read."""
         return save_adapter(folder, self.adapters, self.name)
 
 

@@ -1,4 +1,4 @@
-"""A live model of Hugging Face PEFT ("the peer") looked at: where its layers are, and what they hold of an adapter."""
+"""A live model of Hugging Face PEFT looked at: where its layers are, and what they hold of an adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Slot = tuple[dict[str, Any], str]
 """Where a tensor is kept: a dictionary of a module's, and the key in it."""
 
 _NOT_STORED = {"ranknum", "trainable_tokens_original"}
-"""Tensors of the peer's layers that its files leave out: they follow from others."""
+"""Tensors of PEFT's layers that its files leave out: they follow from others."""
 _RENAMED = {"lora_magnitude_vector.weight": "lora_magnitude_vector", "indices": "fourierft_places"}
 """Tensors of its layers that have other names in files, or here."""
 
@@ -58,12 +58,12 @@ def the_peer(loaded: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A module of the base with layers of the peer around it.
+    """A module of the base with layers of PEFT around it.
 
     Args:
         path: where in the base.
         parent: the module that holds it.
-        layers: the peer's layers, from the outside to the inside.
+        layers: PEFT's layers, from the outside to the inside.
         bare: the base's own module.
     """
 
@@ -99,7 +99,7 @@ class Wrapped:
 
 
 def wrapped_in(base: nn.Module) -> list[Wrapped]:
-    """Every place of a base model where layers of the peer are, in the model's order."""
+    """Every place of a base model where layers of PEFT are, in the model's order."""
     found: list[Wrapped] = []
 
     def visit(parent: nn.Module, path: str) -> None:
@@ -119,7 +119,7 @@ def wrapped_in(base: nn.Module) -> list[Wrapped]:
 
 
 def beside(model: Any, name: str) -> dict[str, Slot]:
-    """What the peer's wrapper holds of adapter ``name`` that belongs to no layer, by suffix: a prompt, or gates."""
+    """What PEFT's wrapper holds of adapter ``name`` that belongs to no layer, by suffix: a prompt, or gates."""
     encoder: Any = getattr(model, "prompt_encoder", {})
     gate: Any = getattr(getattr(model, "base_model", None), "internal_xlora_classifier", None)
     holders: list[tuple[str, nn.Module]] = []
@@ -136,7 +136,7 @@ def beside(model: Any, name: str) -> dict[str, Slot]:
 
 
 def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
-    """Refuses an adapter on a layer of which the peer's method makes something else than ours.
+    """Refuses an adapter on a layer of which PEFT's method makes something else than ours.
 
     On convolutions its OFT is no identity at the start, and others forget dilation and kinds of padding; trained
     tokens on a linear layer forget its bias.
@@ -153,7 +153,7 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
 
 
 def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
-    """Refuses adapters that act together on a layer, if with two of them the peer answers otherwise than we do.
+    """Refuses adapters that act together on a layer, if with two of them PEFT answers otherwise than we do.
 
     There C3A, OFT, "bat" and DoRA read what another adapter has made of the input or of the output; here each reads
     the layer's own.
@@ -177,7 +177,7 @@ def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
 def by_our_keys(
     held: Mapping[str, Mapping[str, Slot]], apart: Mapping[str, Slot], own: Collection[str]
 ) -> dict[str, Slot]:
-    """The peer's slots by the keys that we give them.
+    """PEFT's slots by the keys that we give them.
 
     Args:
         held: those of its layers, by path and suffix.
@@ -256,7 +256,7 @@ def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Coll
 
 
 def _under(module: Any) -> Any:
-    """The module under a layer of the peer, ``None`` if it is none."""
+    """The module under a layer of PEFT, ``None`` if it is none."""
     from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -23,7 +23,7 @@ def life_probe(variant: Variant, life: Life, device: torch.device) -> Callable[[
     def probe() -> dict[str, float]:
         bases = [life.base() for _ in range(2)]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peer's, about settings that are measured as they are
+            warnings.simplefilter("ignore")  # Hugging Face PEFT's, about settings that are measured as they are
             start = now(device)
             model = life.inject(bases[0])
             injected = now(device)

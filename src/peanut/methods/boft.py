@@ -125,7 +125,7 @@ class BOFT(WeightMethod[BOFTConfig]):
         return {**parameters, "boft_R": torch.where(dropped[:, :, None, None], torch.zeros_like(M), M)}
 
     def restored(self, config: BOFTConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
-        """As in the file; where the peer found no compiler and kept one factor of several, the others turn nothing."""
+        """As in the file; where PEFT found no compiler and kept one factor of several, the others turn nothing."""
         restored = super().restored(config, layers)
         for values in restored.values():
             M = values.get("boft_R")

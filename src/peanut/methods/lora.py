@@ -55,7 +55,7 @@ class LoraConfig(LoraFields):
         super().__post_init__()
         self.r = check_whole("r", self.r, least=1)
         init = self.init_lora_weights
-        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of the peer, once trained
+        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of PEFT, once trained
         if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
             raise PeanutError(
                 f"init_lora_weights={init!r}",
@@ -160,7 +160,7 @@ class Lora(WeightMethod[LoraConfig]):
         return config.doubled(), kept
 
     def restored(self, config: LoraConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
-        """From a file of rank 2r as ``stored`` gives it, or of rank r: the peer's own A and B over a reduced base."""
+        """From a file of rank 2r as ``stored`` gives it, or of rank r: PEFT's own A and B over a reduced base."""
         kept = super().restored(config, layers)
         for path, values in kept.items() if config.starts_in_weight else ():
             a, b = names_in(values)

@@ -1,4 +1,4 @@
-"""The config fields that LoRA and AdaLoRA have in common, those of the peer that nothing here does among them."""
+"""The config fields that LoRA and AdaLoRA have in common, those of PEFT that nothing here does among them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LoraFields(PeftConfig):
         bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
         trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
 
-    The other fields are the peer's; each is accepted while it asks for nothing.
+    The other fields are Hugging Face PEFT's; each is accepted while it asks for nothing.
     """
 
-    only_here = frozenset({"runtime_config"})  # the peer has it and writes it to no file
+    only_here = frozenset({"runtime_config"})  # Hugging Face PEFT has it and writes it to no file
 
     lora_alpha: float = 8
     lora_dropout: float = 0.0

@@ -37,7 +37,7 @@ class OFTConfig(PeftConfig):
         eps: how near.
         block_share: one block for all.
         use_cayley_neumann: the first terms of a series for the rotation by −S, in place of the exact rotation by S. It
-            is far from orthogonal once S is not small. (The peer's default; here it is for files that have it.)
+            is far from orthogonal once S is not small. (PEFT's default; here it is for files that have it.)
         num_cayley_neumann_terms: how many terms; three are taken as four.
     """
 

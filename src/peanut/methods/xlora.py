@@ -43,7 +43,7 @@ class XLoraConfig(PeftConfig):
         global_scaling_weight: what all gates are multiplied by in the end.
         layernorm_type: ``"rms"``, accepted for scripts that give it. No norm is added, as the published gate has none:
             it reads the hidden states after the model's own last norm, of whatever type that is.
-        use_bias: train the gate's biases. The gate always has them, as it does in files of the peer; without this
+        use_bias: train the gate's biases. The gate always has them, as it does in files of PEFT; without this
             they stay as they are, which is zero in a new gate and the file's values in one that is loaded. So by
             default a new gate is one without biases, and a file of either library computes the same in both.
 

@@ -17,7 +17,7 @@ class AdaLoraModel(AdaptedModel):
     method = "ADALORA"
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Accepted for scripts of the peer: here the schedule follows the optimizer's steps by itself."""
+        """Accepted for scripts of Hugging Face PEFT: here the schedule follows the optimizer's steps by itself."""
 
 
 class VBLoRAModel(AdaptedModel):

@@ -49,7 +49,7 @@ def cayley(skew: Tensor) -> Tensor:
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
     """The first terms of the series of ``cayley``: I + 2S + 2S² + … + Sᵐ, the last power once; m = terms − 1.
 
-    Three terms are taken as four, as the peer does.
+    Three terms are taken as four, as Hugging Face PEFT does.
     """
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand(skew.shape)
     if terms == 1:

@@ -78,7 +78,7 @@ class PeftConfig:
     method: ClassVar[str]
     """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
-    """Fields that the peer does not know: written to files only where they differ from their default."""
+    """Fields that Hugging Face PEFT does not know: written to files only where they differ from their default."""
     by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Fields whose value may differ between layers, each with the field that holds it by name or pattern."""
 
@@ -169,7 +169,7 @@ class PeftConfig:
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
         """The config that ``values`` describes, of the class that its ``peft_type`` names.
 
-        Fields of the peer that this library does not have are accepted while they ask for nothing.
+        Fields of Hugging Face PEFT that this library does not have are accepted while they ask for nothing.
 
         Raises:
             PeanutError: the method is unknown, or a field asks for something that does not exist here.
@@ -268,7 +268,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Fields of the peer whose default is a value; on their own they ask for nothing."""
+"""Fields of Hugging Face PEFT whose default is a value; on their own they ask for nothing."""
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
