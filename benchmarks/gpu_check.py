@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_check``: what a machine with a CUDA device can tell of the library in eight minutes.
+"""``python -m benchmarks.gpu_check``: tests, benchmark and profile on a machine with a CUDA GPU, in eight minutes.
 
 Three parts: the device tests; the benchmark of ten methods in a block of Llama-3.2-3B's shape, in bfloat16 at 4,096
 tokens, beside Hugging Face PEFT; a profile of one training step, frozen, with LoRA and with PEANuT. Nothing is

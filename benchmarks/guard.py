@@ -1,4 +1,4 @@
-"""``python -m benchmarks.guard``: has a change made a method slower or hungrier?
+"""``python -m benchmarks.guard``: checks that no method has become slower or uses more memory.
 
 Some methods on one small block, beside the frozen block and PEFT. What is judged are ratios, never seconds: of a
 training step and of one token in evaluation to the frozen block's and to PEFT's, and of the bytes kept for the

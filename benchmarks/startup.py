@@ -1,4 +1,4 @@
-"""``python -m benchmarks.startup``: what a user waits for before anything trains.
+"""``python -m benchmarks.startup``: time to import the library, to add adapters to a large model, and to load one.
 
 Seconds to import the library (torch not counted), to put adapters on every linear layer of a Llama of 7B parameters on
 the meta device, and to load an adapter of 100 MB, beside reading the file's tensors alone; each by Hugging Face PEFT

@@ -1,4 +1,4 @@
-"""The public names: where each is, so that ``peanut.X`` can be imported when it is first used."""
+"""The public names and the modules that define them, so that ``peanut.X`` is imported on first use."""
 
 from __future__ import annotations
 

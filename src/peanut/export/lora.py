@@ -1,4 +1,4 @@
-"""To LoRA and back: a low-rank change is a LoRA of that rank, and a LoRA is the start of a PEANuT."""
+"""Converts adapters to LoRA (exactly, if the update is low-rank, or the best approximation) and LoRA to PEANuT."""
 
 from __future__ import annotations
 

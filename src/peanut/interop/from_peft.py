@@ -1,4 +1,4 @@
-"""A live model of Hugging Face PEFT made ours in place."""
+"""Converts a model of Hugging Face PEFT (below: PEFT) to one of this library, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A live model of Hugging Face PEFT looked at: where its layers are, and what they hold of an adapter."""
+"""Finds the adapted layers of a Hugging Face PEFT model (below: PEFT) and the tensors of their adapters."""
 
 from __future__ import annotations
 

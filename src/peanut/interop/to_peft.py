@@ -1,4 +1,4 @@
-"""A model of ours made a live model of Hugging Face PEFT in place."""
+"""Converts a model of this library to one of Hugging Face PEFT (below: PEFT), in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut bench``: what a method costs in layers or in a model, against it frozen and against Hugging Face PEFT.
+"""``peanut bench``: speed and memory of methods against the frozen model and against Hugging Face PEFT.
 
 All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
 quartiles, and a ratio is taken within each round before the median. What is compared holds the same parameters and

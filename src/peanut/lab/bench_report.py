@@ -1,4 +1,4 @@
-"""What the benchmark found, told: tables on the terminal, and a JSON file with a plot beside it."""
+"""Prints the benchmark's results as tables and writes them as JSON with a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark found of each variant, and what a variant is compared with."""
+"""The benchmark's results for each variant, and their ratios to reference variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of methods, read off the registry: what each changes, how large it is, what can be done with it."""
+"""The table of methods, made from the registry: what each changes, its size, and whether it merges."""
 
 from __future__ import annotations
 

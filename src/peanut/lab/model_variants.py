@@ -1,4 +1,4 @@
-"""What the benchmark compares in whole models: a Llama of any size or a packaged model, frozen and adapted."""
+"""Variants that the benchmark compares in whole models (a Llama of any size, or a packaged model)."""
 
 from __future__ import annotations
 

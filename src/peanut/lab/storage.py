@@ -1,4 +1,4 @@
-"""An adapter's life outside training, measured: put into a model, written into a folder, read from it."""
+"""Times of adding an adapter to a model, saving it and loading it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark compares: a stack of layers frozen, adapted by this library, and adapted by Hugging Face PEFT."""
+"""Variants that the benchmark compares in a stack of layers: frozen, adapted here, adapted by Hugging Face PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: a rank budget shared out among the layers by importance (Zhang et al. 2023, arXiv 2303.10512)."""
+"""AdaLoRA: LoRA whose rank budget is distributed by importance (Zhang et al. 2023, arXiv 2303.10512)."""
 
 from __future__ import annotations
 

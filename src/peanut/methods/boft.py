@@ -1,4 +1,4 @@
-"""BOFT: the input is turned by a butterfly product of block rotations (Liu et al. 2023, arXiv 2311.06243)."""
+"""BOFT: the layer's input is rotated by a butterfly product of block rotations (Liu et al. 2023, arXiv 2311.06243)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diff pruning: a sparse difference whose gates are trained too (Guo, Rush & Kim 2020, arXiv 2012.07463)."""
+"""Diff pruning: a sparse update, whose sparsity is learned by gates (Guo, Rush & Kim 2020, arXiv 2012.07463)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FourierFT: the update is a sparse spectrum, transformed back (Gao et al. 2024, arXiv 2405.03003)."""
+"""FourierFT: the update is the inverse Fourier transform of few trained entries (Gao et al. 2024, arXiv 2405.03003)."""
 
 from __future__ import annotations
 

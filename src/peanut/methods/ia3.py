@@ -1,4 +1,4 @@
-"""(IA)³: gains on a layer's output, or on a feed-forward layer's input (Liu et al. 2022, arXiv 2205.05638)."""
+"""(IA)³: trained scales of a layer's output, or of a feed-forward layer's input (Liu et al. 2022, arXiv 2205.05638)."""
 
 from __future__ import annotations
 

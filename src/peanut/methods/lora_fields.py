@@ -1,4 +1,4 @@
-"""The config fields that LoRA and AdaLoRA have in common, those of PEFT that nothing here does among them."""
+"""Config fields that LoRA and AdaLoRA share, among them those of Hugging Face PEFT that have no effect here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OFT: the input is turned block by block (Qiu et al. 2023, arXiv 2306.07280; on the input: 2025, arXiv 2506.19847)."""
+"""OFT: the layer's input is rotated in blocks (Qiu et al. 2023, arXiv 2306.07280; input: 2025, arXiv 2506.19847)."""
 
 from __future__ import annotations
 

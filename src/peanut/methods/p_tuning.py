@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that a small network writes (Liu et al. 2021, arXiv 2103.10385)."""
+"""P-tuning: virtual tokens that a small network computes (Liu et al. 2021, arXiv 2103.10385)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values that every layer's attention sees (Li and Liang 2021, arXiv 2101.00190)."""
+"""Prefix tuning: trained keys and values in every attention layer (Li and Liang 2021, arXiv 2101.00190)."""
 
 from __future__ import annotations
 

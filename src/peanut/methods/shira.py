@@ -1,4 +1,4 @@
-"""SHiRA: few entries of the weight itself are trained (Bhardwaj et al. 2024, arXiv 2406.13175)."""
+"""SHiRA: a few entries of the weight itself are trained (Bhardwaj et al. 2024, arXiv 2406.13175)."""
 
 from __future__ import annotations
 

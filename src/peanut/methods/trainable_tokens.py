@@ -1,4 +1,4 @@
-"""Trainable tokens: some tokens' embeddings are trained and no other (as Hugging Face PEFT has it since 0.15)."""
+"""Trainable tokens: the embeddings of chosen tokens are trained, and no others (as in Hugging Face PEFT since 0.15)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VB-LoRA: low-rank factors put together from one bank of short vectors (Li et al. 2024, arXiv 2405.15179)."""
+"""VB-LoRA: low-rank factors composed from one shared bank of short vectors (Li et al. 2024, arXiv 2405.15179)."""
 
 from __future__ import annotations
 

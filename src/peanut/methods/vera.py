@@ -1,4 +1,4 @@
-"""VeRA: trained scalings of one pair of random matrices (Kopiczko et al. 2023, arXiv 2310.11454)."""
+"""VeRA: trained scaling vectors around one shared pair of random matrices (Kopiczko et al. 2023, arXiv 2310.11454)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""X-LoRA: a gate that mixes trained adapters token by token (Buehler & Buehler 2024, arXiv 2402.07148)."""
+"""X-LoRA: a trained gate mixes several adapters for each token (Buehler & Buehler 2024, arXiv 2402.07148)."""
 
 from __future__ import annotations
 

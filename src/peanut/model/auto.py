@@ -1,4 +1,4 @@
-"""``AutoPeftModel``: a base model and its adapter in one call, the base named by the adapter's config."""
+"""``AutoPeftModel``: loads an adapter together with the base model that its config names."""
 
 from __future__ import annotations
 

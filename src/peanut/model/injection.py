@@ -1,4 +1,4 @@
-"""Adapters put into a model in place, and their tensors taken out and put in."""
+"""Adds adapters to a model in place (without ``PeftModel``), and reads and writes their state dicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter does to each layer, and what it has in other places, in numbers."""
+"""Statistics of an adapter: the norm and effective rank of its update in each layer."""
 
 from __future__ import annotations
 

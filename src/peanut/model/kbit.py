@@ -1,4 +1,4 @@
-"""QLoRA's side of training: a quantised base made ready for adapters (Dettmers et al. 2023, arXiv 2305.14314)."""
+"""Prepares a quantised model for training adapters, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 from __future__ import annotations
 

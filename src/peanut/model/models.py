@@ -1,4 +1,4 @@
-"""A class of adapted model for each method, for scripts that name them: ``LoraModel`` goes with ``LoraConfig``."""
+"""A model class for each method, for scripts that name one: ``LoraModel`` belongs to ``LoraConfig``."""
 
 from __future__ import annotations
 

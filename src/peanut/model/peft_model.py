@@ -1,4 +1,4 @@
-"""``PeftModel`` and what makes one: the surface that scripts written for Hugging Face PEFT know."""
+"""``PeftModel`` and ``get_peft_model``, compatible with scripts written for Hugging Face PEFT."""
 
 from __future__ import annotations
 

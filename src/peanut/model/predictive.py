@@ -1,4 +1,4 @@
-"""Predictions averaged over draws of a random adapter, with their deviation."""
+"""Predictions averaged over samples of a random adapter, with their standard deviation."""
 
 from __future__ import annotations
 

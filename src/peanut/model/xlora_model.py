@@ -1,4 +1,4 @@
-"""A model adapted by X-LoRA: its gates can be looked at and its settings changed."""
+"""``XLoraModel``: a model adapted by X-LoRA, with functions to read its gates and change its settings."""
 
 from __future__ import annotations
 

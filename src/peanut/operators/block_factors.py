@@ -1,4 +1,4 @@
-"""Products of block-diagonal factors between permutations, as they act on a layer's input."""
+"""Products of block-diagonal matrices and permutations (used by OFT and BOFT), applied to a layer's input."""
 
 from __future__ import annotations
 

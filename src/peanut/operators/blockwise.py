@@ -1,4 +1,4 @@
-"""Δ in which blocks of columns are alike: MiSS, and the weight-aware form of Bone."""
+"""Δ made of repeated blocks, the operator of MiSS, and the weight-aware variant of Bone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Cayley transform: orthogonal blocks from skew-symmetric ones."""
+"""The Cayley transform: orthogonal matrices from skew-symmetric ones."""
 
 from __future__ import annotations
 

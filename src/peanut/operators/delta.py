@@ -1,4 +1,4 @@
-"""The protocol of an additive change Δ of a weight."""
+"""``Delta``: the interface of an update Δ that is added to a weight."""
 
 from __future__ import annotations
 

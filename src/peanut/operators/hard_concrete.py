@@ -1,4 +1,4 @@
-"""Δ as a trained matrix behind trained gates."""
+"""Δ as a trained matrix times hard-concrete gates; the operator of diff pruning."""
 
 from __future__ import annotations
 

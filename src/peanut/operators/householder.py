@@ -1,4 +1,4 @@
-"""Products of Householder reflections of a layer's input."""
+"""Products of Householder reflections, applied to a layer's input; the operator of HRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators for evaluation: few tokens are answered from what was computed beforehand."""
+"""Operators for inference: matrices that speed up small batches are computed once and reused."""
 
 from __future__ import annotations
 

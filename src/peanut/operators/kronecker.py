@@ -1,4 +1,4 @@
-"""Δ as a Kronecker product of two small matrices."""
+"""Δ as a Kronecker product of two small matrices; the operator of LoKr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ = s · up · down, the operator of LoRA, of PEANuT and of most of their relatives."""
+"""Δ = s · up · down: the low-rank operator of LoRA, PEANuT and most of their relatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ = diag(g)(W + s · up · down) − W, the operator of DoRA: a low-rank change and a gain of every output."""
+"""Δ = diag(g)(W + s · up · down) − W: the operator of DoRA, a low-rank update and a scale for every output."""
 
 from __future__ import annotations
 

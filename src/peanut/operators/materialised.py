@@ -1,4 +1,4 @@
-"""Operators that are written out in each forward, and again in each backward, and never kept."""
+"""Base class of operators whose Δ is built as a matrix in each forward and again in each backward, but never stored."""
 
 from __future__ import annotations
 

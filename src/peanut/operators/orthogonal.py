@@ -1,4 +1,4 @@
-"""Orthogonal operators on a layer's input that mix blocks of features: block-diagonal ones and butterfly products."""
+"""Block-diagonal and butterfly rotations of a layer's input; the operators of OFT and BOFT."""
 
 from __future__ import annotations
 

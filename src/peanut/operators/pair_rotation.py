@@ -1,4 +1,4 @@
-"""Scaled rotations of pairs of features."""
+"""Rotation and scaling of pairs of features; the operator of RoAd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ from fixed random matrices and a few trained scalings: nothing that is made of them outlives the product."""
+"""Δ from fixed random matrices and a few trained scales; the operator of RandLoRA and VeRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ that changes some tokens' rows of an embedding, or of the head tied to it."""
+"""Δ that changes the rows of some tokens in an embedding or a tied head; the operator of trainable tokens."""
 
 from __future__ import annotations
 

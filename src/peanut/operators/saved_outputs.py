@@ -1,4 +1,4 @@
-"""The output of a function, saved for its own backward where that costs no more memory."""
+"""Saves a function's output for its own backward, if the output has not been changed in place since."""
 
 from __future__ import annotations
 

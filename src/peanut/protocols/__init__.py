@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: a config, and a change of a weight, of an output, of the input, or a mixture."""
+"""The interfaces of fine-tuning methods: configs, changes of weights, outputs or inputs, and mixtures of adapters."""
 
 from .architecture import Architecture, PlaceName, Stack
 from .change import Change

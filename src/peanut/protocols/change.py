@@ -1,4 +1,4 @@
-"""The change of a layer, the one thing that a weight method returns."""
+"""``Change``: what a method does to a layer's weight and bias."""
 
 from __future__ import annotations
 

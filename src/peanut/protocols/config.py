@@ -1,4 +1,4 @@
-"""The config of a method: checked when made, read from and written to ``adapter_config.json``."""
+"""``PeftConfig``: the config of a method, validated when created, read from and written to ``adapter_config.json``."""
 
 from __future__ import annotations
 

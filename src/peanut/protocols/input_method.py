@@ -1,4 +1,4 @@
-"""The protocol of a method that changes what the model is given: virtual tokens, or keys and values before its own."""
+"""``InputMethod``: the interface of methods that add virtual tokens, or keys and values, before the user's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of every method, and that of the methods that change a weight."""
+"""``Method``, the interface of every method, and ``WeightMethod``, that of methods that change a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of a method that mixes other adapters, token by token."""
+"""``MixtureMethod``: the interface of methods that mix other adapters, token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of a method that changes what a module of the model puts out."""
+"""``OutputMethod``: the interface of methods that change the output of a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a run: the frozen base for a task, and the adapter in it; and both again from a trained adapter."""
+"""Loads the base model of a run for its task and adds the adapter, or loads both from a trained adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do and need, without loading a weight."""
+"""``peanut train --dry-run``: steps, parameters and memory of a run, without loading any weights."""
 
 from __future__ import annotations
 

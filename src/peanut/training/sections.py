@@ -1,4 +1,4 @@
-"""The parts of a run's description: every key, its kind and its default."""
+"""The sections of a run's config: every key with its type and default."""
 
 from __future__ import annotations
 

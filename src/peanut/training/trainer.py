@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapted models: checkpoints hold the adapter and the trained head, never the base."""
+"""transformers' ``Trainer`` for adapted models; checkpoints hold the adapter and the trained head, never the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing a frozen weight, whatever kind of layer keeps it."""
+"""Reads and writes the frozen weight of any kind of layer."""
 
 from torch import nn
 

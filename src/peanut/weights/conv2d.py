@@ -1,4 +1,4 @@
-"""``nn.Conv2d``: the kernel (out, in/groups, h, w) flattened to a matrix (out, in/groups·h·w)."""
+"""``nn.Conv2d``: its kernel (out, in/groups, h, w) as a matrix (out, in/groups·h·w)."""
 
 from __future__ import annotations
 

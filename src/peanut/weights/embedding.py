@@ -1,4 +1,4 @@
-"""``nn.Embedding``: a matrix (dim, vocabulary) applied to one-hot vectors, kept transposed."""
+"""``nn.Embedding``: a matrix (dim, vocabulary) applied to one-hot vectors, stored transposed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen layer: its matrix before any merge, and the merge itself, undone bit for bit."""
+"""``FrozenLayer``: a layer's original weight as a matrix, and merging into it, which can be undone bit for bit."""
 
 from __future__ import annotations
 

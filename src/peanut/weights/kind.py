@@ -1,4 +1,4 @@
-"""What the library must know of a kind of layer to change its weight."""
+"""``LayerKind``: the interface of a kind of layer, which says how its weight is stored and applied."""
 
 from __future__ import annotations
 

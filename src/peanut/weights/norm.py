@@ -1,4 +1,4 @@
-"""Normalisation layers: a gain and a bias for every feature, seen as a matrix (features, 1)."""
+"""Normalisation layers: their weight and bias per feature, as a matrix (features, 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers of bitsandbytes: 4-bit (NF4, FP4) and 8-bit codes, read as the numbers that they stand for."""
+"""Quantised linear layers of bitsandbytes (4-bit NF4 and FP4, 8-bit), dequantised when read."""
 
 from __future__ import annotations
 

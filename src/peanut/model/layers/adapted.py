@@ -1,4 +1,4 @@
-"""A place in a model where adapters act, with their tensors there, and the walk that finds such places."""
+"""``Adapted``: base class of all modules that hold and apply adapters; and a function that finds them in a model."""
 
 from __future__ import annotations
 

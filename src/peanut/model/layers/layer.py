@@ -1,4 +1,4 @@
-"""The layer wrapper: one class for every method and every kind of layer."""
+"""``AdaptedLayer``: the wrapper around a layer whose weight adapters change, for all methods and kinds of layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The place where adapters change what a module puts out."""
+"""``AdaptedOutput``: applies adapters to the output of a module, by forward hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers: an adapter's tensors in a layer, and modules by a name that a user chose."""
+"""Containers: the tensors of an adapter in one layer, and a ``ModuleDict`` that allows any name."""
 
 from __future__ import annotations
 

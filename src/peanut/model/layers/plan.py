@@ -1,4 +1,4 @@
-"""From the changes of a layer to a computation: in training, in evaluation, and with adapters per sample."""
+"""``Plan``: how a layer computes its output with the changes of its adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside the adapter, such as a classification head."""
+"""``SavedModule``: modules that are trained whole beside the adapter, such as a classification head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapters act: in the model until that is changed, and in one call of it."""
+"""Which adapters act: set for the model, or for one call of it."""
 
 from __future__ import annotations
 
