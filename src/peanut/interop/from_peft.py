@@ -244,7 +244,7 @@ def _take_over(
     """Puts PEFT's tensors in the place of ours."""
     own = our_slots(adapters, name)
     theirs = by_our_keys(held, apart, own)
-    grouped = by_place(adapters, name, {key: kept[leaf] for key, (kept, leaf) in theirs.items()})
+    grouped = by_place(adapters, name, {key: owner[leaf] for key, (owner, leaf) in theirs.items()})
     values: dict[str, Tensor] = {}
     for method, config, paths in parts_of(adapters, name):
         values |= flat(method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped}))
@@ -263,16 +263,16 @@ def _take_schedule(allocator: Any, adapters: AdapterSet) -> None:
     for name, config in adapters.configs.items():
         if config.peft_type != PeftType.ADALORA or allocator is None:
             continue
-        for key, (kept, leaf) in our_slots(adapters, name).items():
+        for key, (owner, leaf) in our_slots(adapters, name).items():
             kind, _, letter = leaf.rpartition("_")
             averages = {"ipt": "exp_avg_ipt", "unc": "exp_avg_unc"}.get(kind)
             theirs = getattr(allocator, averages or "", {}).get(f"{key.removesuffix(leaf)}lora_{letter}.{name}")
             if theirs is not None:
-                kept[leaf] = theirs.detach().to(kept[leaf])
+                owner[leaf] = theirs.detach().to(owner[leaf])
             if leaf == "kept":
                 pattern = (allocator.peft_config.rank_pattern or {}).get(f"{key.removesuffix(leaf)}lora_E.{name}")
-                if pattern is not None and len(pattern) == len(kept[leaf]):
-                    kept[leaf] = torch.tensor(pattern).unsqueeze(1).to(kept[leaf])
+                if pattern is not None and len(pattern) == len(owner[leaf]):
+                    owner[leaf] = torch.tensor(pattern).unsqueeze(1).to(owner[leaf])
         if allocator.exp_avg_ipt:
             warnings.warn(
                 f"adapter {name!r} has been trained for a number of steps that Hugging Face PEFT does not keep: "

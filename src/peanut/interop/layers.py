@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Slot = tuple[dict[str, Any], str]
-"""Where a tensor is kept: a dictionary of a module's, and the key in it."""
+"""Where a tensor is stored: a dictionary of a module's, and the key in it."""
 
 _NOT_STORED = {"ranknum", "trainable_tokens_original"}
 """Tensors of PEFT's layers that its files leave out: they follow from others."""
@@ -136,7 +136,7 @@ def beside(model: Any, name: str) -> dict[str, Slot]:
 
 
 def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
-    """Refuses an adapter on a layer of which PEFT's method makes something else than ours.
+    """Refuses an adapter on a layer where PEFT's method computes something else than ours.
 
     On convolutions its OFT is no identity at the start, and others forget dilation and kinds of padding; trained
     tokens on a linear layer forget its bias.
@@ -153,7 +153,7 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
 
 
 def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
-    """Refuses adapters that act together on a layer, if with two of them PEFT answers otherwise than we do.
+    """Refuses adapters that act together on a layer, if with two of them PEFT computes something else than we do.
 
     There C3A, OFT, "bat" and DoRA read what another adapter has made of the input or of the output; here each reads
     the layer's own.
@@ -219,7 +219,7 @@ def made_anew(adapters: AdapterSet, name: str) -> set[str]:
 
 
 def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Collection[str], source: str) -> None:
-    """Puts tensors where they are kept: parameters as the very objects that they are.
+    """Puts tensors where they are stored: parameters as the very objects that they are.
 
     Args:
         slots: where, by key.
@@ -230,7 +230,7 @@ def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Coll
     Raises:
         PeanutError: a tensor is missing or unexpected, or has another shape. Nothing is then put anywhere.
     """
-    places = {key: (id(kept), leaf) for key, (kept, leaf) in slots.items()}
+    places = {key: (id(owner), leaf) for key, (owner, leaf) in slots.items()}
     filled = {places[key] for key in values if key in places}  # tied layers share a place
     missing = sorted(key for key in slots if places[key] not in filled and key not in optional)
     unexpected = sorted(values.keys() - slots.keys())
@@ -243,16 +243,16 @@ def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Coll
         )
     chosen = {key: value for key, value in values.items() if value.shape == slots[key][0][slots[key][1]].shape}
     for key in values.keys() - chosen.keys() - set(optional):
-        kept, leaf = slots[key]
-        raise PeanutError(f"{source} holds {key} of shape {tuple(values[key].shape)}", f"{tuple(kept[leaf].shape)}")
+        owner, leaf = slots[key]
+        raise PeanutError(f"{source} holds {key} of shape {tuple(values[key].shape)}", f"{tuple(owner[leaf].shape)}")
     for key, new in chosen.items():
-        kept, leaf = slots[key]
-        if not isinstance(kept[leaf], nn.Parameter):
-            kept[leaf] = new.detach()
+        owner, leaf = slots[key]
+        if not isinstance(owner[leaf], nn.Parameter):
+            owner[leaf] = new.detach()
         elif isinstance(new, nn.Parameter):
-            kept[leaf] = new
+            owner[leaf] = new
         else:
-            kept[leaf] = nn.Parameter(new.detach(), requires_grad=kept[leaf].requires_grad)
+            owner[leaf] = nn.Parameter(new.detach(), requires_grad=owner[leaf].requires_grad)
 
 
 def _under(module: Any) -> Any:
@@ -276,11 +276,11 @@ def _held(layer: Any, name: str) -> dict[str, Slot]:
             continue
         for prefix, module in holder.named_modules():
             passing = module._non_persistent_buffers_set if prefix else ()
-            for kept in (module._parameters, module._buffers):
-                for leaf, value in kept.items():
+            for owner in (module._parameters, module._buffers):
+                for leaf, value in owner.items():
                     first, *rest = [*prefix.split("."), leaf] if prefix else [leaf]
                     if value is not None and first == name and leaf not in passing:
-                        found[".".join([attribute, *rest])] = (kept, leaf)
+                        found[".".join([attribute, *rest])] = (owner, leaf)
     for attribute in layer.other_param_names:  # places of SHiRA and FourierFT are in plain dictionaries
         holder = getattr(layer, attribute, None)
         if type(holder) is dict and isinstance(holder.get(name), Tensor):

@@ -121,7 +121,7 @@ class _Given:
     def of(adapters: AdapterSet, name: str) -> _Given:
         held, state = adapter_state(adapters, name)
         config = replace(file_config(adapters, name, held), inference_mode=adapters.configs[name].inference_mode)
-        own = {key: kept[leaf] for key, (kept, leaf) in our_slots(adapters, name).items()}
+        own = {key: owner[leaf] for key, (owner, leaf) in our_slots(adapters, name).items()}
         heads = {path: saved.modules_to_save[name] for path, saved in adapters.saved_modules(name)}
         return _Given(config, state, own, made_anew(adapters, name), heads)
 
@@ -223,19 +223,19 @@ def _give_over(base: nn.Module, places: list[Wrapped], name: str, given: _Given,
             path = key.removesuffix(".bias").removesuffix(".base_layer")
             slots[key] = ((at.get(path) or base.get_submodule(path))._parameters, "bias")
     if given.config.peft_type == PeftType.ADALORA:  # once trained it holds fewer rows than it starts with
-        for key, (kept, leaf) in slots.items():
-            kept[leaf] = given.own[key]
+        for key, (owner, leaf) in slots.items():
+            owner[leaf] = given.own[key]
     there = {id(given.own[key]) for key in slots if key in given.own}
     values = {
         key: value
         for key, value in given.own.items()
         if key in slots or not (key in given.optional or id(value) in there)  # tied layers: under the first
     }
-    for key, (kept, leaf) in slots.items():
-        if key in given.state and (key not in values or values[key].shape != kept[leaf].shape):
+    for key, (owner, leaf) in slots.items():
+        if key in given.state and (key not in values or values[key].shape != owner[leaf].shape):
             values[key] = given.state[key]
-    anew = {key for key, (kept, leaf) in slots.items() if not isinstance(kept[leaf], nn.Parameter)}
-    fill(slots, values, anew, f"adapter {name!r}")
+    buffers = {key for key, (owner, leaf) in slots.items() if not isinstance(owner[leaf], nn.Parameter)}
+    fill(slots, values, buffers, f"adapter {name!r}")
 
 
 def _activate(made: Any, base: nn.Module, active: list[str], configs: Mapping[str, Any]) -> None:

@@ -166,7 +166,7 @@ class AdaLora(WeightMethod[AdaLoraConfig]):
 
 
 def budget(config: AdaLoraConfig, step: int, total: int, count: int) -> int | None:
-    """How many triplets are left after ``step`` (the first is 1), or ``None`` where they are not shared out anew.
+    """How many triplets are left after ``step`` (the first is 1), or ``None`` where they are not allocated again.
 
     Args:
         config: the schedule.

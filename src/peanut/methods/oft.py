@@ -29,7 +29,7 @@ class OFTConfig(PeftConfig):
     Args:
         r: number of blocks; 0 if ``oft_block_size`` is given, 8 if neither is.
         oft_block_size: features of a block; 0 if ``r`` is given.
-        module_dropout: probability with which, in a forward of training, a block turns nothing.
+        module_dropout: probability with which, in a forward of training, a block is the identity.
         fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
         bias: ``"none"``, ``"oft_only"`` (the adapted layers' biases are trained too) or ``"all"``.
         init_weights: start with no rotation; else with a random one.
@@ -118,7 +118,7 @@ class OFT(WeightMethod[OFTConfig]):
         return Change(rotation=BlockDiagonal(blocks, layer.in_features // (b * blocks.shape[0])))
 
     def sampled(self, config: OFTConfig, parameters: Values) -> Values:
-        """Blocks dropped at random: with S = 0 a block turns nothing."""
+        """Blocks dropped at random: with S = 0 a block is the identity."""
         if not config.module_dropout:
             return parameters
         weight = parameters[WEIGHT]

@@ -91,7 +91,7 @@ class VariationalLoraConfig(PeftConfig):
 class VariationalLora(WeightMethod[VariationalLoraConfig]):
     """ΔW = s · B · A with A ~ N(M, softplus(ρ)²) entry by entry: M and ρ (r, in), B (out, r) certain and 0 at first.
 
-    Training draws A = M + softplus(ρ) ε anew in each forward and adds β/N · KL to the loss; evaluation takes A = M.
+    Training draws A = M + softplus(ρ) ε in each forward and adds β/N · KL to the loss; evaluation takes A = M.
     """
 
     config_class = VariationalLoraConfig

@@ -29,7 +29,7 @@ class XLoraConfig(PeftConfig):
     Args:
         hidden_size: the size of the model's hidden states. Read off the model if ``None``.
         adapters: the experts by name, each with its folder, or ``None`` if it is in the model; all adapters in the
-            model that change weights if left out. They are kept in the order of their names, which the gates have too.
+            model that change weights if left out. They are in the order of their names, as the gates are.
         enable_softmax: put the gates of a token through a softmax.
         enable_softmax_topk: put those that ``top_k_lora`` leaves through another one.
         layerwise_scalings: gates of its own for each layer; else one set for all.
@@ -172,7 +172,7 @@ class XLora(MixtureMethod[XLoraConfig]):
             largest = torch.topk(own, config.top_k_lora, dim=-1).indices
             own = own * torch.zeros_like(own).scatter(-1, largest, 1.0)
         if config.enable_softmax_topk:
-            # A gate of exactly zero is out, too; where all are, so are all answers.
+            # A gate of exactly zero is out, too; where all are, all outputs are too.
             out = own == 0
             own = torch.softmax(own.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0.0)
         return (own * config.global_scaling_weight).expand(-1, -1, layers, -1)

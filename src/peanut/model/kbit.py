@@ -30,7 +30,7 @@ def prepare_model_for_kbit_training(
         id(module.weight) for module in model.modules() if (kind := kind_of(module)) is not None and kind.quantised
     }
     for parameter in model.parameters():
-        # Codes may be kept as bfloat16 too (bnb_4bit_quant_storage).
+        # Codes may be stored as bfloat16 too (bnb_4bit_quant_storage).
         if parameter.dtype in (torch.float16, torch.bfloat16) and id(parameter) not in codes:
             parameter.data = parameter.data.to(torch.float32)
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(

@@ -27,12 +27,12 @@ __all__ = ["PeftModel", "get_peft_model"]
 
 
 class PeftModel(nn.Module):
-    """A base model and its adapters; what is not found here is the base model's own.
+    """A base model and its adapters; other attributes are those of the base model.
 
     Args:
         model: the base model; it is changed in place and frozen.
         peft_config: config of the first adapter.
-        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base; else in the base's dtype.
+        autocast_adapter_dtype: store the adapter in float32 on a half-precision base; else in the base's dtype.
         low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by loading.
 
     Raises:
@@ -142,18 +142,18 @@ class PeftModel(nn.Module):
     ) -> Any:
         """The base model's ``generate``; ``adapter_names`` and ``task_ids`` as in ``forward``.
 
-        What is computed from the adapters is kept until it returns, as within ``inference``.
+        What is computed from the adapters is cached until it returns, as within ``inference``.
         """
         with calling(self.adapters, adapter_names, task_ids, _rows(args, kwargs), keep=True):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def inference(self) -> Inference:
-        """A context in which evaluation keeps what it computes from the weights, for a server or a loop.
+        """A context in which evaluation caches what it computes from the weights, for a server or a loop.
 
         In ``eval()`` and without gradients, what adapters make of the weights (factors, rotations, spectra) is computed
-        once and kept until the context is left. Nothing else may write to the weights meanwhile: only changes that are
-        made by this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
-        which then share what is kept; a call in a thread that has not entered it keeps nothing.
+        once and cached until the context is left. Nothing else may write to the weights meanwhile: only changes made by
+        this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
+        which then share the cache; a call in a thread that has not entered it caches nothing.
         """
         return Inference(self.adapters.state)
 
@@ -259,7 +259,7 @@ class PeftModel(nn.Module):
 
         Args:
             config: to be used instead of the folder's.
-            autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
+            autocast_adapter_dtype: store the adapter in float32 on a half-precision base.
             low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
             hub: ``subfolder``, ``revision``, ``token`` and the like.
@@ -308,8 +308,8 @@ class PeftModel(nn.Module):
                 self.add_adapter(adapter_name, found, low_cpu_mem_usage=True)
             load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
-            kept = self.peft_config[adapter_name].inference_mode
-            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
+            mode = self.peft_config[adapter_name].inference_mode
+            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)

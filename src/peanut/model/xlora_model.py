@@ -34,25 +34,25 @@ class XLoraModel(AdaptedModel):
         return holder.latest.get(name)
 
     def enable_scalings_logging(self) -> None:
-        """Keeps the gates of every batch from now on."""
+        """Logs the gates of every batch from now on."""
         self._mixture()[0].logging = True
 
     def disable_scalings_logging(self) -> None:
-        """Keeps no further gates; those that were kept stay."""
+        """Logs no further gates; those that were logged stay."""
         self._mixture()[0].logging = False
 
     def clear_scalings_log(self) -> None:
-        """Forgets the gates that were kept."""
+        """Clears the log of gates."""
         holder, name = self._mixture()
         holder.log.pop(name, None)
 
     def get_scalings_log(self) -> list[Tensor]:
-        """The gates that were kept, a tensor for each batch."""
+        """The logged gates, a tensor for each batch."""
         holder, name = self._mixture()
         return list(holder.log.get(name, []))
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """The gates that were kept by number of tokens: their positions in the log, and they themselves."""
+        """The logged gates by number of tokens: their positions in the log, and they themselves."""
         buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
         for position, gates in enumerate(self.get_scalings_log()):
             positions, found = buckets.setdefault(gates.shape[1], ([], []))

@@ -39,7 +39,7 @@ def cayley(skew: Tensor) -> Tensor:
     """R = (I + S)(I − S)⁻¹, orthogonal for skew-symmetric S (…, b, b), which I − S is always invertible for.
 
     On a CPU by a Cholesky factor of (I − S)(I + S) = I − S², and one step of Newton's method, which gives the digits
-    back that the square takes: for blocks of 32 twelve times as fast as by LU factors. The backward keeps R.
+    back that the square takes: for blocks of 32 twelve times as fast as by LU factors. The backward saves R.
     """
     with in_full(skew.device):
         rotation: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]

@@ -67,7 +67,7 @@ class Rows(Delta):
 
 
 class _Scores(torch.autograd.Function):
-    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; keeps x and nothing else that grows with it."""
+    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; saves x and nothing else that grows with it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Tensor, ids: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Change:
             whole: this change and what is merged, together in the order of their adapters.
 
         Raises:
-            PeanutError: there is no such change: a rotation is left, and what is merged would be turned by it.
+            PeanutError: there is no such change: a rotation is left, and it would apply to what is merged.
         """
         if self.rotation is not None and not (merged.delta is None and merged.in_scale is None):
             raise PeanutError(

@@ -66,13 +66,13 @@ class Method(ABC, Generic[C]):
         return frozenset()
 
     def passing(self, config: C) -> frozenset[str]:
-        """Suffixes of tensors that only training needs: not trained, kept in a file of their own to go on from."""
+        """Suffixes of tensors that only training needs: not trained, saved in a file of their own for resuming."""
         return frozenset()
 
     def scaffold(self, config: C) -> frozenset[str]:
         """Suffixes of trained tensors for which files hold what they compute (``stored``).
 
-        They are kept in training's own file to go on from.
+        They are saved in that file too, for resuming.
         """
         return frozenset()
 
@@ -174,7 +174,7 @@ class WeightMethod(Method[C]):
     # What some methods need beyond that
 
     def shared(self, config: C, layers: Sequence[FrozenLayer], generator: torch.Generator) -> dict[str, Tensor]:
-        """Tensors that all layers of an adapter share, by suffix; kept once on the model."""
+        """Tensors that all layers of an adapter share, by suffix; stored once on the model."""
         return {}
 
     def sampled(self, config: C, parameters: Values) -> Values:

@@ -48,5 +48,5 @@ class MixtureMethod(Method[C]):
         """The gates, (batch, tokens, layers, experts), from hidden states (batch, tokens, width)."""
 
     def applied(self, config: C, gates: Tensor) -> Tensor:
-        """What the experts' answers are multiplied by, of the same shape as ``gates``."""
+        """What the experts' outputs are multiplied by, of the same shape as ``gates``."""
         return gates

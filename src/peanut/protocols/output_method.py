@@ -52,8 +52,8 @@ class Call:
         module: the module, with the adapters that change its weights.
         arguments: what it was called with, by name.
         prompt: (batch, tokens), which of the tokens that it sees belong to the prompt that the user gave: no padding,
-            no virtual token, no answer; ``None`` if nothing is known of the tokens. False everywhere while an answer
-            is generated token by token.
+            no virtual token, no answer; ``None`` if nothing is known of the tokens. False everywhere while text is
+            generated token by token.
         kind: the kind of layer that the module is, as for ``changes_input``.
         apart: ``apart(layer, rows)`` is what a layer inside the module makes of rows (n, in) that are no tokens of the
             batch, of shape (1 or batch, n, out): as adapters of weights change it, and none of outputs.
@@ -76,7 +76,7 @@ class OutputMethod(Method[C]):
 
     reads_prompt: ClassVar[bool] = False
     """Whether ``adapt`` needs ``Call.prompt``; it then acts where the user's tokens are read, not in a decoder that
-    only writes, and not while an answer is generated token by token."""
+    only writes, and not while text is generated token by token."""
 
     @abstractmethod
     def places(self, config: C) -> tuple[PlaceName, ...]:
@@ -100,7 +100,7 @@ class OutputMethod(Method[C]):
 
         Args:
             x: (…, in), the activations that the module (or ``source``) was given.
-            y: (…, width), what the module answered, the first if it answers with several values.
+            y: (…, width), what the module returned, the first if it returns several values.
         """
 
     def changes_input(self, config: C, kind: str | None) -> bool:

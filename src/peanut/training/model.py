@@ -131,7 +131,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     Args:
         adapter: the folder.
         base_model: the base's folder or hub id; the one that the adapter names if not given.
-        dtype: what the base is kept in.
+        dtype: what the base is loaded in.
 
     Raises:
         PeanutError: something is missing or does not fit.

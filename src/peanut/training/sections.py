@@ -36,7 +36,7 @@ class ModelSection(Section):
 
     Args:
         path: a local folder, or a hub id ``owner/name``.
-        dtype: what the frozen weights are kept in; ``auto`` is what the checkpoint holds.
+        dtype: what the frozen weights are loaded in; ``auto`` is what the checkpoint holds.
         revision: revision on the hub.
     """
 

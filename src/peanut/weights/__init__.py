@@ -25,7 +25,7 @@ KINDS: tuple[LayerKind, ...] = (
 
 
 def settle(model: nn.Module) -> None:
-    """Keeps every layer of a model from changing how it keeps its weight while adapters read it."""
+    """Prevents the layers of a model from changing how they store their weight while adapters read it."""
     for module in model.modules():
         kind = kind_of(module)
         if kind is not None:

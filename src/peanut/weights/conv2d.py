@@ -34,7 +34,7 @@ class Conv2dKind(LayerKind):
     def respond(self, module: nn.Conv2d, x: Tensor, delta: Delta) -> Tensor:
         factors = delta.factors()
         if factors is None:
-            # The kernel is made again in the backward rather than kept.
+            # The kernel is recomputed in the backward.
             return recomputed(lambda x: self._convolve(module, x, delta.dense()), x)
         up, down = factors
         # Every group sees the same r patterns on its own channels, so r·groups responses go to the 1×1 product.

@@ -12,7 +12,7 @@ __all__ = ["EmbeddingKind"]
 
 
 class EmbeddingKind(LayerKind):
-    """y = W e_id with W kept as (vocabulary, dim); Gemma's embeddings multiply the output by ``embed_scale``."""
+    """y = W e_id with W stored as (vocabulary, dim); Gemma's embeddings multiply the output by ``embed_scale``."""
 
     name = "embedding"
     takes_activations = False

@@ -47,7 +47,7 @@ class FrozenLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight before any merge, as the layer keeps it."""
+        """The weight before any merge, as the layer stores it."""
         if self._weight is None:
             return self.module.weight  # type: ignore[no-any-return]
         return self._weight if self.kind.quantised else self._weight.to(self.module.weight.device)
@@ -84,7 +84,7 @@ class FrozenLayer:
 
     @torch.no_grad()
     def write(self, matrix: Tensor, bias: Tensor | None, *, shared: bool = False) -> None:
-        """Puts a merged matrix (out, in) and bias (out) in place; the first time, keeps the originals on the CPU.
+        """Puts a merged matrix (out, in) and bias (out) in place; the first time, saves the originals on the CPU.
 
         Args:
             bias: the new b, or ``None`` to leave it.
@@ -121,7 +121,7 @@ class FrozenLayer:
             self.module.bias.copy_(bias)
 
     def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the layer answers without what is merged, bit for bit; the merged weight stays where others read it."""
+        """The layer's output with its original weight, bit for bit; the merged weight stays where others read it."""
         if not self.merged:
             return self.module(x, *args, **kwargs)
         own, bias = {"weight": self.weight}, self.bias()

@@ -39,5 +39,5 @@ class NormKind(LayerKind):
 
     def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
-        gained: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
-        return gained
+        difference: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
+        return difference

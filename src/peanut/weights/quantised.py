@@ -15,7 +15,7 @@ __all__ = ["Linear4bitKind", "Linear8bitKind"]
 
 
 class Linear4bitKind(LinearKind):
-    """y = x Wᵀ + b, W kept as 4-bit codes with a scale a block (the scales quantised again, if double)."""
+    """y = x Wᵀ + b, W stored as 4-bit codes with a scale per block (the scales quantised again, if double)."""
 
     quantised = True
 
@@ -59,7 +59,7 @@ class Linear4bitKind(LinearKind):
 
 
 class Linear8bitKind(LinearKind):
-    """y = x Wᵀ + b, W kept as 8-bit codes with a scale a row (LLM.int8)."""
+    """y = x Wᵀ + b, W stored as 8-bit codes with a scale per row (LLM.int8)."""
 
     quantised = True
 

@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concatenate[AdapterSet, P], R]:
-    """A method that changes the adapters: calls that other threads make meanwhile are refused, not answered wrongly."""
+    """A method that changes the adapters: calls that other threads make meanwhile are errors, not wrong outputs."""
 
     @wraps(method)
     def changing(self: AdapterSet, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -120,7 +120,7 @@ class AdapterSet(Surgery):
 
     @torch.no_grad()
     def after_step(self, updated: Collection[int]) -> None:
-        """Lets methods with a schedule take their turn after an optimizer has updated the parameters of these ids."""
+        """Runs methods' ``after_step`` after an optimizer has updated the parameters of these ids."""
         for name in self.trained:
             method = method_of(self.configs[name].peft_type)
             values = self._values(name, method) if overrides(method, "after_step") else []
@@ -156,7 +156,7 @@ class AdapterSet(Surgery):
         Args:
             name: any name without a dot or slash.
             meta: leave the parameters without storage, to be filled by loading.
-            wide: keep parameters in float32 at least, also on a half-precision base.
+            wide: store parameters in float32 at least, also on a half-precision base.
             copies: copy the modules that are trained whole; else the caller puts them into ``saved_modules``.
 
         Raises:

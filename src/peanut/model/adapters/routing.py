@@ -1,4 +1,4 @@
-"""One call of an adapted model: adapters and tasks per sample, and what evaluation may keep."""
+"""One call of an adapted model: adapters and tasks per sample, and whether evaluation may cache values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def calling(
     Args:
         samples: for each sample of the batch the adapter that it goes through.
         rows: how many samples the user gave, if that is known.
-        keep: evaluation may keep what it computes until the context is left.
+        keep: evaluation may cache what it computes until the context is left.
 
     Raises:
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another
@@ -88,9 +88,9 @@ def _on_cpu(tasks: Tensor | Sequence[int] | None) -> Tensor | None:
 
 
 class Inference(AbstractContextManager["Inference"]):
-    """Within the context evaluation keeps what it computes from the adapters and the base.
+    """Within the context evaluation caches what it computes from the adapters and the base.
 
-    It may be entered again, and in several threads, which then share what is kept. The last one out lets go of it.
+    It may be entered again, and in several threads, which then share the cache. It is freed when the last one leaves.
     """
 
     def __init__(self, state: AdapterState) -> None:

@@ -75,7 +75,7 @@ class Adapted(nn.Module):
         return own
 
     def kept_at(self, name: str) -> list[Place]:
-        """Where the tensors of ``values`` are kept."""
+        """Where the tensors of ``values`` are stored."""
         return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
 
     def _replicate_for_data_parallel(self) -> Any:

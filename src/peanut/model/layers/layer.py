@@ -108,7 +108,7 @@ class AdaptedLayer(Adapted):
         """Refuses a merge of some of the ``active`` adapters after which the others could not do the rest exactly.
 
         Raises:
-            PeanutError: what is merged would be turned, or turned in another order than that of activation.
+            PeanutError: what is merged would be rotated, or rotated in another order than that of activation.
         """
         # What is not merged may have another change for each task: any of them tells.
         task = torch.zeros(1, dtype=torch.long)
@@ -195,19 +195,19 @@ class AdaptedLayer(Adapted):
         return self._once(call, "plan", (dtype, *names, None, *self.state.merged, task and tuple(task)), made)
 
     def _keeps(self, call: CallState) -> bool:
-        """Whether what is computed now may be kept: where the caller has said so, and only in evaluation."""
+        """Whether values computed now may be cached: where the caller has said so, and only in evaluation."""
         compiling = torch.compiler.is_compiling()
         return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
 
     def _once(self, call: CallState, what: Hashable, key: Hashable, make: Callable[[], V]) -> V:
-        """A value that is kept until the caller leaves the context that allows it, or asks for one with another key."""
+        """A value that is cached until the caller leaves the context that allows it, or asks for another key."""
         assert call.values is not None  # as ``_keeps`` has seen
         own = (self.state.version, key)
         found = call.values.get((id(self), what))
         if found is None or found[0] != own:
             found = call.values[id(self), what] = (own, make())
-        kept: V = found[1]
-        return kept
+        value: V = found[1]
+        return value
 
     def _acting(
         self,

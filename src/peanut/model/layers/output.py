@@ -28,7 +28,7 @@ class _Seen(threading.local):
 
 
 class Listener(Hooking):
-    """Keeps what a module is given until another one, later in the same block, has answered.
+    """Saves the input of a module until another one, later in the same block, has run.
 
     Args:
         source: the path of the module.
@@ -159,7 +159,7 @@ class AdaptedOutput(Adapted, Hooking):
 
 
 def _where(rows: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:
-    """Some rows of a batch changed, ``None`` for all, the others kept bit for bit."""
+    """Some rows of a batch changed, ``None`` for all, the others unchanged bit for bit."""
     return (
         changed if rows is None else torch.where(rows.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), changed, kept)
     )
