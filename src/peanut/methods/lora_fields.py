@@ -20,7 +20,7 @@ class LoraFields(PeftConfig):
     Args:
         lora_alpha: α.
         lora_dropout: dropout of the change's input.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
         trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
 

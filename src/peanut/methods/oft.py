@@ -30,7 +30,7 @@ class OFTConfig(PeftConfig):
         r: number of blocks; 0 if ``oft_block_size`` is given, 8 if neither is.
         oft_block_size: features of a block; 0 if ``r`` is given.
         module_dropout: probability with which, in a forward of training, a block is the identity.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, ``"oft_only"`` (the adapted layers' biases are trained too) or ``"all"``.
         init_weights: start with no rotation; else with a random one.
         coft: hold every block's S near 0: ‖S‖ ≤ eps/√blocks.

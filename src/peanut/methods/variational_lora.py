@@ -38,7 +38,7 @@ class VariationalLoraConfig(PeftConfig):
         lora_alpha: α; the update is scaled by α/r.
         lora_dropout: dropout of the change's input.
         use_rslora: scale by α/√r instead.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"lora_only"`` of the adapted layers, ``"all"``.
         prior_sigma_1, prior_sigma_2: σ₁ and σ₂.
         init_sigma: first deviation of the posterior.

@@ -39,7 +39,7 @@ class VBLoRAConfig(PeftConfig):
         save_only_topk_weights: write only the chosen vectors' indices and weights to files. An adapter loaded from
             such a file keeps its choice of vectors for good.
         vblora_dropout: dropout of the change's input.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"vblora_only"`` of the adapted layers, ``"all"``.
         init_vector_bank_bound: the bank starts uniform between minus and plus this.
         init_logits_std: the logits start normal with this deviation.

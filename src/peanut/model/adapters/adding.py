@@ -177,7 +177,7 @@ def _check_expert(layer: AdaptedLayer, expert: str) -> None:
     change = layer.change(expert)
     if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies:
         raise PeanutError(
-            f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or turns "
+            f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or rotates "
             "it, or trains a bias)",
             "adapters that only add to weights, as LoRA does",
             "leave it out of the mixture",

@@ -127,7 +127,7 @@ class AdaptedLayer(Adapted):
             gains = all(isinstance(operators[name], Diagonal) for name in turning)
             if not gains and turning != sorted(turning, key=lambda name: name in outside):
                 raise PeanutError(
-                    f"adapters {turning[0]!r} and {turning[1]!r} turn the {side} of '{self.path}' in this order, and "
+                    f"adapters {turning[0]!r} and {turning[1]!r} rotate the {side} of '{self.path}' in this order, and "
                     "a later one would be merged before an earlier one",
                     "a merge in the order of activation",
                     "merge the earlier one too",
