@@ -54,8 +54,8 @@ def markdown(entries: Iterable[Entry] | None = None) -> str:
     rows = [
         "# The methods",
         "",
-        "Generated from the registry by `peanut methods --markdown`. W is the frozen weight, of shape (d_out, d_in). The",
-        "code of each method is one file in `src/peanut/methods/`.",
+        "Generated from the registry by `peanut methods --markdown`. W is the frozen weight, of shape (d_out, d_in).",
+        "The code of each method is one file in `src/peanut/methods/`.",
         "",
         "| method | config | what it changes | trained parameters per place | merges | exact as LoRA | acts on |",
         "|---|---|---|---|---|---|---|",

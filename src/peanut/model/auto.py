@@ -52,10 +52,7 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """The adapted model; arguments as for ``PeftModel.from_pretrained``, the folder being the adapter's.
-
-        Args:
-            kwargs: for the base model's ``from_pretrained`` (``dtype``, ``num_labels``…), and the hub's.
+        """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.

@@ -26,10 +26,9 @@ __all__ = [
 
 
 class AdaptedModel(nn.Module):
-    """A base model with adapters in it, as ``.model``.
+    """A base model (``.model``, changed in place) with adapters in it.
 
     Args:
-        model: the base model, changed in place.
         config: the adapter's config, or several by name.
         adapter_name: name of the adapter, if ``config`` is one.
         low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by ``state_dict`` or by loading.

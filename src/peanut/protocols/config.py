@@ -62,7 +62,6 @@ class PeftConfig:
         auto_mapping: class and library of a base model that the Auto classes do not know.
         peft_version: version of the file format.
         base_model_name_or_path: the model that the adapter was trained on.
-        revision: its revision on the hub.
         inference_mode: whether the adapter's parameters are frozen.
         target_modules: the layers to adapt: names (a name matches every module path that ends in it), one regular
             expression for whole paths, ``"all-linear"``, or ``None`` for the architecture's default.

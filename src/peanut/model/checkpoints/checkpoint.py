@@ -50,7 +50,6 @@ class StoredAdapter:
     Args:
         state: the adapter's tensors by key, without the prefix.
         base: the fingerprint of the base that it was trained on, if its writer recorded one.
-        source: the folder, for messages.
         passing: training state, by key.
     """
 
