@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights import kind_of, settle
+from ..weights import fix_storage, kind_of
 
 __all__ = ["prepare_model_for_kbit_training"]
 
@@ -25,7 +25,7 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: what ``torch.utils.checkpoint`` is called with; non-reentrant by default.
     """
     model.requires_grad_(False)
-    settle(model)
+    fix_storage(model)
     codes = {
         id(module.weight) for module in model.modules() if (kind := kind_of(module)) is not None and kind.quantised
     }

@@ -10,7 +10,7 @@ from .linear import Conv1DKind, LinearKind
 from .norm import NormKind
 from .quantised import Linear4bitKind, Linear8bitKind
 
-__all__ = ["KINDS", "FrozenLayer", "LayerKind", "kind_of", "settle", "with_tensors"]
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "fix_storage", "kind_of", "with_tensors"]
 
 KINDS: tuple[LayerKind, ...] = (
     Linear4bitKind(),
@@ -24,12 +24,12 @@ KINDS: tuple[LayerKind, ...] = (
 """Every kind of layer that can be adapted; a new kind is one file and one entry here."""
 
 
-def settle(model: nn.Module) -> None:
+def fix_storage(model: nn.Module) -> None:
     """Prevents the layers of a model from changing how they store their weight while adapters read it."""
     for module in model.modules():
         kind = kind_of(module)
         if kind is not None:
-            kind.settle(module)
+            kind.fix_storage(module)
 
 
 def kind_of(module: object) -> LayerKind | None:

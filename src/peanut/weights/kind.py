@@ -48,7 +48,7 @@ class LayerKind(ABC):
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         """The matrix (out, in) as the layer stores it."""
 
-    def settle(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
+    def fix_storage(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
         """Prevents the layer from changing how it stores its weight while adapters read it."""
 
     def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:

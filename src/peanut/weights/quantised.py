@@ -28,7 +28,7 @@ class Linear4bitKind(LinearKind):
         matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return matrix.reshape(self.shape(module))
 
-    def settle(self, module: Any) -> None:
+    def fix_storage(self, module: Any) -> None:
         # On a CPU with AVX512-BF16 bitsandbytes packs the codes anew at the first evaluation, in place: then they stand
         # for other numbers, and the product with them has no gradient.
         module.support_avx512bf16_for_cpu = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
-from ...weights import settle
+from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
@@ -180,7 +180,7 @@ class AdapterSet(Surgery):
             )
         method, given = method_of(config.peft_type), config
         config = method.completed(config, architecture_of(self.model))
-        settle(self.model)
+        fix_storage(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:
             self.check_whole(path)
