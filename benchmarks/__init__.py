@@ -1,4 +1,4 @@
-"""What measures the library itself: its bounds in CI, what a user waits for, every method trained.
+"""Benchmarks of the library itself: speed limits checked in CI, startup time, and a training run of every method.
 
 It is not installed with the library; run it from the project's folder.
 """

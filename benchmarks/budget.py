@@ -1,4 +1,4 @@
-"""Tasks on a clock: each is run if there is time for it, and what it found is in a file before the next begins."""
+"""Runs tasks within a time budget, and writes each result to a file before the next task begins."""
 
 from __future__ import annotations
 

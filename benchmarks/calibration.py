@@ -1,4 +1,4 @@
-"""How far confidence is from accuracy: LoRA's, and variational LoRA's with one answer and averaged over draws."""
+"""Calibration (is confidence equal to accuracy?) of LoRA and of variational LoRA with one sample and with several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests of devices, run in a process of their own and within a time, and what they found."""
+"""Runs the tests that need a GPU in a separate process with a time limit, and collects their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make methods``: every method trained on the demo's task, and the table of what each reached."""
+"""``make methods``: trains every method on the demo's task and tabulates accuracy, time and parameters."""
 
 from __future__ import annotations
 

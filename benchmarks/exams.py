@@ -1,4 +1,4 @@
-"""Questions with answers in a fixed format, and how well a language model answers them."""
+"""Questions with answers in a fixed format (ARC, GSM8K), and the accuracy of a language model on them."""
 
 from __future__ import annotations
 

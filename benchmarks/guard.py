@@ -1,8 +1,8 @@
-"""``python -m benchmarks.guard``: has a change made a method slower or hungrier?
+"""``python -m benchmarks.guard``: checks that no method has become slower or uses more memory.
 
-Some methods on one small block, beside the frozen block and the peer. What is judged are ratios, never seconds: of a
-training step and of one token in evaluation to the frozen block's and to the peer's, and of the bytes kept for the
-backward to the peer's. Each has a bound in a file, with room for noise; what misses its bound is measured again with
+Some methods on one small block, beside the frozen block and PEFT. What is judged are ratios, never seconds: of a
+training step and of one token in evaluation to the frozen block's and to PEFT's, and of the bytes kept for the
+backward to PEFT's. Each has a bound in a file, with room for noise; what misses its bound is measured again with
 more rounds before it counts.
 """
 
@@ -44,7 +44,7 @@ class Block:
     """The variants of the block, ready to be measured.
 
     Args:
-        names: which methods; frozen, ours and the peer's of each are built.
+        names: which methods; frozen, ours and Hugging Face PEFT's of each are built.
     """
 
     def __init__(self, names: Sequence[str] = METHODS) -> None:
@@ -62,7 +62,7 @@ class Block:
         self.cases = tuple(configs)
 
     def kept(self) -> Found:
-        """The bytes that each case keeps for the backward, to the peer's where the peer keeps any."""
+        """The bytes that each case keeps for the backward, to Hugging Face PEFT's where Hugging Face PEFT keeps any."""
         found = {}
         for case in self.cases:
             ours, theirs = (self.variants[case, by].saved_bytes(self.x) for by in ("peanut", "peft"))
@@ -133,7 +133,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         torch.set_num_threads(1)  # two threads that wait for each other are most of the noise
         if peer_version() is None:
-            raise PeanutError("Hugging Face PEFT is not installed", "the peer", f"pip install peft=={FORMAT_VERSION}")
+            raise PeanutError("PEFT is not installed", "the package peft", f"pip install peft=={FORMAT_VERSION}")
         if options.update:
             write_json(options.bounds, updated(Block()))
             print(options.bounds)

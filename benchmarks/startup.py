@@ -1,4 +1,4 @@
-"""``python -m benchmarks.startup``: what a user waits for before anything trains.
+"""``python -m benchmarks.startup``: time to import the library, to add adapters to a large model, and to load one.
 
 Seconds to import the library (torch not counted), to put adapters on every linear layer of a Llama of 7B parameters on
 the meta device, and to load an adapter of 100 MB, beside reading the file's tensors alone; each by Hugging Face PEFT
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         quiet()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peer's, about a base on the meta device
+            warnings.simplefilter("ignore")  # Hugging Face PEFT's, about a base on the meta device
             seconds = {"import": _imports(options.repeats), "inject into 7B": _injections(options.repeats)}
             seconds["load 100 MB"] = _loads(options.repeats)
         versions = {"peanut": __version__, "torch": str(torch.__version__), "peft": peer_version()}

@@ -1,4 +1,4 @@
-"""One training step in detail: the kernels that run, their time, the gaps between them, memory traffic and flops."""
+"""Profiles one training step: kernels and their times, gaps between them, memory traffic and FLOPs."""
 
 from __future__ import annotations
 

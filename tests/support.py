@@ -192,11 +192,11 @@ class Case:
     @property
     def multiplies(self) -> bool:
         """Whether the layer multiplies by a matrix; a norm's change is as small as the norm."""
-        return self._layer.frozen.kind.multiplies()
+        return self._layer.frozen.kind.multiplies
 
     @property
     def takes_features(self) -> bool:
-        return self._layer.frozen.kind.takes_features()
+        return self._layer.frozen.kind.takes_features
 
 
 def _cases() -> Iterable[Case]:

@@ -152,7 +152,7 @@ def test_of_two_that_turn_the_later_is_not_merged_alone(case: Case) -> None:
     model, x = case.adapted("a", "b"), case.input()
     model.set_adapter(["a", "b"])
     expected = model(x)
-    with refused(model, r"'a' and 'b' turn the (input|output) of 'layer' in this order.*merge the earlier"):
+    with refused(model, r"'a' and 'b' rotate the (input|output) of 'layer' in this order.*merge the earlier"):
         model.merge_adapter(["b"])
     assert not layer_of(model).merged
     assert same_bits(model(x), expected)

@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning: every method a page of mathematics, PEANuT at the cost of LoRA.
+"""Parameter-efficient fine-tuning (PEFT) for PyTorch and transformers: many methods, with PEANuT at the cost of LoRA.
 
 >>> from peanut import PeanutConfig, get_peft_model
 >>> model = get_peft_model(model, PeanutConfig(r=16, task_type="CAUSAL_LM"))  # doctest: +SKIP

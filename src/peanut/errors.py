@@ -1,4 +1,4 @@
-"""What the library raises when an input is wrong: one line, with the finding, the expectation and the remedy."""
+"""``PeanutError``: one line that says what was found, what was expected, and what to do."""
 
 from __future__ import annotations
 

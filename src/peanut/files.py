@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, flushed to disk, then renamed."""
+"""Writes files atomically: under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 

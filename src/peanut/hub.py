@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a local folder or, only if the user names one, a repository on the hub."""
+"""Finds an adapter's files: in a local folder or, if the user names one, in a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public names: where each is, so that ``peanut.X`` can be imported when it is first used."""
+"""The public names and the modules that define them, so that ``peanut.X`` is imported on first use."""
 
 from __future__ import annotations
 
@@ -55,17 +55,14 @@ def homes() -> dict[str, str]:
     A method brings its config class, the Enums in its module's ``__all__``, and the class of the models it adapts.
     Methods of other packages bring nothing: their names are public there.
     """
-    from .protocols.registry import model_name
-
     found = dict(_HOMES)
     for method in ours():
         module = sys.modules[type(method).__module__]
         public = {name: getattr(module, name) for name in module.__all__}
         enums = [name for name, value in public.items() if isinstance(value, type) and issubclass(value, Enum)]
         found |= dict.fromkeys([method.config_class.__name__, *enums], module.__name__.partition(".")[2])
-        model = model_name(method)
-        if model is not None:
-            found[model] = "model.models"
+        if method.model_name is not None:
+            found[method.model_name] = "model.models"
     return found
 
 

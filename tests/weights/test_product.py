@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peanut import PeanutConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
-from peanut.weights.product import product, product_of_codes
+from peanut.weights.frozen import product, product_of_codes
 
 from ..support import directed, distance, one_thread, randomised  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""The command ``peanut``: one file a subcommand, each imports what is heavy only when it runs."""
+"""The command ``peanut``: one file per subcommand; heavy imports happen only when it runs."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""The frame of the command line: the subcommands, and errors told in one line."""
+"""The command-line parser: subcommands, and errors printed as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut bench``."""
+"""``peanut bench``: measures speed and memory of methods."""
 
 from __future__ import annotations
 

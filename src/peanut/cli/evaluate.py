@@ -1,4 +1,4 @@
-"""``peanut eval``."""
+"""``peanut eval``: evaluates a trained adapter on data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut export``."""
+"""``peanut export``: writes an adapter as LoRA."""
 
 from __future__ import annotations
 

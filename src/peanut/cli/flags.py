@@ -1,4 +1,4 @@
-"""Flags that are keys of the run's config: ``--training.epochs 3``, ``--adapter.r=8``."""
+"""Command-line flags that set keys of the run's config: ``--training.epochs 3``, ``--adapter.r=8``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut generate``."""
+"""``peanut generate``: generates text with a trained adapter."""
 
 from __future__ import annotations
 

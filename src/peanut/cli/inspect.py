@@ -1,4 +1,4 @@
-"""``peanut inspect``."""
+"""``peanut inspect``: per layer, the size and the rank of an adapter's update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut merge``."""
+"""``peanut merge``: writes a model with the adapter merged into its weights."""
 
 from __future__ import annotations
 

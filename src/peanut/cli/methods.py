@@ -1,4 +1,4 @@
-"""``peanut methods``."""
+"""``peanut methods``: lists all methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peanut train``."""
+"""``peanut train``: trains an adapter as a YAML file describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter in other forms, each checked against its source: an exact LoRA, a merged model."""
+"""Exports an adapter as an exact LoRA or as a merged model, and checks the result against the adapter."""
 
 from .lora import LoraExport, from_lora, to_lora
 from .merged import save_merged

@@ -1,4 +1,4 @@
-"""To LoRA and back: a low-rank change is a LoRA of that rank, and a LoRA is the start of a PEANuT."""
+"""Converts adapters to LoRA (exactly, if the update is low-rank, or the best approximation) and LoRA to PEANuT."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoraExport:
         return int(self.adapters.configs[self.name].r)  # type: ignore[attr-defined]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the LoRA as an adapter of its own, which the peer and servers of LoRA read."""
+        """Writes the LoRA as an adapter of its own, which Hugging Face PEFT and servers of LoRA read."""
         return save_adapter(folder, self.adapters, self.name)
 
 
@@ -126,9 +126,9 @@ def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
     if factors is not None and (rank is None or factors[0].shape[1] <= rank):
         return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
     U, S, Vh = torch.linalg.svd(layer.delta(name).double(), full_matrices=False)
-    kept = min(16 if rank is None else rank, len(S))
-    root = S[:kept].sqrt()
-    return LowRank((U[:, :kept] * root).float(), (root[:, None] * Vh[:kept]).float())
+    r = min(16 if rank is None else rank, len(S))
+    root = S[:r].sqrt()
+    return LowRank((U[:, :r] * root).float(), (root[:, None] * Vh[:r]).float())
 
 
 def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
@@ -180,10 +180,10 @@ def from_lora(
         delta = layer.change(name).delta
         assert isinstance(delta, LowRank)  # what LoRA makes
         W, up, down = layer.frozen.matrix().double(), delta.scaled_up().double(), delta.down.double()
-        read, kept = (torch.linalg.pinv(W) @ up, down.T) if side == "in" else (torch.linalg.pinv(W.T) @ down.T, up)
+        read, other = (torch.linalg.pinv(W) @ up, down.T) if side == "in" else (torch.linalg.pinv(W.T) @ down.T, up)
         values[path] = {
             "peanut_A.weight": torch.cat([read, -read], dim=1).T,
-            "peanut_B.weight": torch.cat([kept, -kept], dim=1),
+            "peanut_B.weight": torch.cat([other, -other], dim=1),
         }
     ranks = {path: len(value["peanut_A.weight"]) for path, value in values.items()}
     r = max(ranks.values())

@@ -1,4 +1,4 @@
-"""A model folder with the adapter merged into its weights, which loads without this library."""
+"""Writes a model with the adapter merged into its weights; the folder loads without this library."""
 
 from __future__ import annotations
 

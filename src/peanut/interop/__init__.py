@@ -1,1 +1,1 @@
-"""Live models of Hugging Face PEFT made ours in place, and ours made theirs."""
+"""Converts models in memory between Hugging Face PEFT and this library, in place."""

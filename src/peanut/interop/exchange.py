@@ -1,4 +1,4 @@
-"""Modules of a model exchanged for others: hooks and modes carried over, everything put back if it fails."""
+"""Replaces modules of a model; hooks and modes are carried over, and everything is restored if it fails."""
 
 from __future__ import annotations
 

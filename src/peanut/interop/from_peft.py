@@ -1,4 +1,4 @@
-"""A live model of Hugging Face PEFT ("the peer") made ours in place."""
+"""Converts a model of Hugging Face PEFT (below: PEFT) to one of this library, in place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .layers import (
 __all__ = ["from_peft"]
 
 _STARTS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config")
-"""Fields of the peer's LoRA that say how it started or where it computes; a live adapter is past its start."""
+"""Fields of PEFT's LoRA that say how it started or where it computes; a live adapter is past its start."""
 
 
 def from_peft(model: nn.Module) -> Any:
@@ -45,16 +45,16 @@ def from_peft(model: nn.Module) -> Any:
 
     Trained tensors stay the same ``nn.Parameter`` objects, so that an optimizer made before goes on training them; the
     active adapters, what is frozen, train and eval modes, hooks and the modules trained whole stay as they are. The
-    peer's wrapper is not to be used any more.
+    PEFT's wrapper is not to be used any more.
 
     Args:
-        model: a ``peft.PeftModel`` or ``peft.PeftMixedModel``, or a model that the peer has put adapters into.
+        model: a ``peft.PeftModel`` or ``peft.PeftMixedModel``, or a model that PEFT has put adapters into.
 
     Returns:
         a ``PeftModel`` around the same base model; for a model with adapters put into it, the model itself.
 
     Raises:
-        PeanutError: it has no adapters of the peer, one of a method, option or state that does not exist here, or
+        PeanutError: it has no adapters of PEFT, one of a method, option or state that does not exist here, or
             adapters that are merged or disabled. The model is then unchanged.
     """
     base, theirs = _opened(model)
@@ -95,11 +95,11 @@ def from_peft(model: nn.Module) -> Any:
     return wrapped
 
 
-# What the peer's model is, and whether ours can be that
+# What PEFT's model is, and whether ours can be that
 
 
 def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The base model of a live model of the peer, and the peer's configs, mixtures last."""
+    """The base model of a live model of PEFT, and PEFT's configs, mixtures last."""
     peft = the_peer(loaded=True)
     base, configs = model, model.__dict__.get("peft_config")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
@@ -117,7 +117,7 @@ def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _active(model: nn.Module, configs: Mapping[str, PeftConfig], places: list[Wrapped]) -> list[str]:
-    """The active adapters of the peer's model.
+    """The active adapters of PEFT's model.
 
     Raises:
         PeanutError: one is merged, or they are disabled, or other ones are active in other layers.
@@ -126,7 +126,7 @@ def _active(model: nn.Module, configs: Mapping[str, PeftConfig], places: list[Wr
 
     layers = [layer for place in places for layer in place.of(BaseTunerLayer)]
     if any(layer.merged for layer in layers):
-        # The peer subtracts what it added, which leaves another weight than it found: not for us to do unasked.
+        # PEFT subtracts what it added, which leaves another weight than it found: not for us to do unasked.
         raise PeanutError("adapters are merged into the weights", "an unmerged model", "call unmerge_adapter() first")
     kinds = {config.peft_type for config in configs.values()}
     tuner: Any = getattr(model, "base_model", None)
@@ -155,7 +155,7 @@ def _active(model: nn.Module, configs: Mapping[str, PeftConfig], places: list[Wr
 
 
 def _our_config(name: str, theirs: Any, places: list[Wrapped]) -> PeftConfig:
-    """Our config for one of the peer's."""
+    """Our config for one of PEFT's."""
     values = {field: _plain(value) for field, value in theirs.to_dict().items() if field not in _STARTS}
     start = values.get("init_lora_weights")
     if values["peft_type"] == "LORA" and isinstance(start, str) and start != "gaussian":
@@ -216,11 +216,11 @@ def _prompted(model: nn.Module, base: nn.Module, name: str) -> dict[str, dict[st
     }
 
 
-# From the peer's tensors to ours
+# From PEFT's tensors to ours
 
 
 def _take_heads(adapters: AdapterSet, name: str, places: list[Wrapped]) -> None:
-    """Puts the modules that the peer trains whole in the place of our copies of them."""
+    """Puts the modules that PEFT trains whole in the place of our copies of them."""
     from peft.utils.other import ModulesToSaveWrapper
 
     theirs = {
@@ -241,10 +241,10 @@ def _take_heads(adapters: AdapterSet, name: str, places: list[Wrapped]) -> None:
 def _take_over(
     adapters: AdapterSet, name: str, held: Mapping[str, Mapping[str, Slot]], apart: Mapping[str, Slot]
 ) -> None:
-    """Puts the peer's tensors in the place of ours."""
+    """Puts PEFT's tensors in the place of ours."""
     own = our_slots(adapters, name)
     theirs = by_our_keys(held, apart, own)
-    grouped = by_place(adapters, name, {key: kept[leaf] for key, (kept, leaf) in theirs.items()})
+    grouped = by_place(adapters, name, {key: owner[leaf] for key, (owner, leaf) in theirs.items()})
     values: dict[str, Tensor] = {}
     for method, config, paths in parts_of(adapters, name):
         values |= flat(method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped}))
@@ -253,26 +253,26 @@ def _take_over(
         for key in [key for key in own.keys() - values.keys() if key.endswith(".bias")]:
             layer = bare(adapters.at(key.removesuffix(".bias").removesuffix(".base_layer")))
             values[key] = bias = layer.get_parameter("bias")
-            # The peer trains the base's own bias, ours a copy: now the base has a copy, which is at rest.
+            # PEFT trains the base's own bias, ours a copy: now the base has a copy, which is at rest.
             layer._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
     fill(own, values, made_anew(adapters, name), f"adapter {name!r}")
 
 
 def _take_schedule(allocator: Any, adapters: AdapterSet) -> None:
-    """AdaLoRA's averages of sensitivities. The peer keeps no count of steps: its scripts do."""
+    """AdaLoRA's averages of sensitivities. PEFT keeps no count of steps: its scripts do."""
     for name, config in adapters.configs.items():
         if config.peft_type != PeftType.ADALORA or allocator is None:
             continue
-        for key, (kept, leaf) in our_slots(adapters, name).items():
+        for key, (owner, leaf) in our_slots(adapters, name).items():
             kind, _, letter = leaf.rpartition("_")
             averages = {"ipt": "exp_avg_ipt", "unc": "exp_avg_unc"}.get(kind)
             theirs = getattr(allocator, averages or "", {}).get(f"{key.removesuffix(leaf)}lora_{letter}.{name}")
             if theirs is not None:
-                kept[leaf] = theirs.detach().to(kept[leaf])
+                owner[leaf] = theirs.detach().to(owner[leaf])
             if leaf == "kept":
                 pattern = (allocator.peft_config.rank_pattern or {}).get(f"{key.removesuffix(leaf)}lora_E.{name}")
-                if pattern is not None and len(pattern) == len(kept[leaf]):
-                    kept[leaf] = torch.tensor(pattern).unsqueeze(1).to(kept[leaf])
+                if pattern is not None and len(pattern) == len(owner[leaf]):
+                    owner[leaf] = torch.tensor(pattern).unsqueeze(1).to(owner[leaf])
         if allocator.exp_avg_ipt:
             warnings.warn(
                 f"adapter {name!r} has been trained for a number of steps that Hugging Face PEFT does not keep: "

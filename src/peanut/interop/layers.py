@@ -1,4 +1,4 @@
-"""A live model of Hugging Face PEFT ("the peer") looked at: where its layers are, and what they hold of an adapter."""
+"""Finds the adapted layers of a Hugging Face PEFT model (below: PEFT) and the tensors of their adapters."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 Slot = tuple[dict[str, Any], str]
-"""Where a tensor is kept: a dictionary of a module's, and the key in it."""
+"""Where a tensor is stored: a dictionary of a module's, and the key in it."""
 
 _NOT_STORED = {"ranknum", "trainable_tokens_original"}
-"""Tensors of the peer's layers that its files leave out: they follow from others."""
+"""Tensors of PEFT's layers that its files leave out: they follow from others."""
 _RENAMED = {"lora_magnitude_vector.weight": "lora_magnitude_vector", "indices": "fourierft_places"}
 """Tensors of its layers that have other names in files, or here."""
 
@@ -58,12 +58,12 @@ def the_peer(loaded: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A module of the base with layers of the peer around it.
+    """A module of the base with layers of PEFT around it.
 
     Args:
         path: where in the base.
         parent: the module that holds it.
-        layers: the peer's layers, from the outside to the inside.
+        layers: PEFT's layers, from the outside to the inside.
         bare: the base's own module.
     """
 
@@ -99,7 +99,7 @@ class Wrapped:
 
 
 def wrapped_in(base: nn.Module) -> list[Wrapped]:
-    """Every place of a base model where layers of the peer are, in the model's order."""
+    """Every place of a base model where layers of PEFT are, in the model's order."""
     found: list[Wrapped] = []
 
     def visit(parent: nn.Module, path: str) -> None:
@@ -119,7 +119,7 @@ def wrapped_in(base: nn.Module) -> list[Wrapped]:
 
 
 def beside(model: Any, name: str) -> dict[str, Slot]:
-    """What the peer's wrapper holds of adapter ``name`` that belongs to no layer, by suffix: a prompt, or gates."""
+    """What PEFT's wrapper holds of adapter ``name`` that belongs to no layer, by suffix: a prompt, or gates."""
     encoder: Any = getattr(model, "prompt_encoder", {})
     gate: Any = getattr(getattr(model, "base_model", None), "internal_xlora_classifier", None)
     holders: list[tuple[str, nn.Module]] = []
@@ -136,7 +136,7 @@ def beside(model: Any, name: str) -> dict[str, Slot]:
 
 
 def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
-    """Refuses an adapter on a layer of which the peer's method makes something else than ours.
+    """Refuses an adapter on a layer where PEFT's method computes something else than ours.
 
     On convolutions its OFT is no identity at the start, and others forget dilation and kinds of padding; trained
     tokens on a linear layer forget its bias.
@@ -153,7 +153,7 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
 
 
 def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
-    """Refuses adapters that act together on a layer, if with two of them the peer answers otherwise than we do.
+    """Refuses adapters that act together on a layer, if with two of them PEFT computes something else than we do.
 
     There C3A, OFT, "bat" and DoRA read what another adapter has made of the input or of the output; here each reads
     the layer's own.
@@ -177,7 +177,7 @@ def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
 def by_our_keys(
     held: Mapping[str, Mapping[str, Slot]], apart: Mapping[str, Slot], own: Collection[str]
 ) -> dict[str, Slot]:
-    """The peer's slots by the keys that we give them.
+    """PEFT's slots by the keys that we give them.
 
     Args:
         held: those of its layers, by path and suffix.
@@ -219,7 +219,7 @@ def made_anew(adapters: AdapterSet, name: str) -> set[str]:
 
 
 def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Collection[str], source: str) -> None:
-    """Puts tensors where they are kept: parameters as the very objects that they are.
+    """Puts tensors where they are stored: parameters as the very objects that they are.
 
     Args:
         slots: where, by key.
@@ -230,7 +230,7 @@ def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Coll
     Raises:
         PeanutError: a tensor is missing or unexpected, or has another shape. Nothing is then put anywhere.
     """
-    places = {key: (id(kept), leaf) for key, (kept, leaf) in slots.items()}
+    places = {key: (id(owner), leaf) for key, (owner, leaf) in slots.items()}
     filled = {places[key] for key in values if key in places}  # tied layers share a place
     missing = sorted(key for key in slots if places[key] not in filled and key not in optional)
     unexpected = sorted(values.keys() - slots.keys())
@@ -243,20 +243,20 @@ def fill(slots: Mapping[str, Slot], values: Mapping[str, Tensor], optional: Coll
         )
     chosen = {key: value for key, value in values.items() if value.shape == slots[key][0][slots[key][1]].shape}
     for key in values.keys() - chosen.keys() - set(optional):
-        kept, leaf = slots[key]
-        raise PeanutError(f"{source} holds {key} of shape {tuple(values[key].shape)}", f"{tuple(kept[leaf].shape)}")
+        owner, leaf = slots[key]
+        raise PeanutError(f"{source} holds {key} of shape {tuple(values[key].shape)}", f"{tuple(owner[leaf].shape)}")
     for key, new in chosen.items():
-        kept, leaf = slots[key]
-        if not isinstance(kept[leaf], nn.Parameter):
-            kept[leaf] = new.detach()
+        owner, leaf = slots[key]
+        if not isinstance(owner[leaf], nn.Parameter):
+            owner[leaf] = new.detach()
         elif isinstance(new, nn.Parameter):
-            kept[leaf] = new
+            owner[leaf] = new
         else:
-            kept[leaf] = nn.Parameter(new.detach(), requires_grad=kept[leaf].requires_grad)
+            owner[leaf] = nn.Parameter(new.detach(), requires_grad=owner[leaf].requires_grad)
 
 
 def _under(module: Any) -> Any:
-    """The module under a layer of the peer, ``None`` if it is none."""
+    """The module under a layer of PEFT, ``None`` if it is none."""
     from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -276,11 +276,11 @@ def _held(layer: Any, name: str) -> dict[str, Slot]:
             continue
         for prefix, module in holder.named_modules():
             passing = module._non_persistent_buffers_set if prefix else ()
-            for kept in (module._parameters, module._buffers):
-                for leaf, value in kept.items():
+            for owner in (module._parameters, module._buffers):
+                for leaf, value in owner.items():
                     first, *rest = [*prefix.split("."), leaf] if prefix else [leaf]
                     if value is not None and first == name and leaf not in passing:
-                        found[".".join([attribute, *rest])] = (kept, leaf)
+                        found[".".join([attribute, *rest])] = (owner, leaf)
     for attribute in layer.other_param_names:  # places of SHiRA and FourierFT are in plain dictionaries
         holder = getattr(layer, attribute, None)
         if type(holder) is dict and isinstance(holder.get(name), Tensor):

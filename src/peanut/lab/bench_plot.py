@@ -1,4 +1,4 @@
-"""The benchmark's picture: for each method our bar and the peer's, of a step, of evaluation and of bytes kept."""
+"""The benchmark's plot: training step, evaluation and memory of each method, here and in Hugging Face PEFT."""
 
 from __future__ import annotations
 

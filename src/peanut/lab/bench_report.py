@@ -1,4 +1,4 @@
-"""What the benchmark found, told: tables on the terminal, and a JSON file with a plot beside it."""
+"""Prints the benchmark's results as tables and writes them as JSON with a plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["print_tables", "report", "summary", "write_report"]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """How this library compares with the peer over all contestants that both have; ``None`` if there is none."""
+    """How this library compares with PEFT over all contestants that both have; ``None`` if there is none."""
     theirs = {row.method: row for row in rows if row.by == "peft"}
     pairs = {row.method: row.to(theirs[row.method]) for row in rows if row.by == "peanut" and row.method in theirs}
     if not pairs:
@@ -115,7 +115,7 @@ def print_tables(rows: Sequence[Row], settings: Settings) -> None:
     console.print(_table(f"{told}, ms", _times(inference), rows))
     console.print(_table("Adapter file, MiB; injection, saving and loading, ms", files, rows[1:]))
     console.print(
-        "÷ LORA: to the peer's LoRA. ± half the distance between the quartiles of the rounds' ratios.\n"
+        "÷ LORA: to Hugging Face PEFT's LoRA. ± half the distance between the quartiles of the rounds' ratios.\n"
         "least: the ratio of the least times, those that other work on the machine disturbed least.\n"
         "kept for the backward: beyond parameters, layers' inputs and what the frozen model keeps.\n"
         "peak of a step: beyond weights, optimiser state and input. eval: the first forward and what it computes once."
@@ -139,19 +139,19 @@ def _lines(rows: Sequence[Row]) -> list[str]:
     if found is None:
         return lines
     means = [f"{name} {value:.2f}" for name, value in found["speed_up"].items() if value]
-    lines.append(f"Times of the peer ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
+    lines.append(f"Times of Hugging Face PEFT ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
     means = [f"{name.removesuffix('_bytes')} {value:.2f}" for name, value in found["bytes"].items() if value]
-    lines.append(f"Bytes of the peer ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
+    lines.append(f"Bytes of Hugging Face PEFT ÷ ours, geometric mean of {found['compared']}: {', '.join(means)}.")
     worse = found["worse"]
     methods = dict.fromkeys(each["method"] for each in worse)
-    lines += [f"more than the peer's, {method}: {'; '.join(_worse(worse, method))}" for method in methods]
+    lines += [f"more than Hugging Face PEFT's, {method}: {'; '.join(_worse(worse, method))}" for method in methods]
     if not worse:
-        lines.append("Nothing is slower or hungrier than the peer's.")
+        lines.append("Nothing is slower or hungrier than Hugging Face PEFT's.")
     return lines
 
 
 def _worse(worse: Sequence[dict[str, Any]], method: str) -> Iterator[str]:
-    """In what one method takes more than the peer's, and how sure that is."""
+    """In what one method takes more than Hugging Face PEFT's, and how sure that is."""
     for each in worse:
         quantity, value = each["quantity"], each["ratio"]
         if each["method"] == method and quantity in BYTES:
@@ -196,7 +196,7 @@ def _median(reference: str, quantity: str) -> Callable[[Row, dict[str, dict[str,
 
 
 def _mebibytes(header: str, name: str) -> list[Column]:
-    """Columns for bytes: MiB, and to the peer's."""
+    """Columns for bytes: MiB, and to Hugging Face PEFT's."""
 
     def size(row: Row, _: object) -> str:
         value = getattr(row, name)
@@ -219,7 +219,7 @@ def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     filled = []
     for header, cell in columns:
         cells = [cell(row, own) for row, own in zip(rows, ratios, strict=True)]
-        if any(cells):  # without the peer there is nothing to compare with it
+        if any(cells):  # without Hugging Face PEFT there is nothing to compare with it
             table.add_column(header, justify="right")
             filled.append(cells)
     for row, *cells in zip(rows, *filled, strict=True):

@@ -1,4 +1,4 @@
-"""What the benchmark found of each variant, and what a variant is compared with."""
+"""The benchmark's results for each variant, and their ratios to reference variants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row:
         peak_bytes, evaluation_bytes: the most memory of a training step and of the first forward in evaluation, as
             ``measure.peak_bytes`` counts it.
         file_bytes: of the saved tensors.
-        difference: of a peer's output from this library's, relative to the largest entry.
+        difference: of Hugging Face PEFT's output from this library's, relative to the largest entry.
         note: why something is missing.
         seconds: one value a round, by quantity.
     """
@@ -58,7 +58,7 @@ class Row:
 
 
 def references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
-    """What a row is compared with, as far as it is there: the frozen stack, the peer's same method, the peer's LoRA."""
+    """What a row is compared with, as far as it is there: the frozen stack, PEFT's same method, PEFT's LoRA."""
     wanted = {"frozen": ("", "frozen"), "peer": (row.method, "peft"), "peer_lora": ("LORA", "peft")}
     known = {(each.method, each.by): each for each in rows if each is not row}
     return {name: known[key] for name, key in wanted.items() if key in known and row.method}

@@ -1,4 +1,4 @@
-"""The table of methods, read off the registry: what each changes, how large it is, what can be done with it."""
+"""The table of methods, made from the registry: what each changes, its size, and whether it merges."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def markdown(entries: Iterable[Entry] | None = None) -> str:
     rows = [
         "# The methods",
         "",
-        "Made from the registry by `peanut methods --markdown`. W is (d_out, d_in); the mathematics of each is in the",
-        "file of its name in `src/peanut/methods/`.",
+        "Generated from the registry by `peanut methods --markdown`. W is the frozen weight, of shape (d_out, d_in).",
+        "The code of each method is one file in `src/peanut/methods/`.",
         "",
-        "| method | config | what it changes | trained parameters in a place | merges | exact as LoRA | acts on |",
+        "| method | config | what it changes | trained parameters per place | merges | exact as LoRA | acts on |",
         "|---|---|---|---|---|---|---|",
     ]
     for entry in catalogue() if entries is None else entries:

@@ -1,4 +1,4 @@
-"""``make demo``: PEANuT on a real model and real data, compared, saved, loaded again, merged, exported, verified."""
+"""``make demo``: PEANuT and LoRA on movie reviews: trained, compared, saved, loaded, merged, exported and verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make generated``: the files that follow from the registry, written anew: the page of methods, the types of names.
+"""``make generated``: writes the files that follow from the registry (``docs/methods.md`` and the type stubs).
 
 Both are of our own methods alone, whatever other packages are installed.
 """

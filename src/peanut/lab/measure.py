@@ -1,4 +1,4 @@
-"""What the benchmark measures with: seconds in interleaved rounds, bytes kept for the backward, the peak of memory."""
+"""Measurements of the benchmark: times in interleaved rounds, memory saved for the backward, peak memory."""
 
 from __future__ import annotations
 

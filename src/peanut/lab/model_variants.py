@@ -1,4 +1,4 @@
-"""What the benchmark compares in whole models: a Llama of any size or a packaged model, frozen and adapted."""
+"""Variants that the benchmark compares in whole models (a Llama of any size, or a packaged model)."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class ModelVariant(Variant):
 def model_variants(
     configs: Mapping[str, PeftConfig], build: Callable[[], nn.Module], x: Tensor, folder: Path
 ) -> list[Variant]:
-    """The frozen model; then each config by this library and, where it has the method, by the peer.
+    """The frozen model; then each config by this library and, where it has the method, by Hugging Face PEFT.
 
     Args:
         configs: by name.
@@ -249,7 +249,7 @@ def model_variants(
 
 
 def _without_cache(build: Callable[[], nn.Module]) -> nn.Module:
-    """A fresh base as the peer's mixtures want it: they refuse any other."""
+    """A fresh base as Hugging Face PEFT's mixtures want it: they refuse any other."""
     model: Any = build()
     model.config.use_cache = False
     return cast(nn.Module, model)
@@ -262,11 +262,11 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
 def _wrapped(model: Any, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The layers after injection, each represented by its wrapper, if what is at its place is one."""
     there = dict(model.get_base_model().named_modules())
-    return [there.get(name, layer) for name, layer in layers.items()]  # the peer may put a block around a layer's block
+    return [there.get(name, layer) for name, layer in layers.items()]  # PEFT may put a block around a layer's block
 
 
 def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
-    """Folders with LoRAs, called as the peer calls a mixture's experts."""
+    """Folders with LoRAs, called as Hugging Face PEFT calls a mixture's experts."""
     for number in range(EXPERTS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
@@ -276,7 +276,7 @@ def _experts(build: Callable[[], nn.Module], folder: Path) -> dict[str, str]:
 
 
 def _fill(adapted: Any, ours: PeftModel, method: object) -> None:
-    """Gives the peer's model the parameters of ours."""
+    """Gives Hugging Face PEFT's model the parameters of ours."""
     importlib.import_module("peft").set_peft_model_state_dict(adapted, get_peft_model_state_dict(ours))
     if isinstance(method, InputMethod):  # a file has what the prompt's network gives, and not the network
         tensors = {key[1:]: value.detach() for key, value in ours.adapters.parameters("default") if key[0] == "/"}

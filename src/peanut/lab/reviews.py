@@ -1,4 +1,4 @@
-"""The demo's task: movie reviews, MiniLM, and any number of methods, each trained in a process of its own."""
+"""The demo's task: MiniLM on movie reviews with any number of methods, each trained in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``peanut bench`` can run, and what a call of it measures."""
+"""The settings of ``peanut bench`` and their command-line options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's life outside training, measured: put into a model, written into a folder, read from it."""
+"""Times of adding an adapter to a model, saving it and loading it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def life_probe(variant: Variant, life: Life, device: torch.device) -> Callable[[
     def probe() -> dict[str, float]:
         bases = [life.base() for _ in range(2)]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peer's, about settings that are measured as they are
+            warnings.simplefilter("ignore")  # Hugging Face PEFT's, about settings that are measured as they are
             start = now(device)
             model = life.inject(bases[0])
             injected = now(device)

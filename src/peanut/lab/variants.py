@@ -1,4 +1,4 @@
-"""What the benchmark compares: a stack of layers frozen, adapted by this library, and adapted by Hugging Face PEFT."""
+"""Variants that the benchmark compares in a stack of layers: frozen, adapted here, adapted by Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -126,9 +126,9 @@ class Variant:
         by: whose implementation it is.
         model: what is called.
         stack: the frozen stack's layers, or what became of them: a layer or its wrapper at each place.
-        difference: of a peer's output from this library's, relative to the largest entry.
+        difference: of Hugging Face PEFT's output from this library's, relative to the largest entry.
         life: how it is made and read; ``None`` for the frozen stack.
-        note: why the peer's same is missing, where it has the method.
+        note: why Hugging Face PEFT's same is missing, where it has the method.
     """
 
     method: str
@@ -199,7 +199,7 @@ class Variant:
         return measured
 
     def inference(self) -> AbstractContextManager[object]:
-        """Within the context evaluation keeps what it computes once, as a server has it; the peer has no such thing."""
+        """Within the context evaluation keeps what it computes once, as a server has it; PEFT has no such thing."""
         return self.model.inference() if isinstance(self.model, PeftModel) else nullcontext()
 
     def saved_bytes(self, x: Tensor) -> int:
@@ -222,7 +222,7 @@ class Variant:
 
 
 def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequential], x: Tensor) -> list[Variant]:
-    """The frozen stack; then each config by this library and, where it is installed and has the method, by the peer.
+    """The frozen stack; then each config by this library and, where it is installed and has the method, by PEFT.
 
     Args:
         configs: by name.
@@ -259,7 +259,7 @@ def variants_of(configs: Mapping[str, PeftConfig], build: Callable[[], nn.Sequen
 def lives(
     build: Callable[[], nn.Module], config: PeftConfig, theirs: Mapping[str, Any], device: torch.device
 ) -> tuple[Life, Life]:
-    """How an adapter is made and read by this library, and by the peer from the values ``theirs``."""
+    """How an adapter is made and read by this library, and by Hugging Face PEFT from the values ``theirs``."""
 
     def their_injection(base: nn.Module) -> nn.Module:
         peft: Any = importlib.import_module("peft")
@@ -278,7 +278,7 @@ def lives(
 def moved(model: PeftModel) -> PeftModel:
     """The model with trained parameters that start at zero moved away from it.
 
-    At zero this library and the peer would agree whatever they compute.
+    At zero this library and Hugging Face PEFT would agree whatever they compute.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -287,7 +287,7 @@ def moved(model: PeftModel) -> PeftModel:
 
 
 def peer_of(name: str, model: nn.Module, config: Mapping[str, Any]) -> Any:
-    """The model adapted by the peer, ``None`` where it is not installed or has no such method.
+    """The model adapted by Hugging Face PEFT, ``None`` where it is not installed or has no such method.
 
     Raises:
         PeanutError: it refuses the config.

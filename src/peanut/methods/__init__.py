@@ -1,4 +1,4 @@
-"""One file a method. Importing this package registers all of them, and those of installed packages.
+"""One file per method. Importing this package registers all of them, and those of installed packages.
 
 A package of one's own joins by an entry point of the group ``peanut.methods`` that names a module: importing it
 registers its methods (``protocols.register``).

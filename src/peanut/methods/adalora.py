@@ -1,4 +1,4 @@
-"""AdaLoRA: a rank budget shared out among the layers by importance (Zhang et al. 2023, arXiv 2303.10512)."""
+"""AdaLoRA: LoRA whose rank budget is distributed by importance (Zhang et al. 2023, arXiv 2303.10512)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AdaLoraConfig(LoraFields):
         orth_reg_weight: weight of the penalty that keeps the singular vectors orthonormal.
         total_step: steps of the whole training; needed to train.
         rank_pattern: for each layer (its path with ``.lora_E`` behind it), which of its init_r triplets its tensors
-            hold; the peer writes it after training.
+            hold; Hugging Face PEFT writes it after training.
         init_lora_weights: ``True``: E = 0, A and B normal with σ = 0.02; ``False``: all three standard normal.
         r: accepted and ignored; in the config of one layer, the number of its triplets.
     """
@@ -47,7 +47,7 @@ class AdaLoraConfig(LoraFields):
     init_r: int = 12
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1  # noqa: N815 - the peer's name
+    deltaT: int = 1  # noqa: N815 - Hugging Face PEFT's name
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
@@ -98,7 +98,7 @@ class AdaLoraConfig(LoraFields):
 
     @property
     def scaling(self) -> float:
-        """s = α/init_r, whatever of init_r is left; the small number is the peer's and part of what was trained."""
+        """s = α/init_r, whatever of init_r is left; the small number is PEFT's and part of what was trained."""
         return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
 
 
@@ -166,7 +166,7 @@ class AdaLora(WeightMethod[AdaLoraConfig]):
 
 
 def budget(config: AdaLoraConfig, step: int, total: int, count: int) -> int | None:
-    """How many triplets are left after ``step`` (the first is 1), or ``None`` where they are not shared out anew.
+    """How many triplets are left after ``step`` (the first is 1), or ``None`` where they are not allocated again.
 
     Args:
         config: the schedule.

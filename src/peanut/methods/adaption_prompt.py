@@ -75,11 +75,11 @@ class AdaptionPrompt(OutputMethod[AdaptionPromptConfig]):
     def stored(
         self, config: AdaptionPromptConfig, layers: Mapping[str, Values]
     ) -> tuple[AdaptionPromptConfig, dict[str, dict[str, Tensor]]]:
-        config, kept = super().stored(config, layers)
+        config, tensors = super().stored(config, layers)
         names = {path.rpartition(".")[2] for path, values in layers.items() if PROMPT in values}
         if len(names) == 1 and config.target_modules in (None, list(names)):
             config = replace(config, target_modules=names.pop())
-        return config, kept
+        return config, tensors
 
     def places(self, config: AdaptionPromptConfig) -> tuple[PlaceName, ...]:
         return ("attention",)

@@ -1,4 +1,4 @@
-"""BOFT: the input is turned by a butterfly product of block rotations (Liu et al. 2023, arXiv 2311.06243)."""
+"""BOFT: the layer's input is rotated by a butterfly product of block rotations (Liu et al. 2023, arXiv 2311.06243)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class BOFTConfig(PeftConfig):
         boft_block_size: features of a block; 0 if ``boft_block_num`` is given.
         boft_block_num: number of blocks; 0 if ``boft_block_size`` is given.
         boft_n_butterfly_factor: number of factors; with f of them every output sees 2^(f-1) blocks.
-        boft_dropout: probability with which, in a forward of training, a block of one factor drawn at random turns
-            nothing.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        boft_dropout: probability with which, in a forward of training, a block of one factor drawn at random is
+            the identity.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, ``"boft_only"`` (the adapted layers' biases are trained too) or ``"all"``.
         init_weights: start with no change; else with a random one.
     """
@@ -115,7 +115,7 @@ class BOFT(WeightMethod[BOFTConfig]):
         return Change(rotation=Butterfly(rotations), left=Diagonal(gains), shift=shift)
 
     def sampled(self, config: BOFTConfig, parameters: Values) -> Values:
-        """Blocks of one factor dropped at random: with M = 0 a block turns nothing."""
+        """Blocks of one factor dropped at random: with M = 0 a block is the identity."""
         if not config.boft_dropout:
             return parameters
         M = parameters["boft_R"]
@@ -125,7 +125,7 @@ class BOFT(WeightMethod[BOFTConfig]):
         return {**parameters, "boft_R": torch.where(dropped[:, :, None, None], torch.zeros_like(M), M)}
 
     def restored(self, config: BOFTConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
-        """As in the file; where the peer found no compiler and kept one factor of several, the others turn nothing."""
+        """As in the file; where PEFT found no compiler and kept one factor of several, the others are the identity."""
         restored = super().restored(config, layers)
         for values in restored.values():
             M = values.get("boft_R")

@@ -1,4 +1,4 @@
-"""Bone: the earlier name of MiSS, with its own files (Kang & Yin 2024, arXiv 2409.15371)."""
+"""Bone: the earlier name of MiSS, with a file format of its own (Kang & Yin 2024, arXiv 2409.15371)."""
 
 from __future__ import annotations
 

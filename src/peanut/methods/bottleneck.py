@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small networks inside the blocks (Houlsby et al. 2019, arXiv 1902.00751)."""
+"""Bottleneck adapters: small networks inserted into the blocks (Houlsby et al. 2019, arXiv 1902.00751)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C3A: the update is made of circulant blocks, applied as convolutions (Chen et al. 2024, arXiv 2407.19342)."""
+"""C3A: the update consists of circulant blocks, applied as convolutions (Chen et al. 2024, arXiv 2407.19342)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPT, context-aware prompt tuning: examples in the context, refined (Blau et al. 2024, arXiv 2410.17222)."""
+"""CPT, context-aware prompt tuning: trained embeddings of examples (Blau et al. 2024, arXiv 2410.17222)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diff pruning: a sparse difference whose gates are trained too (Guo, Rush & Kim 2020, arXiv 2012.07463)."""
+"""Diff pruning: a sparse update, whose sparsity is learned by gates (Guo, Rush & Kim 2020, arXiv 2012.07463)."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
     def penalty(self, config: DiffPruningConfig, layers: Sequence[Values]) -> Tensor | None:
         total: Tensor | None = None
         for values in layers:
-            kept: Tensor = _Open.apply(values["diff_log_alpha"])  # type: ignore[no-untyped-call]
+            expected: Tensor = _Open.apply(values["diff_log_alpha"])  # type: ignore[no-untyped-call]
             if config.structured:
-                kept = kept * torch.sigmoid(values["diff_group_log_alpha"]).sum()
-            total = kept if total is None else total + kept.to(total.device)
+                expected = expected * torch.sigmoid(values["diff_group_log_alpha"]).sum()
+            total = expected if total is None else total + expected.to(total.device)
         return None if total is None else config.l0_weight * total
 
 

@@ -1,4 +1,4 @@
-"""DiReFT: LoReFT without what it takes away from hidden states (Wu et al. 2024, arXiv 2404.03592)."""
+"""DiReFT: LoReFT without the subtracted projection of hidden states (Wu et al. 2024, arXiv 2404.03592)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA: the rows' lengths are trained apart from their directions (Liu et al. 2024, arXiv 2402.09353)."""
+"""DoRA: the magnitudes of weight rows are trained apart from their directions (Liu et al. 2024, arXiv 2402.09353)."""
 
 from __future__ import annotations
 

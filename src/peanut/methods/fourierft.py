@@ -1,4 +1,4 @@
-"""FourierFT: the update is a sparse spectrum, transformed back (Gao et al. 2024, arXiv 2405.03003)."""
+"""FourierFT: the update is the inverse Fourier transform of few trained entries (Gao et al. 2024, arXiv 2405.03003)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FourierFTConfig(PeftConfig):
         n_frequency: number of trained entries of a layer's spectrum.
         scaling: α. The paper: 100 to 150 for RoBERTa, 300 for LLaMA and ViT.
         random_loc_seed: seed of the entries' places, the same in layers of one size.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, ``"all"`` or ``"fourier_only"``: which biases are trained too.
         n_frequency_pattern: n_frequency for particular layers, by name or regular expression.
         init_weights: start with a spectrum of zeros, so that nothing changes at first; else it is standard normal.

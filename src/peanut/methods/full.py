@@ -15,7 +15,7 @@ __all__ = ["Full", "FullConfig"]
 
 @dataclass(kw_only=True)
 class FullConfig(PeftConfig):
-    """Config of full fine-tuning. The base is kept beside the trained copy, so that the adapter can be switched off."""
+    """Config of full fine-tuning. The base stays beside the trained copy, so that the adapter can be disabled."""
 
     method = "FULL"
 

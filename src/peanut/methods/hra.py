@@ -1,4 +1,4 @@
-"""HRA: the input is turned by a product of Householder reflections (Yuan et al. 2024, arXiv 2405.17484)."""
+"""HRA: the layer's input goes through a product of Householder reflections (Yuan et al. 2024, arXiv 2405.17484)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(IA)³: gains on a layer's output, or on a feed-forward layer's input (Liu et al. 2022, arXiv 2205.05638)."""
+"""(IA)³: trained scales of a layer's output, or of a feed-forward layer's input (Liu et al. 2022, arXiv 2205.05638)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class IA3Config(PeftConfig):
         feedforward_modules: those of the targets whose input is scaled rather than the output: names of target_modules
             (or narrower ones: ``mlp.c_proj`` of ``c_proj``), or one regular expression for whole paths; ``None`` for
             the architecture's (none if it is unknown), as for target_modules.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         init_ia3_weights: start with gains of one; else with random ones.
     """
 

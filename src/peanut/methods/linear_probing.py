@@ -1,4 +1,4 @@
-"""Linear probing: the backbone as it is, and a trained head; the baseline of every comparison."""
+"""Linear probing: the backbone stays frozen and only the head is trained; the baseline of every comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerNorm tuning: only norms are trained (Zhao et al. 2023, arXiv 2312.11420)."""
+"""LayerNorm tuning: only normalisation layers are trained (Zhao et al. 2023, arXiv 2312.11420)."""
 
 from __future__ import annotations
 

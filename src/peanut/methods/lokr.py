@@ -118,11 +118,11 @@ class LoKr(WeightMethod[LoKrConfig]):
     def _dropped(self, config: LoKrConfig, delta: Kronecker) -> Between:
         """The update with some of its outputs, or all of them, left out."""
         like = delta.outer
-        kept = (torch.rand(delta.shape[0], device=like.device) >= config.rank_dropout).to(like.dtype)
+        mask = (torch.rand(delta.shape[0], device=like.device) >= config.rank_dropout).to(like.dtype)
         if config.rank_dropout_scale:
-            kept = kept / kept.mean()
+            mask = mask / mask.mean()
         whole = (torch.rand((), device=like.device) >= config.module_dropout).to(like.dtype)
-        return Between(Diagonal(kept * whole), delta, None)
+        return Between(Diagonal(mask * whole), delta, None)
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:

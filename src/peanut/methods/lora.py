@@ -55,7 +55,7 @@ class LoraConfig(LoraFields):
         super().__post_init__()
         self.r = check_whole("r", self.r, least=1)
         init = self.init_lora_weights
-        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of the peer, once trained
+        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of PEFT, once trained
         if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
             raise PeanutError(
                 f"init_lora_weights={init!r}",
@@ -148,26 +148,26 @@ class Lora(WeightMethod[LoraConfig]):
     def stored(
         self, config: LoraConfig, layers: Mapping[str, Values]
     ) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
-        config, kept = super().stored(config, layers)
+        config, tensors = super().stored(config, layers)
         if not config.starts_in_weight:
-            return config, kept
+            return config, tensors
         for path, values in layers.items():
             if "start_A" in values:
                 a, b = names_in(values)
                 A0, B0 = values["start_A"], values["start_B"]
-                kept[path][a] = torch.cat([values[a], values[a] - A0])
-                kept[path][b] = torch.cat([values[b] - B0, B0], dim=1)
-        return config.doubled(), kept
+                tensors[path][a] = torch.cat([values[a], values[a] - A0])
+                tensors[path][b] = torch.cat([values[b] - B0, B0], dim=1)
+        return config.doubled(), tensors
 
     def restored(self, config: LoraConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
-        """From a file of rank 2r as ``stored`` gives it, or of rank r: the peer's own A and B over a reduced base."""
-        kept = super().restored(config, layers)
-        for path, values in kept.items() if config.starts_in_weight else ():
+        """From a file of rank 2r as ``stored`` gives it, or of rank r: PEFT's own A and B over a reduced base."""
+        tensors = super().restored(config, layers)
+        for path, values in tensors.items() if config.starts_in_weight else ():
             a, b = names_in(values)
             if a in values and b in values and len(values[a]) == 2 * config.for_layer(path).r:
                 values[a] = values[a].chunk(2)[0]
                 values[b] = torch.add(*values[b].chunk(2, dim=1))
-        return kept
+        return tensors
 
     def check(self, config: LoraConfig, layer: FrozenLayer, path: str) -> None:
         least = min(layer.out_features, layer.in_features)
@@ -188,7 +188,7 @@ class Lora(WeightMethod[LoraConfig]):
 
 def low_rank(config: LoraConfig, parameters: Values) -> LowRank:
     """ΔW before any DoRA."""
-    # A convolution's factors are kept as kernels; flattened they are the matrices.
+    # A convolution's factors are stored as kernels; flattened they are the matrices.
     A, B = (parameters[name].flatten(1) for name in names_in(parameters))
     if config.starts_in_weight:
         A0, B0 = parameters["start_A"].flatten(1), parameters["start_B"].flatten(1)

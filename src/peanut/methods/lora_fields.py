@@ -1,4 +1,4 @@
-"""The config fields that LoRA and AdaLoRA have in common, those of the peer that nothing here does among them."""
+"""Config fields that LoRA and AdaLoRA share, among them those of Hugging Face PEFT that have no effect here."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class LoraFields(PeftConfig):
     Args:
         lora_alpha: α.
         lora_dropout: dropout of the change's input.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
         trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
 
-    The other fields are the peer's; each is accepted while it asks for nothing.
+    The other fields are Hugging Face PEFT's; each is accepted while it asks for nothing.
     """
 
-    only_here = frozenset({"runtime_config"})  # the peer has it and writes it to no file
+    only_here = frozenset({"runtime_config"})  # Hugging Face PEFT has it and writes it to no file
 
     lora_alpha: float = 8
     lora_dropout: float = 0.0

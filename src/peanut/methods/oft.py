@@ -1,4 +1,4 @@
-"""OFT: the input is turned block by block (Qiu et al. 2023, arXiv 2306.07280; on the input: 2025, arXiv 2506.19847)."""
+"""OFT: the layer's input is rotated in blocks (Qiu et al. 2023, arXiv 2306.07280; input: 2025, arXiv 2506.19847)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class OFTConfig(PeftConfig):
     Args:
         r: number of blocks; 0 if ``oft_block_size`` is given, 8 if neither is.
         oft_block_size: features of a block; 0 if ``r`` is given.
-        module_dropout: probability with which, in a forward of training, a block turns nothing.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        module_dropout: probability with which, in a forward of training, a block is the identity.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, ``"oft_only"`` (the adapted layers' biases are trained too) or ``"all"``.
         init_weights: start with no rotation; else with a random one.
         coft: hold every block's S near 0: ‖S‖ ≤ eps/√blocks.
         eps: how near.
         block_share: one block for all.
         use_cayley_neumann: the first terms of a series for the rotation by −S, in place of the exact rotation by S. It
-            is far from orthogonal once S is not small. (The peer's default; here it is for files that have it.)
+            is far from orthogonal once S is not small. (PEFT's default; here it is for files that have it.)
         num_cayley_neumann_terms: how many terms; three are taken as four.
     """
 
@@ -118,7 +118,7 @@ class OFT(WeightMethod[OFTConfig]):
         return Change(rotation=BlockDiagonal(blocks, layer.in_features // (b * blocks.shape[0])))
 
     def sampled(self, config: OFTConfig, parameters: Values) -> Values:
-        """Blocks dropped at random: with S = 0 a block turns nothing."""
+        """Blocks dropped at random: with S = 0 a block is the identity."""
         if not config.module_dropout:
             return parameters
         weight = parameters[WEIGHT]

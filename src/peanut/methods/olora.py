@@ -1,4 +1,4 @@
-"""OLoRA: LoRA started at the first columns of a weight's QR decomposition (Büyükakyüz 2024, arXiv 2406.01775)."""
+"""OLoRA: LoRA initialised from a weight's QR decomposition (Büyükakyüz 2024, arXiv 2406.01775)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that a small network writes (Liu et al. 2021, arXiv 2103.10385)."""
+"""P-tuning: virtual tokens that a small network computes (Liu et al. 2021, arXiv 2103.10385)."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class PTuning(InputMethod[PromptEncoderConfig]):
     """[N(E); E_model x] in place of E_model x, E (p, width) and the network N trained.
 
     N is an MLP, W₂ relu(W₁ relu(W₀ e)), token by token, or W₁ relu(W₀ LSTM(E)) over all virtual tokens. Files hold
-    what it writes, N(E); E and N are kept apart, to train on. With two stacks (encoder and decoder) there are p rows
-    for each, and the encoder's, the first p, are used.
+    what it writes, N(E); E and N are saved separately, for resuming. With two stacks (encoder and decoder) there are p
+    rows for each, and the encoder's, the first p, are used.
     """
 
     config_class = PromptEncoderConfig

@@ -1,4 +1,4 @@
-"""Partial fine-tuning: some modules are trained whole, the last blocks say (Lee et al. 2019, arXiv 1911.03090)."""
+"""Partial fine-tuning: some modules, such as the last blocks, are trained whole (Lee et al. 2019, arXiv 1911.03090)."""
 
 from __future__ import annotations
 

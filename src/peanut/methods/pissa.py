@@ -1,4 +1,4 @@
-"""PiSSA and MiLoRA: LoRA started at a weight's largest or smallest singular triplets.
+"""PiSSA and MiLoRA: LoRA initialised from a weight's largest or smallest singular values and vectors.
 
 Meng et al. 2024, arXiv 2404.02948; Wang et al. 2024, arXiv 2406.09044. With W = U Σ Vᵀ and s LoRA's scaling,
 B₀ = U_r (Σ_r/s)^½ and A₀ = (Σ_r/s)^½ V_rᵀ over r of the triplets, so that s·B₀A₀ is that part of W; the base is W less

@@ -138,7 +138,7 @@ def mixed(logits: Tensor, training: bool) -> Tensor:
 
 
 def check_tasks(config: PolyConfig, tasks: Tensor) -> None:
-    """Refuses what is no task. Tasks are kept on the CPU, so that no device has to be waited for."""
+    """Refuses what is no task. Tasks stay on the CPU, so that no device has to be waited for."""
     if tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool:
         raise PeanutError(f"task_ids of {tasks.dtype}", "whole numbers", "convert them: task_ids.long()")
     if torch.compiler.is_compiling() or not tasks.numel():

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values that every layer's attention sees (Li and Liang 2021, arXiv 2101.00190)."""
+"""Prefix tuning: trained keys and values in every attention layer (Li and Liang 2021, arXiv 2101.00190)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PrefixTuning(InputMethod[PrefixTuningConfig]):
 
     A row of ``prompt_embeddings`` (p, layers · 2 · heads · d) holds a virtual token's keys and values, layer by layer.
     With ``prefix_projection`` an MLP writes it, W₂ tanh(W₁ e), e (heads · d); files hold what the MLP writes, e and
-    the MLP are kept apart, to train on.
+    the MLP are saved separately, for resuming.
 
     Of an encoder and a decoder only the decoder's self-attention sees a prefix, and layer j of L takes what is stored
     at place 2j mod L: for an even L every second place is not used. This is the order of Hugging Face PEFT's files.

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings before the tokens (Lester et al. 2021, arXiv 2104.08691)."""
+"""Prompt tuning: trained embeddings before the user's tokens (Lester et al. 2021, arXiv 2104.08691)."""
 
 from __future__ import annotations
 

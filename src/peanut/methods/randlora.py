@@ -31,7 +31,7 @@ class RandLoraConfig(PeftConfig):
         very_sparse: the same with 1/(2√d), 1 − 1/√d and 1/(2√d), d the smaller width; it overrides ``sparse``.
         randlora_dropout: dropout of the change's input.
         randlora_alpha: α; the update is scaled by α/r.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"randlora_only"`` of the adapted layers, ``"all"``.
         init_weights: start with λ = 0, so that nothing changes at first; else λ is normal.
     """

@@ -1,4 +1,4 @@
-"""What LoReFT and DiReFT share: where in a prompt they act, and matrices with orthonormal rows."""
+"""What LoReFT and DiReFT share: the token positions where they act, and matrices with orthonormal rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RoAd: pairs of a layer's outputs are turned and scaled (Liao & Monz 2024, arXiv 2409.00119)."""
+"""RoAd: pairs of a layer's outputs are rotated and scaled (Liao & Monz 2024, arXiv 2409.00119)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHiRA: few entries of the weight itself are trained (Bhardwaj et al. 2024, arXiv 2406.13175)."""
+"""SHiRA: a few entries of the weight itself are trained (Bhardwaj et al. 2024, arXiv 2406.13175)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ShiraConfig(PeftConfig):
         random_seed: seed of random places, the same in layers of one size; ``None``: each layer has its own.
         mask_fn: for any other mask_type: takes the layer's module and r, returns a tensor of the shape of the module's
             weight, one at the places to train and zero elsewhere. Not saved: files hold the places.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         init_weights: start with zeros, so that nothing changes at first; else standard normal.
     """
 

@@ -1,4 +1,4 @@
-"""Trainable tokens: some tokens' embeddings are trained and no other (as Hugging Face PEFT has it since 0.15)."""
+"""Trainable tokens: the embeddings of chosen tokens are trained, and no others (as in Hugging Face PEFT since 0.15)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainableTokensConfig(PeftConfig):
 class TrainableTokens(WeightMethod[TrainableTokensConfig]):
     """E'[token_k] = delta[k] for the tokens named, E' = E elsewhere; delta (n, dim) holds the new vectors themselves.
 
-    So an adapter means the same on an embedding whose added rows were initialised anew. A head that is tied to the
+    So an adapter means the same on an embedding whose added rows were initialised again. A head that is tied to the
     embedding follows it: W is (dim, vocabulary) on an embedding and (vocabulary, dim) on a head.
     """
 
@@ -102,14 +102,14 @@ class TokenAdapter(TrainableTokens):
         self, config: TrainableTokensConfig, layers: Mapping[str, Values]
     ) -> tuple[TrainableTokensConfig, dict[str, dict[str, Tensor]]]:
         """Vectors that tied layers share are written once, under the first of them."""
-        config, kept = super().stored(config, layers)
+        config, tensors = super().stored(config, layers)
         seen: set[int] = set()
-        for values in kept.values():
+        for values in tensors.values():
             for suffix, value in list(values.items()):
                 if value.data_ptr() in seen:
                     del values[suffix]
                 seen.add(value.data_ptr())
-        return config, kept
+        return config, tensors
 
 
 def by_token(layer: FrozenLayer) -> Tensor:

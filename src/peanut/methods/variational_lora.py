@@ -38,7 +38,7 @@ class VariationalLoraConfig(PeftConfig):
         lora_alpha: α; the update is scaled by α/r.
         lora_dropout: dropout of the change's input.
         use_rslora: scale by α/√r instead.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"lora_only"`` of the adapted layers, ``"all"``.
         prior_sigma_1, prior_sigma_2: σ₁ and σ₂.
         init_sigma: first deviation of the posterior.
@@ -91,7 +91,7 @@ class VariationalLoraConfig(PeftConfig):
 class VariationalLora(WeightMethod[VariationalLoraConfig]):
     """ΔW = s · B · A with A ~ N(M, softplus(ρ)²) entry by entry: M and ρ (r, in), B (out, r) certain and 0 at first.
 
-    Training draws A = M + softplus(ρ) ε anew in each forward and adds β/N · KL to the loss; evaluation takes A = M.
+    Training draws A = M + softplus(ρ) ε in each forward and adds β/N · KL to the loss; evaluation takes A = M.
     """
 
     config_class = VariationalLoraConfig

@@ -1,4 +1,4 @@
-"""VB-LoRA: low-rank factors put together from one bank of short vectors (Li et al. 2024, arXiv 2405.15179)."""
+"""VB-LoRA: low-rank factors composed from one shared bank of short vectors (Li et al. 2024, arXiv 2405.15179)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VBLoRAConfig(PeftConfig):
         save_only_topk_weights: write only the chosen vectors' indices and weights to files. An adapter loaded from
             such a file keeps its choice of vectors for good.
         vblora_dropout: dropout of the change's input.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"vblora_only"`` of the adapted layers, ``"all"``.
         init_vector_bank_bound: the bank starts uniform between minus and plus this.
         init_logits_std: the logits start normal with this deviation.
@@ -117,18 +117,18 @@ class VBLoRA(WeightMethod[VBLoRAConfig]):
     def stored(
         self, config: VBLoRAConfig, layers: Mapping[str, Values]
     ) -> tuple[VBLoRAConfig, dict[str, dict[str, Tensor]]]:
-        config, kept = super().stored(config, layers)
+        config, tensors = super().stored(config, layers)
         if not config.save_only_topk_weights:
-            return config, kept
+            return config, tensors
         limits = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}
         dtype = next((dtype for dtype, limit in limits.items() if config.num_vectors < limit), torch.int64)
-        for values in kept.values():
+        for values in tensors.values():
             for suffix in [suffix for suffix in values if suffix.startswith("vblora_logits_")]:
                 logits, indices = values.pop(suffix).topk(config.topk)
                 values[suffix + INDICES] = indices.to(dtype)
                 # The weights add up to 1, so the last and least is left out.
                 values[suffix + WEIGHTS] = torch.softmax(logits, dim=-1)[..., :-1].contiguous()
-        return config, kept
+        return config, tensors
 
     def restored(self, config: VBLoRAConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
         restored = super().restored(config, layers)

@@ -1,4 +1,4 @@
-"""VeRA: trained scalings of one pair of random matrices (Kopiczko et al. 2023, arXiv 2310.11454)."""
+"""VeRA: trained scaling vectors around one shared pair of random matrices (Kopiczko et al. 2023, arXiv 2310.11454)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VeraConfig(PeftConfig):
         save_projection: write the random matrices to files, once; otherwise they are made again from the seed.
         vera_dropout: dropout of the change's input.
         d_initial: first value of λ_d.
-        fan_in_fan_out: accepted and ignored: how a layer keeps its weight is read off the layer.
+        fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: ``"none"``, or the biases trained beside it: ``"vera_only"`` of the adapted layers, ``"all"``.
         init_weights: start with λ_b = 0, so that nothing changes at first; else λ_b = 1 and λ_d is normal.
     """

@@ -1,4 +1,4 @@
-"""X-LoRA: a gate that mixes trained adapters token by token (Buehler & Buehler 2024, arXiv 2402.07148)."""
+"""X-LoRA: a trained gate mixes several adapters for each token (Buehler & Buehler 2024, arXiv 2402.07148)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class XLoraConfig(PeftConfig):
     Args:
         hidden_size: the size of the model's hidden states. Read off the model if ``None``.
         adapters: the experts by name, each with its folder, or ``None`` if it is in the model; all adapters in the
-            model that change weights if left out. They are kept in the order of their names, which the gates have too.
+            model that change weights if left out. They are in the order of their names, as the gates are.
         enable_softmax: put the gates of a token through a softmax.
         enable_softmax_topk: put those that ``top_k_lora`` leaves through another one.
         layerwise_scalings: gates of its own for each layer; else one set for all.
@@ -43,7 +43,7 @@ class XLoraConfig(PeftConfig):
         global_scaling_weight: what all gates are multiplied by in the end.
         layernorm_type: ``"rms"``, accepted for scripts that give it. No norm is added, as the published gate has none:
             it reads the hidden states after the model's own last norm, of whatever type that is.
-        use_bias: train the gate's biases. The gate always has them, as it does in files of the peer; without this
+        use_bias: train the gate's biases. The gate always has them, as it does in files of PEFT; without this
             they stay as they are, which is zero in a new gate and the file's values in one that is loaded. So by
             default a new gate is one without biases, and a file of either library computes the same in both.
 
@@ -172,7 +172,7 @@ class XLora(MixtureMethod[XLoraConfig]):
             largest = torch.topk(own, config.top_k_lora, dim=-1).indices
             own = own * torch.zeros_like(own).scatter(-1, largest, 1.0)
         if config.enable_softmax_topk:
-            # A gate of exactly zero is out, too; where all are, so are all answers.
+            # A gate of exactly zero is out, too; where all are, all outputs are too.
             out = own == 0
             own = torch.softmax(own.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0.0)
         return (own * config.global_scaling_weight).expand(-1, -1, layers, -1)

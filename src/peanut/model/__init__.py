@@ -1,3 +1,3 @@
-"""Adapters in a model: put in, switched, merged, saved and loaded."""
+"""Adapters in a model: adding, activating, merging, saving and loading them."""
 
 from .. import methods as methods  # so that every method is registered wherever this floor is entered

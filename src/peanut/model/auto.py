@@ -1,4 +1,4 @@
-"""``AutoPeftModel``: a base model and its adapter in one call, the base named by the adapter's config."""
+"""``AutoPeftModel``: loads an adapter together with the base model that its config names."""
 
 from __future__ import annotations
 
@@ -52,14 +52,7 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """The adapted model.
-
-        Args:
-            pretrained_model_name_or_path: the adapter's folder.
-            adapter_name: the name it gets.
-            is_trainable: whether it is trained further.
-            config: to be used instead of the folder's.
-            kwargs: for the base model's ``from_pretrained`` (``dtype``, ``num_labels``…), and the hub's.
+        """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.

@@ -1,4 +1,4 @@
-"""Adapters put into a model in place, and their tensors taken out and put in."""
+"""Adds adapters to a model in place (without ``PeftModel``), and reads and writes their state dicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .adapters.surgery import SHARED
 from .checkpoints.checkpoint import StoredAdapter, adapter_state
 from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
-from .checkpoints.mixtures import all_or_none, name_for, ready
+from .checkpoints.mixtures import add, name_for
 
 __all__ = [
     "AdaptedModel",
@@ -26,10 +26,9 @@ __all__ = [
 
 
 class AdaptedModel(nn.Module):
-    """A base model with adapters in it, kept at ``.model``.
+    """A base model (``.model``, changed in place) with adapters in it.
 
     Args:
-        model: the base model, changed in place.
         config: the adapter's config, or several by name.
         adapter_name: name of the adapter, if ``config`` is one.
         low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by ``state_dict`` or by loading.
@@ -84,23 +83,13 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Puts an adapter into a model, freezes the rest of it, and returns the model itself, not wrapped.
-
-    Args:
-        peft_config: the adapter's config.
-        model: the model, changed in place.
-        adapter_name: its name.
-        low_cpu_mem_usage: leave the parameters without storage.
-        state_dict: the adapter's tensors, by the keys that its file has.
-    """
+    """Puts an adapter into a model, freezes the rest, and returns the model itself; arguments: see ``AdaptedModel``."""
     adapters = AdapterSet.of(model)
     adapter_name = name_for(adapters, peft_config, adapter_name)
-    with all_or_none(adapters):
-        peft_config = ready(adapters, peft_config)
-        adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+    peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage)
     model.requires_grad_(False)
-    silent = experts_of(peft_config)  # a mixture lets them speak
-    others = [name for name in adapters.state.active if name not in silent]
+    experts = experts_of(peft_config)  # these act through the mixture
+    others = [name for name in adapters.state.active if name not in experts]
     adapters.activate([*others, adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)
@@ -120,7 +109,6 @@ def get_peft_model_state_dict(
     Args:
         model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
         state_dict: full state dict of the model to take the values from.
-        adapter_name: which adapter.
     """
     config, state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
     wrapped = isinstance(getattr(model, "base_model", None), AdaptedModel)

@@ -1,4 +1,4 @@
-"""What an adapter does to each layer, and what it has in other places, in numbers."""
+"""Statistics of an adapter: the norm and effective rank of its update in each layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ class LayerReport:
     """One adapted layer.
 
     Args:
-        path: where it is in the model.
-        method: the method that changes it.
-        kind: what kind of layer it is.
         shape: (out, in) of its matrix.
-        parameters: how many parameters the adapter has in it.
         weight_norm: Frobenius norm of W⁰.
         delta_norm: Frobenius norm of ΔW.
         effective_rank: exp of the entropy of ΔW's normalised singular values; at most its rank.
@@ -50,9 +46,7 @@ class PlaceReport:
 
     Args:
         path: where it is in the model, "/" for the model's input.
-        method: the method that acts there.
         tensors: the shape and the Frobenius norm of each of its tensors, by suffix.
-        parameters: how many it has.
     """
 
     path: str

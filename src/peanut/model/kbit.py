@@ -1,4 +1,4 @@
-"""QLoRA's side of training: a quantised base made ready for adapters (Dettmers et al. 2023, arXiv 2305.14314)."""
+"""Prepares a quantised model for training adapters, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights import kind_of, settle
+from ..weights import fix_storage, kind_of
 
 __all__ = ["prepare_model_for_kbit_training"]
 
@@ -25,12 +25,12 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: what ``torch.utils.checkpoint`` is called with; non-reentrant by default.
     """
     model.requires_grad_(False)
-    settle(model)
+    fix_storage(model)
     codes = {
         id(module.weight) for module in model.modules() if (kind := kind_of(module)) is not None and kind.quantised
     }
     for parameter in model.parameters():
-        # Codes may be kept as bfloat16 too (bnb_4bit_quant_storage).
+        # Codes may be stored as bfloat16 too (bnb_4bit_quant_storage).
         if parameter.dtype in (torch.float16, torch.bfloat16) and id(parameter) not in codes:
             parameter.data = parameter.data.to(torch.float32)
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(

@@ -1,11 +1,10 @@
-"""A class of adapted model for each method, for scripts that name them: ``LoraModel`` goes with ``LoraConfig``."""
+"""A model class for each method, for scripts that name one: ``LoraModel`` belongs to ``LoraConfig``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..protocols import METHODS, Method
-from ..protocols.registry import model_name
 from .injection import AdaptedModel
 from .xlora_model import XLoraModel
 
@@ -18,7 +17,7 @@ class AdaLoraModel(AdaptedModel):
     method = "ADALORA"
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Accepted for scripts of the peer: here the schedule follows the optimizer's steps by itself."""
+        """Accepted for scripts of Hugging Face PEFT: here the schedule follows the optimizer's steps by itself."""
 
 
 class VBLoRAModel(AdaptedModel):
@@ -36,7 +35,7 @@ def model_of(method: Method[Any]) -> type[AdaptedModel]:
     own = [each for each in AdaptedModel.__subclasses__() if each.method == method.name]
     if own:
         return own[-1]
-    name = model_name(method)
+    name = method.model_name
     if name is None or _adapting(name) != method:
         return AdaptedModel
     parts = {"method": method.name, "__module__": __name__, "__doc__": f"A model adapted by {method.name}."}
@@ -46,7 +45,7 @@ def model_of(method: Method[Any]) -> type[AdaptedModel]:
 
 def _adapting(name: str) -> Method[Any] | None:
     """The first method whose class of models has a name."""
-    return next((method for method in METHODS.values() if model_name(method) == name), None)
+    return next((method for method in METHODS.values() if method.model_name == name), None)
 
 
 def __getattr__(name: str) -> type[AdaptedModel]:

@@ -1,4 +1,4 @@
-"""``PeftModel`` and what makes one: the surface that scripts written for Hugging Face PEFT know."""
+"""``PeftModel`` and ``get_peft_model``, compatible with scripts written for Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .adapters.adapter_set import AdapterSet
 from .adapters.routing import Inference, called
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import load_state, same_form
-from .checkpoints.mixtures import all_or_none, gathered, name_for, ready, save_experts
+from .checkpoints.mixtures import add, all_or_none, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
 from .models import model_of
 
@@ -27,13 +27,12 @@ __all__ = ["PeftModel", "get_peft_model"]
 
 
 class PeftModel(nn.Module):
-    """A base model and its adapters; what is not found here is the base model's own.
+    """A base model and its adapters; other attributes are those of the base model.
 
     Args:
         model: the base model; it is changed in place and frozen.
         peft_config: config of the first adapter.
-        adapter_name: its name.
-        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base; else in the base's dtype.
+        autocast_adapter_dtype: store the adapter in float32 on a half-precision base; else in the base's dtype.
         low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by loading.
 
     Raises:
@@ -56,9 +55,7 @@ class PeftModel(nn.Module):
         self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(model))
         adapters = AdapterSet.of(model)
         adapter_name = name_for(adapters, peft_config, adapter_name)
-        with all_or_none(adapters):
-            peft_config = ready(adapters, peft_config, wide=autocast_adapter_dtype)
-            adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
+        peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
         self.base_model = _inner(model, peft_config)
         model.requires_grad_(False)
         adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
@@ -142,18 +139,18 @@ class PeftModel(nn.Module):
     ) -> Any:
         """The base model's ``generate``; ``adapter_names`` and ``task_ids`` as in ``forward``.
 
-        What is computed from the adapters is kept until it returns, as within ``inference``.
+        What is computed from the adapters is cached until it returns, as within ``inference``.
         """
         generate: Any = self.get_base_model().generate
         return called(self.adapters, generate, args, kwargs, adapter_names, task_ids, keep=True)
 
     def inference(self) -> Inference:
-        """A context in which evaluation keeps what it computes from the weights, for a server or a loop.
+        """A context in which evaluation caches what it computes from the weights, for a server or a loop.
 
         In ``eval()`` and without gradients, what adapters make of the weights (factors, rotations, spectra) is computed
-        once and kept until the context is left. Nothing else may write to the weights meanwhile: only changes that are
-        made by this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
-        which then share what is kept; a call in a thread that has not entered it keeps nothing.
+        once and cached until the context is left. Nothing else may write to the weights meanwhile: only changes made by
+        this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
+        which then share the cache; a call in a thread that has not entered it caches nothing.
         """
         return Inference(self.adapters.state)
 
@@ -161,9 +158,7 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
-        with all_or_none(self.adapters):
-            peft_config = ready(self.adapters, peft_config)
-            self.adapters.add(adapter_name, peft_config, meta=low_cpu_mem_usage)
+        add(self.adapters, adapter_name, peft_config, meta=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and silent."""
@@ -175,8 +170,8 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model answers this thread exactly as its base, also if adapters are merged."""
-        with self.adapters.disabled():
+        """Within the context the model computes, in this thread, exactly what its base does, also if merged."""
+        with self.adapters.state.during(disabled=True):
             yield
 
     # Merging
@@ -184,9 +179,7 @@ class PeftModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
         """Writes adapters (default: the active ones) into the weights; the others stay as they are.
 
-        Args:
-            adapter_names: which.
-            safe_merge: accepted for scripts; a merge that is not finite is always refused and undone.
+        ``safe_merge`` is accepted for scripts: a merge that is not finite is always refused and undone.
         """
         self.adapters.merge(adapter_names)
 
@@ -230,12 +223,10 @@ class PeftModel(nn.Module):
         """Writes adapters and their trained heads, never the base: ``default`` into the folder, others into its own.
 
         Args:
-            save_directory: where to.
             safe_serialization: must be true; only safetensors are written.
             selected_adapters: which adapters; all by default.
-            is_main_process: whether this process writes.
             state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
-            unused: what the peer also accepts and a folder of safetensors has no use for.
+            unused: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
 
         Raises:
             PeanutError: the folder cannot be written, or a value is not finite. No file is then half written.
@@ -264,12 +255,8 @@ class PeftModel(nn.Module):
         """A model with an adapter read from a folder (or from the hub, if a hub id is given).
 
         Args:
-            model: the base model.
-            model_id: the adapter's folder.
-            adapter_name: the name it gets.
-            is_trainable: whether its parameters are trained further.
             config: to be used instead of the folder's.
-            autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
+            autocast_adapter_dtype: store the adapter in float32 on a half-precision base.
             low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
             hub: ``subfolder``, ``revision``, ``token`` and the like.
@@ -318,8 +305,8 @@ class PeftModel(nn.Module):
                 self.add_adapter(adapter_name, found, low_cpu_mem_usage=True)
             load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
-            kept = self.peft_config[adapter_name].inference_mode
-            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=kept))
+            mode = self.peft_config[adapter_name].inference_mode
+            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
@@ -354,6 +341,9 @@ def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     return config
 
 
+_SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
+
+
 def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
     """``PeftModel`` with the parameters of the base's forward, by which Trainers know a model's columns and labels."""
     if (own, base) in _SHOWN:
@@ -375,9 +365,6 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
     parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
     _SHOWN[own, base] = type(own.__name__, (own,), parts)
     return _SHOWN[own, base]
-
-
-_SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
 
 
 def _blank(own: type[PeftModel], base: type[nn.Module]) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Predictions averaged over draws of a random adapter, with their deviation."""
+"""Predictions averaged over samples of a random adapter, with their standard deviation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ def predictive(model: nn.Module, samples: int = 16, **inputs: Any) -> Prediction
 
     Args:
         model: a model that returns logits; it stays in the mode that it is in, so call ``eval()`` first.
-        samples: number of draws.
-        inputs: the model's inputs.
     """
     state = AdapterSet.of(model).state
     total = squares = torch.zeros(())

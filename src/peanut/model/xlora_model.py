@@ -1,4 +1,4 @@
-"""A model adapted by X-LoRA: its gates can be looked at and its settings changed."""
+"""``XLoraModel``: a model adapted by X-LoRA, with functions to read its gates and change its settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ __all__ = ["XLoraModel"]
 class XLoraModel(AdaptedModel):
     """A model adapted by X-LoRA.
 
-    Gates are of shape (batch, tokens, layers, experts), as the gate answers, before ``top_k_lora`` and
-    ``global_scaling_weight``; layers in the order in which they lie in the model, experts in that of their names. What
-    is said of "the mixture" is said of the active one, or of the only one there is.
+    Gates are of shape (batch, tokens, layers, experts), before ``top_k_lora`` and ``global_scaling_weight``; layers in
+    the model's order, experts in that of their names. "The mixture" is the active one, or the only one.
 
     Raises:
         PeanutError: from each method, if no mixture is in the model, or several and none is active.
@@ -35,25 +34,25 @@ class XLoraModel(AdaptedModel):
         return holder.latest.get(name)
 
     def enable_scalings_logging(self) -> None:
-        """Keeps the gates of every batch from now on."""
+        """Logs the gates of every batch from now on."""
         self._mixture()[0].logging = True
 
     def disable_scalings_logging(self) -> None:
-        """Keeps no further gates; those that were kept stay."""
+        """Logs no further gates; those that were logged stay."""
         self._mixture()[0].logging = False
 
     def clear_scalings_log(self) -> None:
-        """Forgets the gates that were kept."""
+        """Clears the log of gates."""
         holder, name = self._mixture()
         holder.log.pop(name, None)
 
     def get_scalings_log(self) -> list[Tensor]:
-        """The gates that were kept, a tensor for each batch."""
+        """The logged gates, a tensor for each batch."""
         holder, name = self._mixture()
         return list(holder.log.get(name, []))
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """The gates that were kept by number of tokens: their positions in the log, and they themselves."""
+        """The logged gates by number of tokens: their positions in the log, and they themselves."""
         buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
         for position, gates in enumerate(self.get_scalings_log()):
             positions, found = buckets.setdefault(gates.shape[1], ([], []))
@@ -83,7 +82,7 @@ class XLoraModel(AdaptedModel):
 
     def get_global_scaling_weight(self) -> float:
         """What all gates are multiplied by."""
-        return float(self._config().global_scaling_weight)
+        return float(self.adapters.configs[self._mixture()[1]].global_scaling_weight)  # type: ignore[attr-defined]
 
     def set_scaling_pass_value(self, value: float | None) -> None:
         """The gate of every expert in the first pass; ``None`` for one divided by their number."""
@@ -103,8 +102,6 @@ class XLoraModel(AdaptedModel):
             )
         return holder, (active or names)[0]  # type: ignore[return-value]
 
-    def _config(self) -> Any:
-        return self.adapters.configs[self._mixture()[1]]
-
     def _set(self, **changes: Any) -> None:
-        self.adapters.configure(self._mixture()[1], replace(self._config(), **changes))
+        _, name = self._mixture()
+        self.adapters.configure(name, replace(self.adapters.configs[name], **changes))

@@ -1,4 +1,4 @@
-"""Linear operators on weights: applied to activations, written as matrices, with a backward that saves little."""
+"""Linear operators: updates Δ of a weight and rotations, with fast passes and a backward that saves little memory."""
 
 from .compose import Between, Chain, Gated, Sum, chain, gated, total
 from .delta import Delta

@@ -1,4 +1,4 @@
-"""Products of block-diagonal factors between permutations, as they act on a layer's input."""
+"""Products of block-diagonal matrices and permutations (used by OFT and BOFT), applied to a layer's input."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TINY, SMALL = 20, 2**15
 """Products of blocks narrower than this, and elementwise operations on fewer numbers than that, stay in one thread."""
 
 SPAN = 3 * 2**19
-"""On a CPU so many numbers are turned at a time: they are still in its cache when they are read next."""
+"""On a CPU so many numbers are multiplied at a time: they are still in its cache when they are read next."""
 
 
 @dataclass(frozen=True)
 class BlockFactors(Rotation):
     """R = F_f … F₂ F₁: block-diagonal factors, each between permutations, F₁ acting on the input first.
 
-    A factor's block mixes two half blocks of features, or several such pairs. The backward keeps x and the factors.
+    A factor's block mixes two half blocks of features, or several such pairs. The backward saves x and the factors.
 
     Args:
         levels: the factors' blocks, (f, n, b, b).
@@ -153,7 +153,7 @@ def _turned_once(token: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _spans(tokens: Tensor) -> list[slice]:
-    """Which tokens to turn at a time: on a CPU some, elsewhere, and in 16 bits, where sums of sums lose digits, all."""
+    """Which tokens to multiply at a time: on a CPU some; elsewhere, and in 16 bits (sums of sums lose digits), all."""
     count, width = tokens.shape
     if tokens.device.type != "cpu" or tokens.dtype.itemsize < 4 or torch.compiler.is_compiling():
         return [slice(None)]
@@ -187,7 +187,7 @@ def _turned(
 
 
 def _turns_weight(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether W has fewer rows to turn than there are tokens, in a dtype wide enough to hold a small change of it."""
+    """Whether W has fewer rows than there are tokens, in a dtype wide enough to hold a small change of it."""
     return len(weight) < len(tokens) and torch.finfo(tokens.dtype).bits >= 32
 
 

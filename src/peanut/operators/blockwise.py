@@ -1,4 +1,4 @@
-"""Δ in which blocks of columns are alike: MiSS, and the weight-aware form of Bone."""
+"""Δ made of repeated blocks, the operator of MiSS, and the weight-aware variant of Bone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Blockwise(Delta):
         return self._product(x.to(dtype), None, None, self.block.to(dtype))
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward keeps r numbers a token and not x."""
+        """x (W + Δ)ᵀ + b, Δ's part added in place; the backward saves r numbers a token and not x."""
         dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -72,7 +72,7 @@ class Blockwise(Delta):
 
 
 class _Folded(torch.autograd.Function):
-    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; keeps fold(x), (tokens, r), W and the block."""
+    """y = x Wᵀ + b + repeat(fold(x) block), or the last term alone; saves fold(x), (tokens, r), W and the block."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class _Folded(torch.autograd.Function):
         if torch.is_grad_enabled():  # what is kept does not tell how it came from x
             raise PeanutError(
                 "a gradient of the gradient of a MiSS layer",
-                "first derivatives: of the input the layer keeps r numbers a token only",
+                "first derivatives: of the input the layer saves r numbers a token only",
                 "leave out create_graph, or use init_weights='bat' or another method",
             )
         folded, weight, block = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""The Cayley transform: orthogonal blocks from skew-symmetric ones."""
+"""The Cayley transform: orthogonal matrices from skew-symmetric ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cayley(skew: Tensor) -> Tensor:
     """R = (I + S)(I − S)⁻¹, orthogonal for skew-symmetric S (…, b, b), which I − S is always invertible for.
 
     On a CPU by a Cholesky factor of (I − S)(I + S) = I − S², and one step of Newton's method, which gives the digits
-    back that the square takes: for blocks of 32 twelve times as fast as by LU factors. The backward keeps R.
+    back that the square takes: for blocks of 32 twelve times as fast as by LU factors. The backward saves R.
     """
     with in_full(skew.device):
         rotation: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ def cayley(skew: Tensor) -> Tensor:
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
     """The first terms of the series of ``cayley``: I + 2S + 2S² + … + Sᵐ, the last power once; m = terms − 1.
 
-    Three terms are taken as four, as the peer does.
+    Three terms are taken as four, as Hugging Face PEFT does.
     """
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand(skew.shape)
     if terms == 1:

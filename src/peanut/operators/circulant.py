@@ -1,4 +1,4 @@
-"""Δ made of circulant blocks."""
+"""Δ made of circulant blocks, applied by FFT; the operator of C3A."""
 
 from __future__ import annotations
 

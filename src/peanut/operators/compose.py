@@ -1,4 +1,4 @@
-"""Operators made of operators: sums and products of them, a change between two gains, a gated change."""
+"""Operators composed of others: sums, products, and Δ between two rotations or weighted per token."""
 
 from __future__ import annotations
 

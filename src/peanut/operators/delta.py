@@ -1,4 +1,4 @@
-"""The protocol of an additive change Δ of a weight."""
+"""``Delta``: the interface of an update Δ that is added to a weight."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Delta(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Δ as a matrix, (out, in): for merging and for tests, never kept in training."""
+        """Δ as a matrix, (out, in): for merging and for tests, never stored in training."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:

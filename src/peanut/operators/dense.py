@@ -1,4 +1,4 @@
-"""Δ kept as a matrix, where nothing smaller describes it."""
+"""Δ stored as a full matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ as the inverse Fourier transform of a spectrum with few entries."""
+"""Δ as the inverse Fourier transform of a sparse spectrum; the operator of FourierFT."""
 
 from __future__ import annotations
 

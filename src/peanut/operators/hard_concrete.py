@@ -1,4 +1,4 @@
-"""Δ as a trained matrix behind trained gates."""
+"""Δ as a trained matrix times hard-concrete gates; the operator of diff pruning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .materialised import Materialised
 __all__ = ["HardConcrete", "gate", "logistic"]
 
 SPAN = 1 << 19
-"""About so many entries are dealt with together on a CPU: all that is made of them stays in its caches."""
+"""About so many entries are processed together on a CPU, so that all intermediate results stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HardConcrete(Materialised):
         low, high: the range to which a gate is stretched before it is cut to [0, 1].
         dtype: that of Δ, the parts' own if ``None``. The gates are always made in the parts' dtype: in 16 bits a step
             of training would leave most of them where they are.
-        seed: of the noise (``logistic``), which is drawn again wherever it is needed and so never kept; ``None``: no
+        seed: of the noise (``logistic``), which is drawn again wherever it is needed and so never saved; ``None``: no
             noise.
     """
 

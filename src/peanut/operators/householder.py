@@ -1,4 +1,4 @@
-"""Products of Householder reflections of a layer's input."""
+"""Products of Householder reflections, applied to a layer's input; the operator of HRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Householder"]
 class Householder(Rotation):
     """R = I − V K Vᵀ with V (in, r) and K (r, r), a product of r reflections in compact form: two thin products.
 
-    The backward keeps x, V and K, and r numbers a token.
+    The backward saves x, V and K, and r numbers a token.
     """
 
     vectors: Tensor
@@ -74,9 +74,9 @@ class Householder(Rotation):
         return _reflected(*arguments)
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x is neither turned nor copied.
+        """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x itself is not multiplied or copied.
 
-        Without a gradient few tokens are turned: W V costs as much as W's rows would.
+        Without a gradient few tokens are multiplied themselves: W V costs as much as W's rows would.
         """
         if not torch.is_grad_enabled() and x.numel() < weight.numel():
             return super().turned(x, weight, bias)

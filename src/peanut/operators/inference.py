@@ -1,4 +1,4 @@
-"""Operators for evaluation: few tokens are answered from what was computed beforehand."""
+"""Operators for inference: matrices that speed up small batches are computed once and reused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .delta import Delta
 __all__ = ["FEW", "Evaluated", "WrittenOut", "few_tokens"]
 
 FEW = 64
-"""Up to so many tokens are answered from what was computed beforehand."""
+"""Up to so many tokens use the matrices that were computed beforehand."""
 
 
 @dataclass(frozen=True)
 class Evaluated(Delta):
-    """An operator in evaluation: few tokens are answered from what was computed beforehand, many as in training.
+    """An operator in evaluation: few tokens use matrices that were computed beforehand, many go as in training.
 
     Args:
         origin: the operator, in the dtype of the tokens.
@@ -33,7 +33,7 @@ class Evaluated(Delta):
 
     @property
     def few(self) -> int:
-        """Up to so many tokens are answered from what was computed beforehand."""
+        """Up to so many tokens use the matrices that were computed beforehand."""
         return FEW
 
     @abstractmethod
@@ -74,7 +74,7 @@ class WrittenOut(Evaluated):
     """Keeps W + Δ from the first few tokens until many come in: where nothing smaller than the weight makes up Δ.
 
     Generation asks for one token after the other; to make W + Δ for each would cost many times the product with it. In
-    16 bits W + Δ would round most of a small Δ away, so there Δ is kept apart.
+    16 bits W + Δ would round most of a small Δ away, so there Δ is stored separately.
     """
 
     held: dict[bool, Tensor] = field(default_factory=dict, repr=False)

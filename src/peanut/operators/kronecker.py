@@ -1,4 +1,4 @@
-"""Δ as a Kronecker product of two small matrices."""
+"""Δ as a Kronecker product of two small matrices; the operator of LoKr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Kronecker"]
 class Kronecker(Delta):
     """Δ = scaling · U ⊗ V with U (a, c) and V (b, d), of shape (a·b, c·d).
 
-    With a token as a matrix X (c, d), row by row, Δ x is U X Vᵀ: two small products. The backward keeps x.
+    With a token as a matrix X (c, d), row by row, Δ x is U X Vᵀ: two small products. The backward saves x.
 
     Args:
         outer: U.

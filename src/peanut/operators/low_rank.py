@@ -1,4 +1,4 @@
-"""Δ = s · up · down, the operator of LoRA, of PEANuT and of most of their relatives."""
+"""Δ = s · up · down: the low-rank operator of LoRA, PEANuT and most of their relatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .delta import Delta, shaped
 __all__ = ["LowRank"]
 
 NARROW = 8
-"""x downᵀ is kept for the backward where it has at most one number for so many of x."""
+"""x downᵀ is saved for the backward where it has at most one number for so many of x."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LowRank(Delta):
     """Δ = scaling · up · down with up (out, r) and down (r, in); applied as scaling · (x downᵀ) upᵀ, never built.
 
     The scaling stays a number beside the factors, so that a trained factor is used as it is and no copy of it is
-    kept for the backward.
+    saved for the backward.
 
     With a gate each token has a Δ of its own, Δ_t = scaling · up · diag(g_t) · down, so that experts of a mixture, or
     the adapters of a batch's samples, act by one product. There is then no one matrix: ``dense`` is an error, and
@@ -97,7 +97,7 @@ class LowRank(Delta):
             bias: b, (out), or ``None``.
 
         Returns:
-            (…, out). The backward keeps x, which it needs for the factors' gradient, and at most r numbers a token.
+            (…, out). The backward saves x, which it needs for the factors' gradient, and at most r numbers a token.
         """
         gate = self.gate
         if gate is not None:
@@ -152,7 +152,7 @@ class _JoinedProduct(torch.autograd.Function):
     """y = x Wᵀ + b + s (g ⊙ x downᵀ) upᵀ for a frozen W, g (tokens, e) or none.
 
     Autograd on its own would write the change's output and its gradient with respect to x to memory once more each,
-    and add them in another pass. Here both are added inside the product that makes them (addmm). x downᵀ is kept where
+    and add them in another pass. Here both are added inside the product that makes them (addmm). x downᵀ is saved where
     it is little beside x: to compute it again is another pass over x.
     """
 
@@ -185,7 +185,7 @@ class _JoinedProduct(torch.autograd.Function):
         wide = None if gate is None else _spread(gate, ctx.parts)
         if need_x or need_down or need_gate:
             grad_hidden = (grads @ up).mul_(ctx.scaling)
-        # Where the backward is itself differentiated, what was kept must not pass for a constant.
+        # Where the backward is itself differentiated, saved values must not be treated as constants.
         if (need_up or need_gate) and (hidden is None or torch.is_grad_enabled()):
             hidden = tokens @ down.T
         if need_up:

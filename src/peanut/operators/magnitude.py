@@ -1,4 +1,4 @@
-"""Δ = diag(g)(W + s · up · down) − W, the operator of DoRA: a low-rank change and a gain of every output."""
+"""Δ = diag(g)(W + s · up · down) − W: the operator of DoRA, a low-rank update and a scale for every output."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class MagnitudeDirection(Delta):
     A gain of one over a product of zero so changes nothing, exactly.
 
     Args:
-        weight: the frozen W, in its own dtype, or what reads it where it is made of codes; nothing flows back to it.
+        weight: the frozen W, in its own dtype, or a function that dequantises it; nothing flows back to it.
         up: the second factor.
         down: the first factor.
         scaling: s.
-        gain: g, kept in its own dtype by ``to``.
+        gain: g, left in its own dtype by ``to``.
         whole: the weight that ``joined`` is given is W itself, nothing merged into it, so that one product serves both.
     """
 
@@ -133,7 +133,7 @@ class _GainedProduct(torch.autograd.Function):
     """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
 
     Keeps x. The gain's gradient can be read off y, or off the gradient of W', which takes a product as large as W's and
-    gives those of the factors by products with no tokens in them. So y is kept where that is cheap.
+    gives those of the factors by products with no tokens in them. So y is saved where that is cheap.
     Where tokens are many, passes over them are dear: then W' is made, in the forward and again in the backward.
     """
 

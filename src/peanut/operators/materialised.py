@@ -1,4 +1,4 @@
-"""Operators that are written out in each forward, and again in each backward, and never kept."""
+"""Base class of operators whose Δ is built as a matrix in each forward and again in each backward, but never stored."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Materialised(Delta):
         return _Product.apply(x.to(dtype), weight, bias, *operator._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
 
     def _made(self) -> Tensor:
-        """Δ, (out, in), whose backward is ``pull`` and keeps the parts alone."""
+        """Δ, (out, in), whose backward is ``pull`` and saves the parts alone."""
         if not torch.is_grad_enabled():
             return self.dense()
         return _Made.apply(*self._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
@@ -105,7 +105,7 @@ def _again(
 
 
 class _Product(torch.autograd.Function):
-    """y = x (W + Δ)ᵀ + b, or x Δᵀ without a W; keeps x, W and what Δ is made of."""
+    """y = x (W + Δ)ᵀ + b, or x Δᵀ without a W; saves x, W and the parts of Δ."""
 
     @staticmethod
     def forward(

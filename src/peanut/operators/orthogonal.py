@@ -1,4 +1,4 @@
-"""Orthogonal operators on a layer's input that mix blocks of features: block-diagonal ones and butterfly products."""
+"""Block-diagonal and butterfly rotations of a layer's input; the operators of OFT and BOFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BlockDiagonal", "Butterfly"]
 
 
 class Blocks(Rotation):
-    """A rotation made of blocks: the ``BlockFactors`` that they make do everything."""
+    """A rotation made of blocks, applied by ``BlockFactors``."""
 
     @abstractmethod
     def factors_in_order(self) -> tuple[Tensor, tuple[int, ...]]:
@@ -50,7 +50,7 @@ class Blocks(Rotation):
 class BlockDiagonal(Blocks):
     """R = diag(R₁, …, R_n), the blocks (n, b, b) repeated ``copies`` times along the diagonal.
 
-    The shape is (copies·n·b, copies·n·b). The backward keeps x and the blocks.
+    The shape is (copies·n·b, copies·n·b). The backward saves x and the blocks.
     """
 
     blocks: Tensor
@@ -69,7 +69,7 @@ class Butterfly(Blocks):
     """R = F₀ F₁ … F_{f-1}, block-diagonal factors between permutations: F_i = P_i diag(R_i1, …, R_in) P_iᵀ.
 
     Factor i mixes pairs of half blocks that lie 2^i half blocks apart, as in a fast Fourier transform, so that f
-    factors of blocks of b reach across b·2^(f-1) features. The backward keeps x and the blocks.
+    factors of blocks of b reach across b·2^(f-1) features. The backward saves x and the blocks.
 
     Args:
         levels: the factors' blocks, (f, n, b, b); b even and n a multiple of 2^(f-1) if f > 1.

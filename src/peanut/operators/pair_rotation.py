@@ -1,4 +1,4 @@
-"""Scaled rotations of pairs of features."""
+"""Rotation and scaling of pairs of features; the operator of RoAd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PairRotation"]
 class PairRotation(Rotation):
     """R x = cos ⊙ x + sin ⊙ x̃, x̃ = (−x₂, x₁) in each group of features with the halves x₁ and x₂.
 
-    So feature i of a group's first half and feature i of its second are turned as a pair. The backward keeps x. The
+    So feature i of a group's first half and feature i of its second are rotated as a pair. The backward saves x. The
     parts stay in their own dtype, since in 16 bits a cosine near 1 would be 1.
 
     Args:
@@ -38,7 +38,7 @@ class PairRotation(Rotation):
         return _Turned.apply(x, self.cos, self.sin, self.group)  # type: ignore[no-any-return, no-untyped-call]
 
     def times(self, weight: Tensor) -> Tensor:
-        """W R for W (…, width): the transpose turns back."""
+        """W R for W (…, width): the transpose rotates back."""
         return weight * self.cos.to(weight.dtype) - _partners(weight * self.sin.to(weight.dtype), self.group)
 
     def dense(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Δ = s · up · down with factors of its own for each sample of a batch: what a mixture by task makes of its factors."""
+"""Δ = s · up · down with different factors for each sample of a batch; the operator of Poly."""
 
 from __future__ import annotations
 

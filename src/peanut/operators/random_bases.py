@@ -1,4 +1,4 @@
-"""Δ from fixed random matrices and a few trained scalings: nothing that is made of them outlives the product."""
+"""Δ from fixed random matrices and a few trained scales; the operator of RandLoRA and VeRA."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _factors(
 class _Product(torch.autograd.Function):
     """y = x Wᵀ + b + s (x downᵀ) upᵀ for a frozen W, or without W; whole numbers x stand for one-hot vectors.
 
-    Kept for the backward: x, W, and the tensors that the factors are made of, as they are. Of high rank the factors
+    Saved for the backward: x, W, and the tensors that the factors are made of, as they are. Of high rank the factors
     cost more than W with their product in it: then that is made instead, here and again in the backward.
     """
 

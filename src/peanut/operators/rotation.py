@@ -1,4 +1,4 @@
-"""The protocol of a square operator on one side of a weight, and its diagonal case, a gain."""
+"""``Rotation``: the interface of a square operator on one side of a weight; and ``Diagonal``, a scale per feature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δ that changes some tokens' rows of an embedding, or of the head tied to it."""
+"""Δ that changes the rows of some tokens in an embedding or a tied head; the operator of trainable tokens."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Rows(Delta):
 
 
 class _Scores(torch.autograd.Function):
-    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; keeps x and nothing else that grows with it."""
+    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; saves x and nothing else that grows with it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The output of a function, saved for its own backward where that costs no more memory."""
+"""Saves a function's output for its own backward, if the output has not been changed in place since."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SavedOutput:
     """Whether the output of a function is still what it was when it was returned.
 
     A layer mostly keeps its input, so that an output costs its own function nothing to keep. The next layer may also
-    change it in place, as an activation does that saves memory; then whoever kept it has to do without, where autograd
+    change it in place, as an activation does that saves memory; then it cannot be used any more, where autograd
     would raise an error. So the function keeps ``y.data``, which autograd does not watch, and this, which holds no
     memory.
     """

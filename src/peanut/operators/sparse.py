@@ -1,4 +1,4 @@
-"""Δ that is zero but at fixed places."""
+"""Δ that is zero except at fixed positions; the operator of SHiRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The singular values of an operator, for a low-rank one without writing it out."""
+"""Singular values and effective rank of an operator."""
 
 from __future__ import annotations
 

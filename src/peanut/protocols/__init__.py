@@ -1,15 +1,13 @@
-"""What a fine-tuning method is: a config, and a change of a weight, of an output, of the input, or a mixture."""
+"""The interfaces of fine-tuning methods: configs, changes of weights, outputs or inputs, and mixtures of adapters."""
 
 from .architecture import Architecture, PlaceName, Stack
 from .change import Change
-from .config import FORMAT_VERSION, PeftConfig, TaskType
+from .config import FORMAT_VERSION, PeftConfig, TaskType, get_peft_config
 from .input_method import InputMethod, ModelShape, PromptConfig
-from .method import Method, Values, WeightMethod
+from .method import Method, Trial, Values, WeightMethod
 from .mixture_method import MixtureMethod
-from .names import METHODS, PeftType, method_of
 from .output_method import Call, OutputMethod, Site
-from .registry import get_peft_config, register
-from .trial import Trial
+from .registry import METHODS, PeftType, method_of, register
 
 __all__ = [
     "FORMAT_VERSION",

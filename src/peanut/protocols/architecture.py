@@ -1,4 +1,4 @@
-"""What methods know of a model's architecture: the names of its layers, and the places in its blocks."""
+"""What methods need to know of a model architecture: the names of its layers, and the parts of its blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change of a layer, the one thing that a weight method returns."""
+"""``Change``: what a method does to a layer's weight and bias."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Change:
             return None
         if self.rotation is None:
             return None if self.delta is None else self.delta.factors()
-        turned = self.rotation.beyond_identity()
-        if turned is None or self.delta is not None:
+        low_rank = self.rotation.beyond_identity()
+        if low_rank is None or self.delta is not None:
             return None
-        return weight.to(turned[0].dtype) @ turned[0], turned[1]
+        return weight.to(low_rank[0].dtype) @ low_rank[0], low_rank[1]
 
     @staticmethod
     def together(changes: Sequence[Change]) -> Change:
@@ -86,11 +86,11 @@ class Change:
             whole: this change and what is merged, together in the order of their adapters.
 
         Raises:
-            PeanutError: there is no such change: a rotation is left, and what is merged would be turned by it.
+            PeanutError: there is no such change: a rotation is left, and it would apply to what is merged.
         """
         if self.rotation is not None and not (merged.delta is None and merged.in_scale is None):
             raise PeanutError(
-                "an adapter that adds to the weight would be merged beside an unmerged one that turns its input",
+                "an adapter that adds to the weight would be merged beside an unmerged one that rotates its input",
                 "both merged or neither",
                 "merge all active adapters together, or fewer",
             )

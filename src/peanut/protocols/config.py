@@ -1,4 +1,4 @@
-"""The config of a method: checked when made, read from and written to ``adapter_config.json``."""
+"""``PeftConfig``: the config of a method, validated when created, read from and written to ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, nearest
 from ..files import read_json, write_json
-from .names import PeftType, method_of, name_of
+from .registry import PeftType, method_of, name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,6 +32,7 @@ __all__ = [
     "check_pattern",
     "check_probability",
     "check_whole",
+    "get_peft_config",
     "matching_pattern",
 ]
 
@@ -61,7 +62,6 @@ class PeftConfig:
         auto_mapping: class and library of a base model that the Auto classes do not know.
         peft_version: version of the file format.
         base_model_name_or_path: the model that the adapter was trained on.
-        revision: its revision on the hub.
         inference_mode: whether the adapter's parameters are frozen.
         target_modules: the layers to adapt: names (a name matches every module path that ends in it), one regular
             expression for whole paths, ``"all-linear"``, or ``None`` for the architecture's default.
@@ -77,7 +77,7 @@ class PeftConfig:
     method: ClassVar[str]
     """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
-    """Fields that the peer does not know: written to files only where they differ from their default."""
+    """Fields that Hugging Face PEFT does not know: written to files only where they differ from their default."""
     by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Fields whose value may differ between layers, each with the field that holds it by name or pattern."""
 
@@ -96,7 +96,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            self.task_type = _member(TaskType, self.task_type, "task_type")
+            self.task_type = _task_type(self.task_type)
         given = self.peft_type
         if given is not None and name_of(given) != self.method:
             raise PeanutError(
@@ -168,7 +168,7 @@ class PeftConfig:
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
         """The config that ``values`` describes, of the class that its ``peft_type`` names.
 
-        Fields of the peer that this library does not have are accepted while they ask for nothing.
+        Fields of Hugging Face PEFT that this library does not have are accepted while they ask for nothing.
 
         Raises:
             PeanutError: the method is unknown, or a field asks for something that does not exist here.
@@ -197,6 +197,11 @@ class PeftConfig:
 
     def __str__(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dictionary with a ``peft_type`` describes."""
+    return PeftConfig.from_dict(values)
 
 
 def check_whole(name: str, value: Any, least: int) -> int:
@@ -239,16 +244,13 @@ def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-_Member = TypeVar("_Member", bound=Enum)
-
-
-def _member(kind: type[_Member], value: Any, name: str) -> _Member:
+def _task_type(value: str) -> TaskType:
     try:
-        return kind(value)
+        return TaskType(value)
     except ValueError:
-        names = [member.value for member in kind]
+        names = [member.value for member in TaskType]
         raise PeanutError(
-            f"{name}={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
+            f"task_type={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
         ) from None
 
 
@@ -265,7 +267,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Fields of the peer whose default is a value; on their own they ask for nothing."""
+"""Fields of Hugging Face PEFT whose default is a value; on their own they ask for nothing."""
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The protocol of a method that changes what the model is given: virtual tokens, or keys and values before its own."""
+"""``InputMethod``: the interface of methods that add virtual tokens, or keys and values, before the user's tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..errors import PeanutError
 from .config import PeftConfig, check_whole
-from .method import C, Method, Values
-from .trial import Trial
+from .method import C, Method, Trial, Values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,9 +29,7 @@ class ModelShape:
         layers: how many layers have an attention of their own (the decoder's, if there are two stacks).
         heads: how many heads these have.
         key_value_heads: how many heads their keys and values have.
-        head_size: the size of a head.
         encoder_decoder: whether an encoder reads and a decoder writes.
-        vocabulary: how many tokens there are.
         embed: the embeddings (…, width) of token ids (…), as the model makes them.
     """
 
@@ -90,11 +87,7 @@ class PromptConfig(PeftConfig):
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
     def fitted(self, shape: ModelShape, *, key_value: bool = False) -> Self:
-        """The config with what it leaves open read off the model.
-
-        Args:
-            shape: the model's.
-            key_value: heads and sizes are those of keys and values.
+        """The config with what it leaves open read off the model (its keys and values, if ``key_value``).
 
         Raises:
             PeanutError: a size that is given is not the model's.
@@ -130,6 +123,10 @@ class InputMethod(Method[C]):
     def tried(self, on: Trial) -> dict[str, Any] | None:
         return {"num_virtual_tokens": on.tokens}
 
+    @property
+    def model_name(self) -> None:
+        """``None``: it puts nothing into layers."""
+
     def fitted(self, config: C, shape: ModelShape) -> C:
         """The config with what it leaves open read off the model."""
         return config
@@ -140,15 +137,9 @@ class InputMethod(Method[C]):
 
     @abstractmethod
     def prepended(self, config: C, parameters: Values, training: bool) -> Tensor:
-        """What is put before the tokens that the user gave.
+        """What is put before the user's tokens: (p, width), or keys and values.
 
-        Args:
-            config: the method's config.
-            parameters: its tensors.
-            training: whether the model is being trained.
-
-        Returns:
-            (p, width), or (layers, 2, key_value_heads, p, head_size) of keys and values.
+        Keys and values are of shape (layers, 2, key_value_heads, p, head_size).
         """
 
     own_loss: ClassVar[bool] = False
@@ -158,7 +149,6 @@ class InputMethod(Method[C]):
         """The loss in place of the model's own, for methods that have one (``own_loss``).
 
         Args:
-            config: the method's config.
             logits: (batch, p + tokens, vocabulary), those of the virtual tokens first.
             labels: (batch, tokens), as the user gave them.
             arguments: what ``reads`` names, where the batch has it.

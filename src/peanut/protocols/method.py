@@ -1,9 +1,11 @@
-"""The protocol of every method, and that of the methods that change a weight."""
+"""``Method``, the interface of every method, and ``WeightMethod``, that of methods that change a weight."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -13,9 +15,8 @@ from ..weights import FrozenLayer
 from .architecture import Architecture
 from .change import Change
 from .config import PeftConfig
-from .trial import Trial
 
-__all__ = ["Method", "Values", "WeightMethod"]
+__all__ = ["Method", "Trial", "Values", "WeightMethod"]
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -26,8 +27,12 @@ Values = Mapping[str, Tensor]
 class Method(ABC, Generic[C]):
     """What all methods have in common: a config, tensors by suffix, and how files keep them.
 
-    A method keeps no state: all it knows is in its arguments, so that one instance serves every model. Where it acts
+    A method has no state: all it knows is in its arguments, so that one instance serves every model. Where it acts
     and what it computes there, its kind says: ``WeightMethod``, ``OutputMethod``, ``InputMethod``, ``MixtureMethod``.
+
+    In all functions ``config`` is the method's config, with its patterns resolved for the layer where there is one;
+    ``parameters`` are the adapter's tensors there, by suffix; ``generator`` is the source of all randomness that the
+    config does not seed itself; ``training`` is whether the model is being trained.
     """
 
     config_class: ClassVar[type[PeftConfig]]
@@ -61,13 +66,13 @@ class Method(ABC, Generic[C]):
         return frozenset()
 
     def passing(self, config: C) -> frozenset[str]:
-        """Suffixes of tensors that only training needs: not trained, kept in a file of their own to go on from."""
+        """Suffixes of tensors that only training needs: not trained, saved in a file of their own for resuming."""
         return frozenset()
 
     def scaffold(self, config: C) -> frozenset[str]:
         """Suffixes of trained tensors for which files hold what they compute (``stored``).
 
-        They are kept in training's own file to go on from.
+        They are saved in that file too, for resuming.
         """
         return frozenset()
 
@@ -80,13 +85,7 @@ class Method(ABC, Generic[C]):
         return config
 
     def planned(self, config: C, steps: int, rows: int) -> C:
-        """The config with what it leaves open about training filled in, once a Trainer knows it.
-
-        Args:
-            config: the method's config.
-            steps: how many optimizer steps there will be.
-            rows: how many rows are trained on.
-        """
+        """The config with what it leaves open about training filled in: optimizer steps, and rows trained on."""
         return config
 
     def penalty(self, config: C, layers: Sequence[Values]) -> Tensor | None:
@@ -120,6 +119,36 @@ class Method(ABC, Generic[C]):
         """The method's name in ``adapter_config.json``."""
         return self.config_class.method
 
+    @property
+    def model_name(self) -> str | None:
+        """The name of the class of the models that it adapts: ``LoraModel``, as its config is ``LoraConfig``."""
+        return self.config_class.__name__.removesuffix("Config") + "Model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The model, or stack of layers, that a method is measured on: what ``Method.tried`` may have to know of it.
+
+    Args:
+        shapes: (out, in) of the weights that may be changed.
+        feed_forward: names of the layers among them that end a feed-forward part.
+        tokens: how many virtual tokens to add, or tokens to train.
+        biases: whether its layers have biases.
+        head: whether it has a head that is trained whole.
+    """
+
+    shapes: Sequence[Sequence[int]] = ()
+    feed_forward: Sequence[str] = ()
+    blocks: int = 1
+    tokens: int = 16
+    causal: bool = False
+    biases: bool = True
+    head: bool = False
+
+    def divisor(self, size: int) -> int:
+        """The largest divisor of ``size`` that divides every width too."""
+        return math.gcd(size, *(width for shape in self.shapes for width in shape))
+
 
 class WeightMethod(Method[C]):
     """A method that changes a layer's weight or bias.
@@ -136,13 +165,7 @@ class WeightMethod(Method[C]):
 
     @abstractmethod
     def start(self, config: C, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors' first values in a layer, by the suffix under which files keep them.
-
-        Args:
-            config: the method's config, with its patterns resolved for this layer.
-            layer: the layer to be changed.
-            generator: the source of all randomness that the config does not seed itself.
-        """
+        """The tensors' first values in ``layer``, by the suffix under which files store them."""
 
     @abstractmethod
     def change(self, config: C, parameters: Values, layer: FrozenLayer) -> Change:
@@ -151,7 +174,7 @@ class WeightMethod(Method[C]):
     # What some methods need beyond that
 
     def shared(self, config: C, layers: Sequence[FrozenLayer], generator: torch.Generator) -> dict[str, Tensor]:
-        """Tensors that all layers of an adapter share, by suffix; kept once on the model."""
+        """Tensors that all layers of an adapter share, by suffix; stored once on the model."""
         return {}
 
     def sampled(self, config: C, parameters: Values) -> Values:
@@ -161,11 +184,7 @@ class WeightMethod(Method[C]):
     def routed(self, config: C, parameters: Values, tasks: Tensor | None, training: bool) -> Values:
         """What stands for ``parameters`` where each sample has a task, for methods that mix by task.
 
-        Args:
-            config: the method's config.
-            parameters: the layer's tensors.
-            tasks: the task of each sample (batch,), or ``None`` if the caller names none.
-            training: whether the layer is being trained.
+        ``tasks`` is the task of each sample, (batch,), or ``None`` if the caller names none.
         """
         return parameters
 

@@ -1,4 +1,4 @@
-"""The protocol of a method that mixes other adapters, token by token."""
+"""``MixtureMethod``: the interface of methods that mix other adapters, token by token."""
 
 from __future__ import annotations
 
@@ -37,15 +37,7 @@ class MixtureMethod(Method[C]):
 
     @abstractmethod
     def start(self, config: C, width: int, experts: int, layers: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors' first values.
-
-        Args:
-            config: the method's config.
-            width: the size of the model's hidden states.
-            experts: how many adapters are mixed.
-            layers: how many layers they change.
-            generator: the source of randomness.
-        """
+        """The tensors' first values, for hidden states of size ``width`` and so many experts in so many layers."""
 
     def first_pass(self, config: C) -> float:
         """The gate of every expert in the first pass; 0 for the bare base."""
@@ -56,5 +48,5 @@ class MixtureMethod(Method[C]):
         """The gates, (batch, tokens, layers, experts), from hidden states (batch, tokens, width)."""
 
     def applied(self, config: C, gates: Tensor) -> Tensor:
-        """What the experts' answers are multiplied by, of the same shape as ``gates``."""
+        """What the experts' outputs are multiplied by, of the same shape as ``gates``."""
         return gates

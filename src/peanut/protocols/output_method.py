@@ -1,4 +1,4 @@
-"""The protocol of a method that changes what a module of the model puts out."""
+"""``OutputMethod``: the interface of methods that change the output of a module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Site:
     """A module whose output a method changes.
 
     Args:
-        path: where it is in the model.
         width: the size of its output's last dimension.
         reads: the size of the last dimension of x.
         module: the module itself, without adapters around it.
@@ -53,9 +52,8 @@ class Call:
         module: the module, with the adapters that change its weights.
         arguments: what it was called with, by name.
         prompt: (batch, tokens), which of the tokens that it sees belong to the prompt that the user gave: no padding,
-            no virtual token, no answer; ``None`` if nothing is known of the tokens. False everywhere while an answer
-            is generated token by token.
-        training: whether the model is being trained.
+            no virtual token, no answer; ``None`` if nothing is known of the tokens. False everywhere while text is
+            generated token by token.
         kind: the kind of layer that the module is, as for ``changes_input``.
         apart: ``apart(layer, rows)`` is what a layer inside the module makes of rows (n, in) that are no tokens of the
             batch, of shape (1 or batch, n, out): as adapters of weights change it, and none of outputs.
@@ -78,7 +76,7 @@ class OutputMethod(Method[C]):
 
     reads_prompt: ClassVar[bool] = False
     """Whether ``adapt`` needs ``Call.prompt``; it then acts where the user's tokens are read, not in a decoder that
-    only writes, and not while an answer is generated token by token."""
+    only writes, and not while text is generated token by token."""
 
     @abstractmethod
     def places(self, config: C) -> tuple[PlaceName, ...]:
@@ -98,22 +96,17 @@ class OutputMethod(Method[C]):
 
     @abstractmethod
     def adapt(self, config: C, parameters: Values, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """The changed output.
+        """The changed output. The parameters are in the dtype of y or a wider one.
 
         Args:
-            config: the method's config.
-            parameters: the tensors at this site, in the dtype of y or wider.
             x: (…, in), the activations that the module (or ``source``) was given.
-            y: (…, width), what the module answered, the first if it answers with several values.
-            call: what else is known of the call.
+            y: (…, width), what the module returned, the first if it returns several values.
         """
 
     def changes_input(self, config: C, kind: str | None) -> bool:
         """Whether ``adapt`` returns x' instead, which the module is then given once more, so that y' = module(x').
 
-        Args:
-            config: the method's config.
-            kind: the kind of layer that the module is (``LayerKind.name``), ``None`` if it is no layer by itself.
+        ``kind`` is the kind of layer that the module is (``LayerKind.name``), ``None`` if it is no layer by itself.
         """
         return False
 

@@ -1,19 +1,25 @@
-"""How a method joins: what is registered is trained, saved, listed, tested and measured."""
+"""The registry of methods, and ``PeftType``: an Enum of their names that grows with it.
+
+A method that is registered is trained, saved, listed, tested and measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import PeanutError
-from .config import PeftConfig
-from .input_method import InputMethod
-from .method import Method
-from .names import METHODS, registered
+from ..errors import PeanutError, nearest
 
-__all__ = ["get_peft_config", "model_name", "register", "registered"]
+if TYPE_CHECKING:
+    from .method import Method
 
-M = TypeVar("M", bound=type[Method[Any]])
+__all__ = ["METHODS", "PeftType", "method_of", "name_of", "register", "registered"]
+
+M = TypeVar("M", bound="type[Method[Any]]")
+
+METHODS: dict[str, Method[Any]] = {}
+"""Every method that was registered so far, by its name in ``adapter_config.json``; ``register`` fills it."""
 
 
 def register(method: M) -> M:
@@ -41,15 +47,84 @@ def _where(method: type) -> str:
     return f"{method.__module__}.{method.__qualname__}"
 
 
-def model_name(method: Method[Any]) -> str | None:
-    """What the class of the models that a method adapts is called: ``LoraModel``, as its config is ``LoraConfig``.
+def registered() -> dict[str, Method[Any]]:
+    """``METHODS``, once it holds our own methods and those of installed packages."""
+    import_module("..methods", __package__)
+    return METHODS
 
-    ``None`` for input methods, which put nothing into layers.
+
+def name_of(given: object) -> str | None:
+    """A method's own name from its name in any case, or a member of an Enum; ``None`` if there is no such method."""
+    name = str(getattr(given, "value", given))
+    if name in METHODS:
+        return name
+    return next((own for own in registered() if own.casefold() == name.casefold()), None)
+
+
+def method_of(peft_type: object, source: str = "the config") -> Method[Any]:
+    """The method called ``peft_type``.
+
+    Raises:
+        PeanutError: there is none of that name.
     """
-    called = method.config_class.__name__.removesuffix("Config") + "Model"
-    return None if isinstance(method, InputMethod) else called
+    name = name_of(peft_type)
+    if name is None:
+        raise PeanutError(
+            f"{source} names the method {peft_type!r}",
+            f"one of {', '.join(sorted(METHODS))}",
+            f"nearest: {nearest(str(peft_type), METHODS, 1)}",
+        )
+    return METHODS[name]
 
 
-def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
-    """The config that a dictionary with a ``peft_type`` describes."""
-    return PeftConfig.from_dict(values)
+class _Members(type):
+    """What an Enum's class can do; the members are the registered methods."""
+
+    def __iter__(cls) -> Iterator[PeftType]:
+        return map(PeftType, registered())
+
+    def __len__(cls) -> int:
+        return len(registered())
+
+    def __contains__(cls, name: object) -> bool:
+        return name_of(name) is not None
+
+    def __getitem__(cls, name: str) -> PeftType:
+        return PeftType(name)
+
+    def __getattr__(cls, name: str) -> PeftType:
+        if name.startswith("_") or name not in cls:
+            raise AttributeError(f"PeftType has no member {name!r}")
+        return PeftType(name)
+
+    def __dir__(cls) -> list[str]:
+        return [*super().__dir__(), *registered()]
+
+
+class PeftType(str, metaclass=_Members):
+    """The name of a registered method, for scripts that use Hugging Face PEFT's Enum of this name.
+
+    ``PeftType.LORA``, ``PeftType("LORA")`` and ``PeftType["LORA"]`` are one object, equal to ``"LORA"``.
+
+    Raises:
+        PeanutError: no method has that name.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: object) -> PeftType:
+        own = method_of(name, cls.__name__).name
+        return _MEMBERS.setdefault(own, super().__new__(cls, own))
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return str(self)
+
+    @property
+    def value(self) -> str:
+        """The method's name."""
+        return str(self)
+
+
+_MEMBERS: dict[str, PeftType] = {}

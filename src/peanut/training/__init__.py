@@ -1,1 +1,1 @@
-"""From a file of rows to a trained adapter: run config, data, tasks, metrics, Trainer, resume."""
+"""Training from a YAML file: run config, data, tasks, metrics, ``Trainer``, resuming."""

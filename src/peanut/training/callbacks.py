@@ -1,4 +1,4 @@
-"""What a run shows and records while it trains."""
+"""Trainer callbacks: the progress bar and the log file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the description of a run: one YAML file, every key of which is also a flag."""
+"""Reads a run's config: one YAML file, every key of which is also a command-line flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading rows: CSV, TSV, JSON lines, JSON, Parquet, plain text, image folders, or a dataset of the hub."""
+"""Reads data: CSV, TSV, JSON lines, JSON, Parquet, plain text, image folders, or a dataset of the hub."""
 
 from __future__ import annotations
 

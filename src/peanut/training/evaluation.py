@@ -1,4 +1,4 @@
-"""How good a trained adapter is."""
+"""Evaluates a trained adapter: metrics and predictions."""
 
 from __future__ import annotations
 

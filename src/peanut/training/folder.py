@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, whether it can be continued, and files that are whole or not there."""
+"""The output folder of a run: its files, and whether the run can be resumed."""
 
 from __future__ import annotations
 

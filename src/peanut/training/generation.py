@@ -1,4 +1,4 @@
-"""Answers of a trained language model, token by token."""
+"""Generates text with a trained language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks' metrics."""
+"""Metrics of the tasks: accuracy, F1, correlations, calibration error, perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of a run: the frozen base for a task, and the adapter in it; and both again from a trained adapter."""
+"""Loads the base model of a run for its task and adds the adapter, or loads both from a trained adapter."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     Args:
         adapter: the folder.
         base_model: the base's folder or hub id; the one that the adapter names if not given.
-        dtype: what the base is kept in.
+        dtype: what the base is loaded in.
 
     Raises:
         PeanutError: something is missing or does not fit.

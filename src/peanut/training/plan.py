@@ -1,4 +1,4 @@
-"""What a run would do and need, without loading a weight."""
+"""``peanut train --dry-run``: steps, parameters and memory of a run, without loading any weights."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def precision(config: RunConfig) -> torch.dtype | None:
 
 
 def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) -> int:
-    """Bytes that autograd keeps in one forward, beyond parameters and buffers: counted on tensors without storage."""
+    """Bytes that autograd saves in one forward, beyond parameters and buffers: counted on tensors without storage."""
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # an address means nothing once its tensor is gone
     known: set[int] = set()

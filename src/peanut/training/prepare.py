@@ -1,4 +1,4 @@
-"""From a run's config to its task and rows."""
+"""Prepares a run: its task and its data, from its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from its config to a trained adapter."""
+"""Executes a run: from its config to a trained, saved and evaluated adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a run's description: every key, its kind and its default."""
+"""The sections of a run's config: every key with its type and default."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ModelSection(Section):
 
     Args:
         path: a local folder, or a hub id ``owner/name``.
-        dtype: what the frozen weights are kept in; ``auto`` is what the checkpoint holds.
+        dtype: what the frozen weights are loaded in; ``auto`` is what the checkpoint holds.
         revision: revision on the hub.
     """
 

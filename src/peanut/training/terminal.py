@@ -1,4 +1,4 @@
-"""The terminal belongs to the program that runs, not to the libraries under it."""
+"""Silences progress bars and warnings of other libraries on the terminal."""
 
 from __future__ import annotations
 

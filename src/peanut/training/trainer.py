@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapted models: checkpoints hold the adapter and the trained head, never the base."""
+"""transformers' ``Trainer`` for adapted models; checkpoints hold the adapter and the trained head, never the base."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class AdapterTrainerMixin(_Base):
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluation and prediction; what is computed from the adapters is kept until they are through."""
+        """Evaluation and prediction; what is computed from the adapters is cached until they end."""
         adapted = self._adapted()
         with nullcontext() if adapted is None else adapted.inference():
             return super().evaluation_loop(*args, **kwargs)

@@ -1,17 +1,16 @@
-"""Reading and writing a frozen weight, whatever kind of layer keeps it."""
+"""Reads and writes the frozen weight of any kind of layer."""
 
 from torch import nn
 
-from .conv1d import Conv1DKind
 from .conv2d import Conv2dKind
 from .embedding import EmbeddingKind
 from .frozen import FrozenLayer
-from .kind import LayerKind, LinearMap, with_tensors
-from .linear import LinearKind
+from .kind import LayerKind, with_tensors
+from .linear import Conv1DKind, LinearKind
 from .norm import NormKind
 from .quantised import Linear4bitKind, Linear8bitKind
 
-__all__ = ["KINDS", "FrozenLayer", "LayerKind", "LinearMap", "kind_of", "settle", "with_tensors"]
+__all__ = ["KINDS", "FrozenLayer", "LayerKind", "fix_storage", "kind_of", "with_tensors"]
 
 KINDS: tuple[LayerKind, ...] = (
     Linear4bitKind(),
@@ -25,12 +24,12 @@ KINDS: tuple[LayerKind, ...] = (
 """Every kind of layer that can be adapted; a new kind is one file and one entry here."""
 
 
-def settle(model: nn.Module) -> None:
-    """Keeps every layer of a model from changing how it keeps its weight while adapters read it."""
+def fix_storage(model: nn.Module) -> None:
+    """Prevents the layers of a model from changing how they store their weight while adapters read it."""
     for module in model.modules():
         kind = kind_of(module)
         if kind is not None:
-            kind.settle(module)
+            kind.fix_storage(module)
 
 
 def kind_of(module: object) -> LayerKind | None:

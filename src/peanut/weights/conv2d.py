@@ -1,4 +1,4 @@
-"""``nn.Conv2d``: the kernel (out, in/groups, h, w) flattened to a matrix (out, in/groups·h·w)."""
+"""``nn.Conv2d``: its kernel (out, in/groups, h, w) as a matrix (out, in/groups·h·w)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap, recomputed
+from ..operators import Delta
+from .kind import LayerKind, recomputed
 
 __all__ = ["Conv2dKind"]
 
@@ -30,10 +31,10 @@ class Conv2dKind(LayerKind):
     def layout(self, module: nn.Conv2d, matrix: Tensor) -> Tensor:
         return matrix.reshape(-1, *module.weight.shape[1:])
 
-    def respond(self, module: nn.Conv2d, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: nn.Conv2d, x: Tensor, delta: Delta) -> Tensor:
         factors = delta.factors()
         if factors is None:
-            # The kernel is made again in the backward rather than kept.
+            # The kernel is recomputed in the backward.
             return recomputed(lambda x: self._convolve(module, x, delta.dense()), x)
         up, down = factors
         # Every group sees the same r patterns on its own channels, so r·groups responses go to the 1×1 product.

@@ -1,7 +1,8 @@
-"""A frozen layer: its matrix before any merge, and the merge itself, undone bit for bit."""
+"""``FrozenLayer``: a layer's original weight as a matrix, and merging into it, which can be undone bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from .kind import LayerKind
-from .product import product, product_of_codes
 
-__all__ = ["FrozenLayer"]
+__all__ = ["FrozenLayer", "product", "product_of_codes"]
 
 
 class FrozenLayer:
@@ -47,7 +47,7 @@ class FrozenLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight before any merge, as the layer keeps it."""
+        """The weight before any merge, as the layer stores it."""
         if self._weight is None:
             return self.module.weight  # type: ignore[no-any-return]
         return self._weight if self.kind.quantised else self._weight.to(self.module.weight.device)
@@ -84,10 +84,9 @@ class FrozenLayer:
 
     @torch.no_grad()
     def write(self, matrix: Tensor, bias: Tensor | None, *, shared: bool = False) -> None:
-        """Puts a merged matrix (out, in) and bias (out) in place; the first time, keeps the originals on the CPU.
+        """Puts a merged matrix (out, in) and bias (out) in place; the first time, saves the originals on the CPU.
 
         Args:
-            matrix: the new W.
             bias: the new b, or ``None`` to leave it.
             shared: another layer uses the same weight (a tied head) and must not see the change.
 
@@ -122,7 +121,7 @@ class FrozenLayer:
             self.module.bias.copy_(bias)
 
     def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the layer answers without what is merged, bit for bit; the merged weight stays where others read it."""
+        """The layer's output with its original weight, bit for bit; the merged weight stays where others read it."""
         if not self.merged:
             return self.module(x, *args, **kwargs)
         own, bias = {"weight": self.weight}, self.bias()
@@ -145,3 +144,25 @@ class FrozenLayer:
         """Makes what is merged the layer's own: the originals are let go."""
         self._weight = self._bias = None
         self._shared = None
+
+
+def product(matrix: Tensor, A: Tensor) -> Tensor:
+    """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
+    return (matrix @ A.to(matrix.dtype).T).to(A.dtype)
+
+
+def product_of_codes(read: Callable[[], Tensor], A: Tensor) -> Tensor:
+    """``product`` for an M that ``read`` makes of codes; the backward makes it again."""
+    return _OfCodes.apply(A, read)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OfCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, read: Callable[[], Tensor]) -> Tensor:
+        ctx.read, ctx.dtype = read, A.dtype
+        return product(read(), A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        matrix = ctx.read()
+        return (matrix.T @ grad.to(matrix.dtype)).T.to(ctx.dtype), None

@@ -1,44 +1,36 @@
-"""What the library must know of a kind of layer to change its weight."""
+"""``LayerKind``: the interface of a kind of layer, which says how its weight is stored and applied."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LayerKind", "LinearMap", "recomputed", "unhooked", "with_tensors"]
+from ..operators import Delta
 
-
-class LinearMap(Protocol):
-    """A linear operator of shape (out, in), as a layer applies it to its input."""
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """(…) ids in [0, in) → (…, out), the columns of the matrix at ``ids``."""
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(up, down) of shapes (out, r) and (r, in) whose product is the operator, if it is given so."""
-
-    def dense(self) -> Tensor:
-        """The matrix, (out, in)."""
+__all__ = ["LayerKind", "recomputed", "unhooked", "with_tensors"]
 
 
 class LayerKind(ABC):
     """One kind of layer seen as a matrix W of shape (out, in).
 
-    Laws: ``layout(m, matrix(m, m.weight))`` is ``m.weight`` bit for bit; ``respond(m, x, Δ)`` is what the layer's
-    output gains when W becomes W + Δ.
+    Laws: ``layout(m, matrix(m, m.weight))`` is ``m.weight`` bit for bit; ``respond(m, x, Δ)`` is what is
+    added to the layer's output when W becomes W + Δ.
     """
 
     name: ClassVar[str]
     quantised: ClassVar[bool] = False
-    """Whether the weight is kept as codes, which ``matrix`` turns into numbers and ``quantise`` makes of them."""
+    """Whether the weight is stored as codes, which ``matrix`` turns into numbers and ``quantise`` makes of them."""
+    takes_activations: ClassVar[bool] = True
+    """Whether the input is activations (dropout makes sense), not ids."""
+    takes_features: ClassVar[bool] = False
+    """Whether the columns of the matrix are the last dimension of the input, which can be rotated and scaled."""
+    multiplies: ClassVar[bool] = True
+    """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
 
     @abstractmethod
     def matches(self, module: object) -> bool:
@@ -50,17 +42,17 @@ class LayerKind(ABC):
 
     @abstractmethod
     def matrix(self, module: Any, weight: Tensor) -> Tensor:
-        """``weight``, kept as the layer keeps it, seen as the matrix (out, in); a view where possible."""
+        """``weight``, as the layer stores it, seen as the matrix (out, in); a view where possible."""
 
     @abstractmethod
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
-        """The matrix (out, in) as the layer keeps it."""
+        """The matrix (out, in) as the layer stores it."""
 
-    def settle(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
-        """Keeps the layer from changing how it keeps its weight while adapters read it."""
+    def fix_storage(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
+        """Prevents the layer from changing how it stores its weight while adapters read it."""
 
     def quantise(self, module: Any, matrix: Tensor) -> nn.Parameter:
-        """The parameter that keeps ``matrix`` as codes, of the sort that the layer has (only of quantised kinds)."""
+        """The parameter that stores ``matrix`` as codes, of the type that the layer has (only of quantised kinds)."""
         raise NotImplementedError
 
     def install(self, module: Any, weight: nn.Parameter) -> None:
@@ -68,11 +60,11 @@ class LayerKind(ABC):
         module.weight = weight
 
     def called_with(self, module: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """What the layer answers with another weight, as the layer keeps it, and bias; it is left alone."""
+        """The layer's output with another weight (as the layer stores it) and bias; the layer itself is unchanged."""
         return with_tensors(module, tensors, *args, **kwargs)
 
     @abstractmethod
-    def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         """What ``delta`` adds to the layer's output for the input ``x``."""
 
     def down_shape(self, module: Any, r: int) -> tuple[int, ...]:
@@ -88,7 +80,7 @@ class LayerKind(ABC):
         return False
 
     def mixes(self, module: Any) -> bool:
-        """Whether every output is made of the whole input, so that the weight can hold what mixes outputs."""
+        """Whether every output depends on the whole input, so that the weight can hold a matrix that mixes outputs."""
         return True
 
     def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -99,21 +91,9 @@ class LayerKind(ABC):
         """A vector (out), shaped so that it broadcasts over the layer's output."""
         return vector
 
-    def takes_activations(self) -> bool:
-        """Whether the input is activations (dropout makes sense), not ids."""
-        return True
-
-    def multiplies(self) -> bool:
-        """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
-        return True
-
-    def takes_features(self) -> bool:
-        """Whether the columns of the matrix are the last dimension of the input, which can be turned and scaled."""
-        return False
-
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, a function without randomness, of which only x is kept: the backward runs it again."""
+    """``function(x)``, of which only x is saved: the backward runs it again. It must not be random."""
     if not torch.is_grad_enabled():
         return function(x)
     y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
@@ -121,7 +101,7 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What ``module`` answers with other tensors in the place of its parameters.
+    """The output of ``module`` with other tensors in the place of its parameters.
 
     The module itself is left alone, as another thread may be calling it. Only a compiled graph, and a forward that was
     put on the module itself (by accelerate, where weights are offloaded), need the tensors in the module.

@@ -1,36 +1,71 @@
-"""``nn.Linear``: the weight is the matrix."""
+"""Linear layers: ``nn.Linear``, and GPT-2's ``Conv1D``, which stores its weight transposed."""
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap, unhooked
+from ..operators import Delta
+from .kind import LayerKind, unhooked
 
-__all__ = ["LinearKind"]
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
+__all__ = ["Conv1DKind", "LinearKind"]
 
 
 class LinearKind(LayerKind):
-    """y = x Wᵀ + b with W kept as (out, in)."""
+    """y = x Wᵀ + b with W stored as (out, in)."""
 
     name = "linear"
+    takes_features = True
 
     def matches(self, module: object) -> bool:
         return isinstance(module, nn.Linear)
 
-    def shape(self, module: nn.Linear) -> tuple[int, int]:
+    def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 
-    def matrix(self, module: nn.Linear, weight: Tensor) -> Tensor:
+    def matrix(self, module: Any, weight: Tensor) -> Tensor:
         return weight
 
-    def layout(self, module: nn.Linear, matrix: Tensor) -> Tensor:
+    def layout(self, module: Any, matrix: Tensor) -> Tensor:
         return matrix
 
-    def respond(self, module: nn.Linear, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         return delta.apply(x)
 
     def fused(self, module: nn.Module) -> bool:
         return unhooked(module, nn.Linear.forward)
 
-    def takes_features(self) -> bool:
-        return True
+
+class Conv1DKind(LinearKind):
+    """y = x W + b with W stored as (in, out)."""
+
+    name = "conv1d"
+
+    def matches(self, module: object) -> bool:
+        made = _conv1d()
+        return made is not None and isinstance(module, made)
+
+    def shape(self, module: Conv1D) -> tuple[int, int]:
+        inputs, outputs = module.weight.shape
+        return outputs, inputs
+
+    def matrix(self, module: Conv1D, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def layout(self, module: Conv1D, matrix: Tensor) -> Tensor:
+        return matrix.T.contiguous()
+
+    def fused(self, module: nn.Module) -> bool:
+        made = _conv1d()
+        return made is not None and unhooked(module, made.forward)
+
+
+def _conv1d() -> Any:
+    """transformers' class, ``None`` where nobody has imported it, so that there is no such layer."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D

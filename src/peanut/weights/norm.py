@@ -1,4 +1,4 @@
-"""Normalisation layers: a gain and a bias for every feature, seen as a matrix (features, 1)."""
+"""Normalisation layers: their weight and bias per feature, as a matrix (features, 1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kind import LayerKind, LinearMap, with_tensors
+from ..operators import Delta
+from .kind import LayerKind, with_tensors
 
 __all__ = ["NormKind"]
 
@@ -18,6 +19,7 @@ class NormKind(LayerKind):
     """
 
     name = "norm"
+    multiplies = False
 
     def matches(self, module: object) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
@@ -35,10 +37,7 @@ class NormKind(LayerKind):
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         return matrix.reshape(module.weight.shape)
 
-    def respond(self, module: Any, x: Tensor, delta: LinearMap) -> Tensor:
+    def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
         changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
-        gained: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
-        return gained
-
-    def multiplies(self) -> bool:
-        return False
+        difference: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
+        return difference

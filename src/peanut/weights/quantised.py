@@ -1,4 +1,4 @@
-"""Linear layers of bitsandbytes: 4-bit (NF4, FP4) and 8-bit codes, read as the numbers that they stand for."""
+"""Quantised linear layers of bitsandbytes (4-bit NF4 and FP4, 8-bit), dequantised when read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Linear4bitKind", "Linear8bitKind"]
 
 
 class Linear4bitKind(LinearKind):
-    """y = x Wᵀ + b, W kept as 4-bit codes with a scale a block (the scales quantised again, if double)."""
+    """y = x Wᵀ + b, W stored as 4-bit codes with a scale per block (the scales quantised again, if double)."""
 
     quantised = True
 
@@ -28,7 +28,7 @@ class Linear4bitKind(LinearKind):
         matrix: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return matrix.reshape(self.shape(module))
 
-    def settle(self, module: Any) -> None:
+    def fix_storage(self, module: Any) -> None:
         # On a CPU with AVX512-BF16 bitsandbytes packs the codes anew at the first evaluation, in place: then they stand
         # for other numbers, and the product with them has no gradient.
         module.support_avx512bf16_for_cpu = False
@@ -59,7 +59,7 @@ class Linear4bitKind(LinearKind):
 
 
 class Linear8bitKind(LinearKind):
-    """y = x Wᵀ + b, W kept as 8-bit codes with a scale a row (LLM.int8)."""
+    """y = x Wᵀ + b, W stored as 8-bit codes with a scale per row (LLM.int8)."""
 
     quantised = True
 

@@ -228,11 +228,11 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
     ids = torch.arange(12).reshape(2, 6)
     model.set_adapter(["adds", "turns"])
     together = model(ids).logits
-    with refused(model, "adds to the weight would be merged beside an unmerged one that turns its input"):
+    with refused(model, "adds to the weight would be merged beside an unmerged one that rotates its input"):
         model.merge_adapter(["adds"])
     model.merge_adapter(["turns"])
     assert distance(model(ids).logits, together) < 1e-5
-    with refused(model, "'turns too' and 'turns' turn the input of 'model.layers.0.self_attn.q_proj' in this order"):
+    with refused(model, "'turns too' and 'turns' rotate the input of 'model.layers.0.self_attn.q_proj' in this order"):
         model.set_adapter(["turns too", "turns"])
     model.set_adapter(["turns", "turns too"])
     expected = model(ids).logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
-from ...weights import settle
-from ..layers.adapted import Adapted
+from ...weights import fix_storage
+from ..layers.adapted import Adapted, walk
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..layers.walk import walk
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
@@ -34,7 +32,7 @@ R = TypeVar("R")
 
 
 def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concatenate[AdapterSet, P], R]:
-    """A method that changes the adapters: calls that other threads make meanwhile are refused, not answered wrongly."""
+    """A method that changes the adapters: calls that other threads make meanwhile are errors, not wrong outputs."""
 
     @wraps(method)
     def changing(self: AdapterSet, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,11 +43,7 @@ def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concate
 
 
 class AdapterSet(Surgery):
-    """The adapters of ``model``, which is changed in place: its target layers are wrapped.
-
-    Args:
-        model: the base model; the set is kept on it, and ``AdapterSet.of`` finds it again.
-    """
+    """The adapters of ``model``, whose target layers are wrapped in place; ``AdapterSet.of`` finds them again."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -69,9 +63,7 @@ class AdapterSet(Surgery):
 
     def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
         """The adapted layers with their paths, all or those that have adapter ``name``."""
-        for module in walk(self.model):
-            if isinstance(module, AdaptedLayer) and (name is None or name in module.adapters):
-                yield module.path, module
+        return ((place.path, place) for place in self.places(name) if isinstance(place, AdaptedLayer))
 
     def places(self, name: str | None = None) -> Iterator[Adapted]:
         """Every place where adapters act, or those that have adapter ``name``."""
@@ -128,7 +120,7 @@ class AdapterSet(Surgery):
 
     @torch.no_grad()
     def after_step(self, updated: Collection[int]) -> None:
-        """Lets methods with a schedule take their turn after an optimizer has updated the parameters of these ids."""
+        """Runs methods' ``after_step`` after an optimizer has updated the parameters of these ids."""
         for name in self.trained:
             method = method_of(self.configs[name].peft_type)
             values = self._values(name, method) if overrides(method, "after_step") else []
@@ -163,9 +155,8 @@ class AdapterSet(Surgery):
 
         Args:
             name: any name without a dot or slash.
-            config: what to put in.
             meta: leave the parameters without storage, to be filled by loading.
-            wide: keep parameters in float32 at least, also on a half-precision base.
+            wide: store parameters in float32 at least, also on a half-precision base.
             copies: copy the modules that are trained whole; else the caller puts them into ``saved_modules``.
 
         Raises:
@@ -189,7 +180,7 @@ class AdapterSet(Surgery):
             )
         method, given = method_of(config.peft_type), config
         config = method.completed(config, architecture_of(self.model))
-        settle(self.model)
+        fix_storage(self.model)
         heads = saved_paths(self.model, config)
         for path in heads:
             self.check_whole(path)
@@ -310,10 +301,9 @@ class AdapterSet(Surgery):
         self.trained = list(trainable)
         trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
         for place in self.places():
-            for name in place.adapters:
-                place.adapters[name].requires_grad_(name in trainable)
-            for name in place.banks:
-                place.banks[name].requires_grad_(name in trainable)
+            for own in (place.adapters, place.banks):
+                for name in own:
+                    own[name].requires_grad_(name in trainable)
         for _, saved in self.saved_modules():
             saved.original_module.requires_grad_(False)
             for name in saved.modules_to_save:
@@ -321,17 +311,10 @@ class AdapterSet(Surgery):
 
     def _trained_with(self, name: str) -> list[str]:
         """The experts that are trained when mixture ``name`` is."""
-        config = self.configs.get(name)
-        method = None if config is None else method_of(config.peft_type)
-        if not isinstance(method, MixtureMethod) or not method.trains_experts(config):
-            return []
-        return list(method.experts(config))
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the context the model answers this thread exactly as its base, also where adapters are merged."""
-        with self.state.during(disabled=True):
-            yield
+        config = self.configs[name]
+        method = method_of(config.peft_type)
+        trains = isinstance(method, MixtureMethod) and method.trains_experts(config)
+        return experts_of(config) if trains else []
 
     # Merging
 
@@ -437,8 +420,6 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
     holders: dict[int, set[int]] = {}
     for module in model.modules():
-        if isinstance(module, AdaptedLayer):
-            continue
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders.setdefault(id(parameter), set()).add(id(module))

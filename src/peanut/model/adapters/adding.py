@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import PeanutError
+from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
+from ...protocols.config import matching_pattern
+from ...weights import kind_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..prompts.prefix import takes_prefix
+from ..targets.matching import biased_paths, target_paths
+from ..targets.paths import bare, modules_by_path
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
-from .planning import check_patterns, planned
-from .starting import New
+from .starting import New, Target
 from .surgery import Surgery
 
 if TYPE_CHECKING:
@@ -26,9 +29,9 @@ __all__ = ["add_changes", "add_input", "add_mixture", "add_outputs"]
 
 def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
     """Puts an adapter into the layers whose weight it changes; ``given`` is its config as the user gave it."""
-    targets = planned(on, config, method)
+    targets = _planned(on, config, method)
     if not config.inference_mode:  # a file may name layers that its writer never had
-        check_patterns(given, [target.path for target in targets])
+        _check_patterns(given, [target.path for target in targets])
     frozen = [target.frozen for target in targets if target.method == method]
     bank = Parameters({})
     if frozen:
@@ -46,6 +49,58 @@ def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftCo
         shared = bank if bank.suffixes and target.method == method else None
         layer = on.wrapped(target.path)
         layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
+
+
+def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[Target]:
+    """Every layer that an adapter with ``config`` changes, with the method that does.
+
+    Raises:
+        PeanutError: the config does not fit a layer, or two methods of the adapter want one layer.
+    """
+    planned: dict[str, Target] = {}
+    wanted_by: dict[str, PeftConfig] = {}
+    for part, own in [(method, config), *method.companions(config)]:
+        for path in target_paths(on.model, own, part):
+            for place in [path, *(_tied_to(on, path) if part.follows_ties else ())]:
+                if wanted_by.setdefault(place, own) is not own:
+                    raise PeanutError(
+                        f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",
+                        "one method for a layer",
+                        "take it out of one of them, or use two adapters",
+                    )
+                resolved = own.for_layer(place)
+                part.check(resolved, on.frozen(place), place)
+                planned[place] = Target(place, on.frozen(place), part, resolved)
+    if getattr(config, "bias", "none") == "all":
+        biases = method_of("BITFIT")
+        assert isinstance(biases, WeightMethod)
+        for path in biased_paths(on.model, config, biases):
+            if path not in planned:
+                planned[path] = Target(path, on.frozen(path), biases, biases.config_class(target_modules=[path]))
+    return list(planned.values())
+
+
+def _tied_to(on: Surgery, path: str) -> list[str]:
+    """The paths of the other layers that share the weight of the layer at ``path``."""
+    weight = on.frozen(path).weight
+    return [
+        other
+        for other, module in modules_by_path(on.model).items()
+        if other != path and getattr(module, "weight", None) is weight and kind_of(bare(module)) is not None
+    ]
+
+
+def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
+    """Refuses a pattern (of ranks, of feed-forward layers) that is for none of the adapted layers."""
+    for field, patterns in config.patterns().items():
+        for pattern in patterns:
+            if not any(matching_pattern({pattern: None}, path) for path in paths):
+                names = {path.rpartition(".")[2] for path in paths}
+                raise PeanutError(
+                    f"{field} names {pattern!r}, which none of the {len(paths)} adapted layers is called",
+                    "names or regular expressions of adapted layers",
+                    f"nearest: {nearest(pattern, names)}",
+                )
 
 
 def add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
@@ -120,9 +175,9 @@ def add_mixture(on: AdapterSet, new: New, method: MixtureMethod[Any], config: Pe
 @torch.no_grad()
 def _check_expert(layer: AdaptedLayer, expert: str) -> None:
     change = layer.change(expert)
-    if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies():
+    if not change.adds or change.shift is not None or not layer.frozen.kind.multiplies:
         raise PeanutError(
-            f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or turns "
+            f"expert {expert!r} does more at '{layer.path}' than to add a product to the output (it scales or rotates "
             "it, or trains a bias)",
             "adapters that only add to weights, as LoRA does",
             "leave it out of the mixture",

@@ -1,4 +1,4 @@
-"""One call of an adapted model: adapters and tasks per sample, and what evaluation may keep."""
+"""One call of an adapted model: adapters and tasks per sample, and whether evaluation may cache values."""
 
 from __future__ import annotations
 
@@ -100,12 +100,9 @@ def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 class Inference(AbstractContextManager["Inference"]):
-    """Within the context evaluation keeps what it computes from the adapters and the base.
+    """Within the context evaluation caches what it computes from the adapters and the base.
 
-    It may be entered again, and in several threads, which then share what is kept. The last one out lets go of it.
-
-    Args:
-        state: of the model's adapters.
+    It may be entered again, and in several threads, which then share the cache. It is freed when the last one leaves.
     """
 
     def __init__(self, state: AdapterState) -> None:

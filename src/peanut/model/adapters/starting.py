@@ -35,10 +35,9 @@ class New:
     """A new adapter.
 
     Args:
-        name: its name.
         seed: where its randomness comes from: a number drawn from torch's generator.
         meta: leave its parameters without storage, to be filled by loading.
-        wide: keep them in float32 at least, also on a half-precision base.
+        wide: store them in float32 at least, also on a half-precision base.
     """
 
     name: str
@@ -58,11 +57,9 @@ class New:
         beside: Tensor,
         start: Callable[[torch.Generator], Values],
     ) -> Parameters:
-        """Its tensors in one place, on the device of the base's weight there and as precise as they are kept.
+        """Its tensors in one place, on the device of the base's weight there and in the precision of its parameters.
 
         Args:
-            method: the method that they are of.
-            config: its config.
             path: where they are; with the adapter's seed it seeds the generator.
             beside: a weight of the base.
             start: makes them, with a generator.

@@ -27,11 +27,7 @@ def key_of(path: str, suffix: str) -> str:
 
 
 class Surgery:
-    """Finds the places of a model, and makes adapters a place in them.
-
-    Args:
-        model: the base model, changed in place.
-    """
+    """Finds the modules of a model where adapters act, and prepares them for adapters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

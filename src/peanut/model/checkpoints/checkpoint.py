@@ -48,10 +48,8 @@ class StoredAdapter:
     """What an adapter's folder holds.
 
     Args:
-        config: its config.
-        state: its tensors by key, without the prefix.
+        state: the adapter's tensors by key, without the prefix.
         base: the fingerprint of the base that it was trained on, if its writer recorded one.
-        source: the folder, for messages.
         passing: training state, by key.
     """
 
@@ -67,10 +65,7 @@ def adapter_state(
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """The config of adapter ``name`` and its tensors by key, without the prefix, in the form that files hold.
 
-    Args:
-        adapters: the model's adapters.
-        name: which.
-        state_dict: full state dict of the model (as gathered by FSDP or DeepSpeed) to take the values from.
+    Values are taken from ``state_dict``, a full one of the model as FSDP and DeepSpeed gather it, if it is given.
     """
     adapters.known(name)
     own = {key: value.detach() for key, value in adapters.parameters(name)}
@@ -106,14 +101,12 @@ def keys_of(adapters: AdapterSet, name: str, suffixes: Callable[[Method[Any], Pe
 def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
     """The methods of an adapter, each with its config and the paths where its tensors are."""
     main = method_of(adapters.configs[name].peft_type)
-    paths: dict[Method[Any], dict[str, None]] = {main: {SHARED: None}}
-    configs: dict[Method[Any], PeftConfig] = {main: adapters.configs[name]}
+    parts: dict[Method[Any], tuple[PeftConfig, dict[str, None]]] = {main: (adapters.configs[name], {SHARED: None})}
     for place in adapters.places(name):
         method, config = place.method_of(name)
-        configs.setdefault(method, config)
-        paths.setdefault(method, {})[place.path] = None
-    for method, own in paths.items():
-        yield method, configs[method], list(own)
+        parts.setdefault(method, (config, {}))[1][place.path] = None
+    for method, (config, paths) in parts.items():
+        yield method, config, list(paths)
 
 
 def by_place(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

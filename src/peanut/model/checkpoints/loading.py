@@ -20,15 +20,13 @@ from .keys import flat
 __all__ = ["load_state", "same_form"]
 
 
+@torch.no_grad()
 def load_state(
     adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
 ) -> None:
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
 
     Args:
-        adapters: the model's adapters.
-        name: the adapter, which is in the model already.
-        stored: what was read.
         check: refuse a base whose weights differ from those that the adapter was trained on.
         alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
             it may lie in the file still.
@@ -72,7 +70,7 @@ def load_state(
     if check:
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
     waiting = _without_storage(adapters, name)
-    with torch.no_grad(), adapters.state.changing():
+    with adapters.state.changing():
         for key, parameter in own.items():
             value = state[key]
             if key in waiting:
@@ -112,10 +110,9 @@ def _made_by_scaffold(
             "the tensors that the training went on with",
             "load it with is_trainable=False, or give it the file that was saved beside it",
         )
-    before = {key: value.detach().clone() for key, value in scaffold.items()}
-    with torch.no_grad():
-        for key, value in scaffold.items():
-            value.copy_(stored.passing[key].to(value.device))
+    before = {key: value.clone() for key, value in scaffold.items()}
+    for key, value in scaffold.items():
+        value.copy_(stored.passing[key].to(value.device))
     own = dict(adapters.parameters(name))
     made = {key: value for key, value in adapter_state(adapters, name)[1].items() if key not in own}
     apart = [
@@ -124,9 +121,8 @@ def _made_by_scaffold(
         if key not in state or not torch.allclose(value.cpu(), state[key].to(value.dtype), rtol=1e-3, atol=1e-4)
     ]
     if apart:
-        with torch.no_grad():
-            for key, value in scaffold.items():
-                value.copy_(before[key])
+        for key, value in scaffold.items():
+            value.copy_(before[key])
         raise PeanutError(
             f"{TRAINING_NAME} in '{stored.source}' computes another '{apart[0]}' than the adapter's file holds",
             "files that were saved together",

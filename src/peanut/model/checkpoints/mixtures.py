@@ -20,7 +20,7 @@ from ..adapters.surgery import SHARED
 from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
 from .loading import load_state, same_form
 
-__all__ = ["all_or_none", "gathered", "name_for", "ready", "save_experts"]
+__all__ = ["add", "all_or_none", "gathered", "name_for", "ready", "save_experts"]
 
 
 @contextmanager
@@ -35,6 +35,14 @@ def all_or_none(adapters: AdapterSet) -> Iterator[None]:
         raise
 
 
+def add(adapters: AdapterSet, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> PeftConfig:
+    """``AdapterSet.add``, after the experts that ``config`` names; returns the config with their names."""
+    with all_or_none(adapters):
+        config = ready(adapters, config, wide=wide)
+        adapters.add(name, config, meta=meta, wide=wide)
+    return config
+
+
 def ready(
     adapters: AdapterSet,
     config: PeftConfig,
@@ -45,30 +53,28 @@ def ready(
 ) -> PeftConfig:
     """Reads the experts that ``config`` names and that are not in the model yet; returns the config with their names.
 
-    The folders are left out of it: saving names those that are then written.
+    The folders are left out of it: saving names those that are then written. Called within ``all_or_none``.
 
     Args:
-        adapters: the model's adapters.
         config: any adapter's config; that of a mixture without experts takes all that change weights in the model.
         folder: the mixture's own folder, where its experts lie under their names.
-        wide: keep parameters in float32 at least.
+        wide: store parameters in float32 at least.
         check_base: refuse a base whose weights differ from those that an expert was trained on.
 
     Raises:
-        PeanutError: there are no experts, or one is not where the config says. The model is then unchanged.
+        PeanutError: there are no experts, or one is not where the config says.
     """
     method = method_of(config.peft_type)
     if not isinstance(method, MixtureMethod):
         return config
     wanted = method.experts(config)
-    with all_or_none(adapters):
-        for name, source in wanted.items():
-            if name in adapters.configs:
-                _check_same(adapters, name, source, folder)
-                continue
-            stored = read_adapter(_found(name, source, folder))
-            adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
-            load_state(adapters, name, stored, check=check_base)
+    for name, source in wanted.items():
+        if name in adapters.configs:
+            _check_same(adapters, name, source, folder)
+            continue
+        stored = read_adapter(_found(name, source, folder))
+        adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
+        load_state(adapters, name, stored, check=check_base)
     experts = list(wanted) or [
         name for name, own in adapters.configs.items() if isinstance(method_of(own.peft_type), WeightMethod)
     ]

@@ -1,1 +1,1 @@
-"""Where adapters act in a model: around a layer's weight, behind a module's output, before its input."""
+"""Modules that apply adapters: to a layer's weight, a module's output, or the model's input."""

@@ -1,7 +1,8 @@
-"""A place in a model where adapters act, and their tensors there."""
+"""``Adapted``: base class of all modules that hold and apply adapters; and a function that finds them in a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,16 +12,11 @@ from ...protocols import PeftConfig
 from .parameters import NamedModules, Parameters, Place
 from .state import AdapterState
 
-__all__ = ["Adapted"]
+__all__ = ["Adapted", "walk"]
 
 
 class Adapted(nn.Module):
-    """The tensors of the adapters that act in one place; what they do there, the classes below say.
-
-    Args:
-        path: where in the model.
-        state: which adapters act, shared by all places.
-    """
+    """The tensors of the adapters that act in one place; what they do there, the classes below say."""
 
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__()
@@ -43,10 +39,6 @@ class Adapted(nn.Module):
         """Adds an adapter that ``method`` and ``config`` (patterns resolved) describe.
 
         Args:
-            name: its name.
-            method: its method.
-            config: its config here.
-            parameters: its tensors here.
             shared: those that it shares with other places.
             holds: whether this place, the first of them, is where the model keeps them.
         """
@@ -83,7 +75,7 @@ class Adapted(nn.Module):
         return own
 
     def kept_at(self, name: str) -> list[Place]:
-        """Where the tensors of ``values`` are kept."""
+        """Where the tensors of ``values`` are stored."""
         return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -100,3 +92,22 @@ class Adapted(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
+
+
+def walk(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of ``model`` once, in the order of ``modules()``, but for those that hold adapters' tensors.
+
+    Loading an adapter asks some twenty times where adapters are; ``modules()`` would take half of its time.
+    """
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        inside = module._modules
+        if isinstance(module, Adapted):
+            inside = {name: child for name, child in inside.items() if name not in ("adapters", "banks")}
+        waiting += [child for child in reversed(inside.values()) if child is not None]

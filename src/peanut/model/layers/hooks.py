@@ -1,4 +1,4 @@
-"""Hooks on a model's modules that can be found again: taken off, or moved when a module is wrapped."""
+"""Forward hooks that can be found again, to remove them or to move them to a module that wraps the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's own adapters are kept: those that change its input, and mixtures."""
+"""Holds the adapters of the whole model: those that change its input, and mixtures of adapters."""
 
 from __future__ import annotations
 

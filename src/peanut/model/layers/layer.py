@@ -1,4 +1,4 @@
-"""The layer wrapper: one class for every method and every kind of layer."""
+"""``AdaptedLayer``: the wrapper around a layer whose weight adapters change, for all methods and kinds of layer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class AdaptedLayer(Adapted):
         """The change that adapter ``name`` makes here, from the weight before any merge.
 
         Args:
-            name: the adapter.
             sample: draw what the method draws at random.
             tasks: the task of each row, for methods that mix by task.
         """
@@ -107,7 +106,7 @@ class AdaptedLayer(Adapted):
         """Refuses a merge of some of the ``active`` adapters after which the others could not do the rest exactly.
 
         Raises:
-            PeanutError: what is merged would be turned, or turned in another order than that of activation.
+            PeanutError: what is merged would be rotated, or rotated in another order than that of activation.
         """
         # What is not merged may have another change for each task: any of them tells.
         task = torch.zeros(1, dtype=torch.long)
@@ -126,7 +125,7 @@ class AdaptedLayer(Adapted):
             gains = all(isinstance(operators[name], Diagonal) for name in turning)
             if not gains and turning != sorted(turning, key=lambda name: name in outside):
                 raise PeanutError(
-                    f"adapters {turning[0]!r} and {turning[1]!r} turn the {side} of '{self.path}' in this order, and "
+                    f"adapters {turning[0]!r} and {turning[1]!r} rotate the {side} of '{self.path}' in this order, and "
                     "a later one would be merged before an earlier one",
                     "a merge in the order of activation",
                     "merge the earlier one too",
@@ -185,7 +184,7 @@ class AdaptedLayer(Adapted):
             # factors of each row, or gates of each token: there is nothing to keep
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
         dtype = product_dtype(x)
-        key = (dtype, names, self.state.merged, task)
+        key = (dtype, tuple(names), tuple(self.state.merged), task)
         plan: Plan | None = self._known(call, "plan", key)
         if plan is None:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
@@ -194,7 +193,7 @@ class AdaptedLayer(Adapted):
         return plan
 
     def _keeps(self, call: CallState) -> bool:
-        """Whether what is computed now may be kept: where the caller has said so, and only in evaluation."""
+        """Whether values computed now may be cached: where the caller has said so, and only in evaluation."""
         compiling = torch.compiler.is_compiling()
         return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
 
@@ -230,8 +229,6 @@ class AdaptedLayer(Adapted):
         """The changes that are still to be made of what the layer computes, in the order of activation.
 
         Args:
-            call: the call.
-            x: the layer's input.
             names: the adapters that act.
             tasks: the task of each row that goes through them.
             index: these rows, ``None`` for all.
@@ -275,7 +272,7 @@ class AdaptedLayer(Adapted):
         return known
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
-        tokens = x.shape if not self.frozen.kind.takes_activations() else x.shape[:-1]
+        tokens = x.shape if not self.frozen.kind.takes_activations else x.shape[:-1]
         if tokens != gate.shape[:2]:
             raise PeanutError(
                 f"'{self.path}' deals with {tuple(x.shape)} where a mixture's gates are for (batch, tokens) = "
@@ -296,7 +293,7 @@ class AdaptedLayer(Adapted):
             (index, [] if name == BASE else self._acting(call, x[index], [name], _at(tasks, index), index))
             for name, index in placed.items()
         ]
-        together = for_samples(groups, x) if self.frozen.kind.takes_features() else None
+        together = for_samples(groups, x) if self.frozen.kind.takes_features else None
         if together is not None:
             plan = Plan(self.frozen, together)
             if keeps:

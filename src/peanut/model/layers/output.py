@@ -1,4 +1,4 @@
-"""The place where adapters change what a module puts out."""
+"""``AdaptedOutput``: applies adapters to the output of a module, by forward hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Seen(threading.local):
 
 
 class Listener(Hooking):
-    """Keeps what a module is given until another one, later in the same block, has answered.
+    """Saves the input of a module until another one, later in the same block, has run.
 
     Args:
         source: the path of the module.
@@ -68,11 +68,6 @@ class AdaptedOutput(Adapted, Hooking):
     """The adapters that change the output of one module, y' = adapt(x, y), one after the other as they were activated.
 
     It is a child of the module, so that it moves and trains with it, and acts by hooks on it.
-
-    Args:
-        module: the module, without adapters around it.
-        path: where it is.
-        state: which adapters act.
     """
 
     def __init__(self, module: nn.Module, path: str, state: AdapterState) -> None:
@@ -164,7 +159,7 @@ class AdaptedOutput(Adapted, Hooking):
 
 
 def _where(rows: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:
-    """Some rows of a batch changed, ``None`` for all, the others kept bit for bit."""
+    """Some rows of a batch changed, ``None`` for all, the others unchanged bit for bit."""
     return (
         changed if rows is None else torch.where(rows.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), changed, kept)
     )

@@ -1,4 +1,4 @@
-"""Containers: an adapter's tensors in a layer, and modules by a name that a user chose."""
+"""Containers: the tensors of an adapter in one layer, and a ``ModuleDict`` that allows any name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["NamedModules", "Parameters", "Place"]
 M = TypeVar("M", bound=nn.Module)
 
 Place = tuple[dict[str, Any], str]
-"""Where a module keeps a tensor: its parameters or buffers, and the name there.
+"""Where a module stores a tensor: its parameters or buffers, and the name there.
 
 Looking a tensor up so costs a tenth of an attribute of a module, and sees one that was put in its place.
 """
@@ -48,10 +48,9 @@ class NamedModules(nn.Module, Generic[M]):
 
 
 class Parameters(nn.Module):
-    """Tensors by the suffix under which files keep them: ``lora_A.weight`` is ``lora_A.weight`` here too.
+    """Tensors by the suffix under which files store them: ``lora_A.weight`` is ``lora_A.weight`` here too.
 
     Args:
-        values: the tensors.
         untrained: suffixes of those that are buffers.
         rebuilt: suffixes of buffers that a state dict leaves out.
     """
@@ -86,7 +85,7 @@ class Parameters(nn.Module):
         return self
 
     def kept_at(self) -> list[Place]:
-        """Where its tensors are kept."""
+        """Where its tensors are stored."""
         return list(self._places.values())
 
     def assign(self, suffix: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""From the changes of a layer to a computation: in training, in evaluation, and with adapters per sample."""
+"""``Plan``: how a layer computes its output with the changes of its adapters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Plan:
         """The computation of a layer with all ``changes``."""
         if not changes:
             return cls(frozen, Change())
-        drops = training and frozen.kind.takes_activations()
+        drops = training and frozen.kind.takes_activations
         apart = [change for change in changes if drops and change.dropout and change.delta is not None]
         dropped = tuple((change.delta, change.dropout) for change in apart if change.delta is not None)
         whole = [replace(change, delta=None) if change in apart else change for change in changes]
@@ -70,8 +70,8 @@ class Plan:
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
         if self.ready is not None and not args and not kwargs and kind.fused(module):
             return self._fused(x, *self.ready, change)
-        if not kind.multiplies() or (
-            not kind.takes_features() and (change.rotation is not None or change.in_scale is not None)
+        if not kind.multiplies or (
+            not kind.takes_features and (change.rotation is not None or change.in_scale is not None)
         ):
             return self._rebuilt(x, *args, **kwargs)
         if not args and not kwargs and kind.fused(module):
@@ -82,7 +82,7 @@ class Plan:
             if change.left is None and change.shift is not None and not self.dropped:
                 bias, change = change.offset(bias), replace(change, shift=None)
             return self._fused(x, weight, bias, change)
-        change = change.to(x.dtype if kind.takes_activations() else module.weight.dtype)
+        change = change.to(x.dtype if kind.takes_activations else module.weight.dtype)
         seen = x if change.in_scale is None else x * change.in_scale
         y: Tensor = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
         if change.delta is not None:
@@ -133,7 +133,7 @@ class Plan:
             y: Tensor = with_tensors(module, own, x, *args, **kwargs)
             return y if bias is not None or offset is None else y + kind.along_output(offset.to(y.dtype))
 
-        return recomputed(run, x) if kind.multiplies() else run(x)
+        return recomputed(run, x) if kind.multiplies else run(x)
 
 
 def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor) -> Change | None:

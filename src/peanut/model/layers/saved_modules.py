@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside the adapter, such as a classification head."""
+"""``SavedModule``: modules that are trained whole beside the adapter, such as a classification head."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["SavedModule"]
 
 
 class SavedModule(nn.Module):
-    """A module of the base and, for each adapter that trains it, a copy; the active adapter's copy answers.
+    """A module of the base and, for each adapter that trains it, a copy; the active adapter's copy runs.
 
-    A copy is trained, so it is kept in float32 at least; on a half-precision base it sees its inputs cast up, and what
-    it answers is cast back.
+    A copy is trained, so it is stored in float32 at least; on a half-precision base its inputs are cast up, and its
+    outputs back.
     """
 
     def __init__(self, original_module: nn.Module, path: str, state: AdapterState) -> None:
@@ -34,8 +34,7 @@ class SavedModule(nn.Module):
         """Gives adapter ``name`` a copy of the module as it is in the base.
 
         Args:
-            name: the adapter.
-            wide: keep the copy in float32 at least.
+            wide: store the copy in float32 at least.
             memo: what has been copied for the same adapter already: what was tied stays so.
         """
         own = copy.deepcopy(self.original_module, memo)
@@ -49,14 +48,14 @@ class SavedModule(nn.Module):
         del self.modules_to_save[name]
 
     def acting(self) -> nn.Module:
-        """The module that answers now."""
+        """The module that runs now."""
         names = [name for name in self.state.active if name in self.modules_to_save]
         if self.state.disabled or not names:
             return self.original_module
         return self.modules_to_save[names[0]]
 
     def adopted(self) -> nn.Module:
-        """The module that answers now, as the base is to keep it: in the base's own dtype."""
+        """The module that runs now, in the base's own dtype."""
         dtype = _dtype(self.original_module)
         return self.acting() if dtype is None else self.acting().to(dtype)
 
@@ -84,7 +83,7 @@ class SavedModule(nn.Module):
         return y
 
     def _answer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What ``module`` answers to inputs of the base's dtype, in the base's dtype."""
+        """The output of ``module`` for inputs of the base's dtype, in the base's dtype."""
         base, own = _dtype(self.original_module), _dtype(module)
         if base is None or own is None or base == own:
             return module(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which adapters act: in the model until that is changed, and in one call of it."""
+"""Which adapters act: set for the model, or for one call of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Running:
 
     Args:
         prompt: (batch, tokens), which of the tokens that layers see belong to the user's prompt.
-        answering: whether they are an answer that goes on, of which no token belongs to it.
+        answering: whether they are generated text, of which no token belongs to the prompt.
         prefix: keys and values that attention modules are to see first, where the model's own cache does not reach
             them (under gradient checkpointing).
         gates: for each mixture, its gates by the path of a layer, as (expert, gate (batch, tokens, 1)) pairs.
@@ -48,13 +48,13 @@ class CallState:
 
     Args:
         active: names of the adapters that act instead of the model's active ones.
-        disabled: whether the model answers as its base.
+        disabled: whether the model computes what its base does.
         sampling: whether methods with randomness of their own draw it outside training too.
         penalising: whether penalties enter the loss that the model returns (else who computes the loss adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
-        values: what evaluation keeps until its context is left, by what it belongs to; ``None`` to keep nothing.
+        values: cache of evaluation until its context is left, by owner; ``None`` to cache nothing.
         again: whether a block runs again in the backward, under what held when it ran first.
         indices: the rows of each adapter's samples, made once for all layers.
     """

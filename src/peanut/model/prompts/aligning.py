@@ -44,10 +44,9 @@ def arranged(value: Tensor, order: Tensor | None) -> Tensor:
 
 
 def aligned(model: nn.Module, output: Any, width: int, count: int, order: Tensor | None) -> Any:
-    """The output of a model with the answers for the user's tokens last, and for token tasks these alone.
+    """The output of a model with the rows of the user's tokens last, and for token tasks these alone.
 
     Args:
-        model: the model.
         output: its output, a tuple or by name.
         width: p.
         count: how many tokens the user gave.

@@ -40,7 +40,6 @@ def gates_of(
 
     Args:
         mixtures: the mixtures.
-        state: which adapters act.
         reader: the model.
         arguments: what it is called with; a cache is put there where one is begun.
         running: what is known of the batch.
@@ -114,7 +113,7 @@ _NOT_CHECKPOINTED = threading.Lock()
 
 @contextmanager
 def _without_checkpoints(backbone: nn.Module) -> Iterator[None]:
-    """Nothing is kept for a backward here, and a block that is to be run again would not be given the cache."""
+    """Nothing is saved for a backward here, and a block that is run again would not be given the cache."""
     blocks = backbone.modules() if backbone.training else ()
     if not any(getattr(module, "gradient_checkpointing", False) for module in blocks):
         yield
@@ -131,7 +130,7 @@ def _without_checkpoints(backbone: nn.Module) -> Iterator[None]:
 
 
 def _twin(stack: Any, arguments: dict[str, Any], running: Running, name: str) -> Cache | None:
-    """The cache of the first passes that goes with the cache of the batch, ``None`` if nothing is kept."""
+    """The cache of the first passes that goes with the cache of the batch, ``None`` if nothing is cached."""
     from transformers import DynamicCache
 
     past, settings = arguments.get("past_key_values"), stack.config

@@ -29,7 +29,6 @@ class Reader:
     """The stack that reads the user's tokens, and what it makes of their places.
 
     Args:
-        model: the base model.
         stack: the model itself, or the encoder of two stacks.
         names: of the parameters of its forward.
         inner: of those of its backbone's, the model without a head.

@@ -47,7 +47,6 @@ class _Restoring:
 
     Args:
         checkpoint: the function that transformers chose.
-        state: which adapters act.
     """
 
     checkpoint: Callable[..., Any]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
+from ..layers.adapted import walk
 from ..layers.hooks import Hooking, hook, names_of, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture, Front
 from ..layers.output import AdaptedOutput
 from ..layers.state import AdapterState, CallState, Running
-from ..layers.walk import walk
 from ..targets.shape import reading_stack
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of
@@ -47,10 +47,6 @@ class Runner(Hooking):
 
     A virtual token is a token like others: it has an id that means nothing, and where the model looks its embedding
     up, the trained one is put. So whatever a model makes of ids (positions, the place of the last token) stays right.
-
-    Args:
-        model: the base model.
-        state: which adapters act.
     """
 
     def __init__(self, model: nn.Module, state: AdapterState) -> None:

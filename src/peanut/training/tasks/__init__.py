@@ -1,4 +1,4 @@
-"""The tasks, by the name that a run's config gives them."""
+"""The tasks, by their name in a run's config."""
 
 from __future__ import annotations
 

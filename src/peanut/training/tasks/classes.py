@@ -1,4 +1,4 @@
-"""What the classification tasks share: from the values of a column to ids, and the metrics."""
+"""What classification tasks share: mapping of labels to class ids, and metrics."""
 
 from __future__ import annotations
 

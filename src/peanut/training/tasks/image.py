@@ -1,4 +1,4 @@
-"""An image to a class."""
+"""Image classification."""
 
 from __future__ import annotations
 

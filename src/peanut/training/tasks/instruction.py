@@ -1,4 +1,4 @@
-"""Instruction data: chat messages, prompt and completion, or instruction (and input) and output."""
+"""Instruction tuning: chat messages, prompt and completion, or instruction (and input) and output."""
 
 from __future__ import annotations
 

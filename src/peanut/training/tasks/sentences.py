@@ -1,4 +1,4 @@
-"""One sentence, or a pair of sentences, to a class or to a number."""
+"""Classification or regression of a sentence or a pair of sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: its columns, its inputs, its head, its metrics."""
+"""The interface of a task: data columns, model inputs, head and metrics."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ import transformers as hf
 
 from peanut import LoraConfig, get_peft_model
 from peanut.methods.bottleneck import BottleneckConfig
-from peanut.model.layers.adapted import Adapted
-from peanut.model.layers.walk import walk
+from peanut.model.layers.adapted import Adapted, walk
 
 from ...support import one_thread  # noqa: F401
 
