@@ -173,7 +173,8 @@ class PeftConfig:
         Raises:
             PeanutError: the method is unknown, or a field asks for something that does not exist here.
         """
-        config_class = method_of(values.get("peft_type") or getattr(cls, "method", None), source).config_class
+        method = method_of(values.get("peft_type") or getattr(cls, "method", None), source)
+        config_class: type[PeftConfig] = method.config_class
         known = {field.name for field in dataclasses.fields(config_class)}
         for name, value in values.items():
             if name not in known and not _asks_for_nothing(name, value):

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import PeanutError, nearest
 
-if TYPE_CHECKING:
-    from .method import Method
-
 __all__ = ["METHODS", "PeftType", "method_of", "name_of", "register", "registered"]
 
-M = TypeVar("M", bound="type[Method[Any]]")
+M = TypeVar("M", bound="type[Any]")
 
-METHODS: dict[str, Method[Any]] = {}
+METHODS: dict[str, Any] = {}
 """Every method that was registered so far, by its name in ``adapter_config.json``; ``register`` fills it."""
 
 
@@ -47,7 +44,7 @@ def _where(method: type) -> str:
     return f"{method.__module__}.{method.__qualname__}"
 
 
-def registered() -> dict[str, Method[Any]]:
+def registered() -> dict[str, Any]:
     """``METHODS``, once it holds our own methods and those of installed packages."""
     import_module("..methods", __package__)
     return METHODS
@@ -61,7 +58,7 @@ def name_of(given: object) -> str | None:
     return next((own for own in registered() if own.casefold() == name.casefold()), None)
 
 
-def method_of(peft_type: object, source: str = "the config") -> Method[Any]:
+def method_of(peft_type: object, source: str = "the config") -> Any:
     """The method called ``peft_type``.
 
     Raises:

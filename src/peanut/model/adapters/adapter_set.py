@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import PeanutError, nearest
+from ...errors import PeanutError
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
@@ -48,7 +48,6 @@ class AdapterSet(Surgery):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.runner = Runner(model, self.state)
-        self.configs: dict[str, PeftConfig] = {}
         self.trained: list[str] = []
         model.__dict__["_adapter_set"] = self
 
@@ -60,22 +59,6 @@ class AdapterSet(Surgery):
         return found if isinstance(found, AdapterSet) else AdapterSet(model)
 
     # What there is
-
-    def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
-        """The adapted layers with their paths, all or those that have adapter ``name``."""
-        return ((place.path, place) for place in self.places(name) if isinstance(place, AdaptedLayer))
-
-    def places(self, name: str | None = None) -> Iterator[Adapted]:
-        """Every place where adapters act, or those that have adapter ``name``."""
-        for module in walk(self.model):
-            if isinstance(module, Adapted) and (name is None or name in module.adapters):
-                yield module
-
-    def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
-        """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
-        for module in walk(self.model):
-            if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
-                yield module.path, module
 
     def parameters(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors of adapter ``name`` in its places and trained modules, by the key that files give them."""
@@ -130,22 +113,6 @@ class AdapterSet(Surgery):
     def _values(self, name: str, method: Method[Any]) -> list[dict[str, Tensor]]:
         """The tensors of adapter ``name`` in each place where ``method``, not a companion of it, acts."""
         return [place.values(name) for place in self.places(name) if place.method_of(name)[0] == method]
-
-    def known(self, names: str | Sequence[str]) -> list[str]:
-        """``names`` as a list.
-
-        Raises:
-            PeanutError: there is no adapter of one of the names.
-        """
-        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-        for name in wanted:
-            if name not in self.configs:
-                raise PeanutError(
-                    f"no adapter {name!r}",
-                    f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
-                    f"nearest: {nearest(name, self.configs, 1)}" if self.configs else "add it first",
-                )
-        return wanted
 
     # In and out
 

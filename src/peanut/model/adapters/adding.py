@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
 from .starting import New, Target
 from .surgery import Surgery
-
-if TYPE_CHECKING:
-    from .adapter_set import AdapterSet
 
 __all__ = ["add_changes", "add_input", "add_mixture", "add_outputs"]
 
@@ -137,7 +134,7 @@ def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfi
     return fitted
 
 
-def add_mixture(on: AdapterSet, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
+def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
     """Puts a gate over adapters that are in the model; returns its config with the model's sizes filled in.
 
     Raises:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from torch import nn
 
-from ...errors import PeanutError
+from ...errors import PeanutError, nearest
+from ...protocols import PeftConfig
 from ...weights import FrozenLayer, kind_of
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, move_hooks, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
@@ -32,6 +35,39 @@ class Surgery:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.state = AdapterState()
+        self.configs: dict[str, PeftConfig] = {}
+
+    def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
+        """The adapted layers with their paths, all or those that have adapter ``name``."""
+        return ((place.path, place) for place in self.places(name) if isinstance(place, AdaptedLayer))
+
+    def places(self, name: str | None = None) -> Iterator[Adapted]:
+        """Every place where adapters act, or those that have adapter ``name``."""
+        for module in walk(self.model):
+            if isinstance(module, Adapted) and (name is None or name in module.adapters):
+                yield module
+
+    def saved_modules(self, name: str | None = None) -> Iterator[tuple[str, SavedModule]]:
+        """The modules trained whole with their paths, all or those of which adapter ``name`` has a copy."""
+        for module in walk(self.model):
+            if isinstance(module, SavedModule) and (name is None or name in module.modules_to_save):
+                yield module.path, module
+
+    def known(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: there is no adapter of one of the names.
+        """
+        wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.configs:
+                raise PeanutError(
+                    f"no adapter {name!r}",
+                    f"one of {', '.join(map(repr, self.configs)) or 'none yet'}",
+                    f"nearest: {nearest(name, self.configs, 1)}" if self.configs else "add it first",
+                )
+        return wanted
 
     def frozen(self, path: str) -> FrozenLayer:
         """The layer at ``path`` as a frozen matrix."""

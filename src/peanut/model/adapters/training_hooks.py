@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from .adapter_set import AdapterSet
-
 __all__ = ["follow", "unfollow"]
 
-_FOLLOWED: weakref.WeakSet[AdapterSet] = weakref.WeakSet()
+_FOLLOWED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The sets of adapters (``AdapterSet``) whose methods have penalties or schedules."""
 _HOOKED: list[Any] = []
 
 
-def follow(adapters: AdapterSet) -> None:
+def follow(adapters: Any) -> None:
     """From now on, penalties of ``adapters`` enter the loss that the model returns, and schedules follow the optimizer.
 
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
@@ -30,7 +28,7 @@ def follow(adapters: AdapterSet) -> None:
         adapters.model.register_forward_hook(_before_loss_leaves)
 
 
-def unfollow(adapters: AdapterSet) -> None:
+def unfollow(adapters: Any) -> None:
     """Takes back what ``follow`` did."""
     _FOLLOWED.discard(adapters)
     hooks = adapters.model._forward_hooks
@@ -38,7 +36,7 @@ def unfollow(adapters: AdapterSet) -> None:
         del hooks[key]
 
 
-def _watch(adapters: AdapterSet) -> None:
+def _watch(adapters: Any) -> None:
     if not _HOOKED:
         _HOOKED.append(register_optimizer_step_post_hook(_after_step))
     _FOLLOWED.add(adapters)
