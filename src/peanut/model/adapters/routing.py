@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -46,7 +47,8 @@ def called(
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another
             thread changes the adapters meanwhile.
     """
-    state, changes = adapters.state, dict[str, Any]()
+    state = adapters.state
+    changes: dict[str, Any] = {}
     if samples is not None or tasks is not None:
         changes["samples"] = None if samples is None else list(samples)
         # On the CPU each layer may look at the tasks without waiting for a device.
@@ -109,21 +111,19 @@ class Inference(AbstractContextManager["Inference"]):
         self._state = state
         self._lock, self._inside = threading.Lock(), 0
         self._values: dict[Any, Any] = {}
-        self._before: dict[int, list[CallState]] = {}
+        self._before: ContextVar[tuple[CallState, ...]] = ContextVar("peanut_inference", default=())
 
     def __enter__(self) -> Inference:
         with self._lock:
             self._inside += 1
-            self._before.setdefault(threading.get_ident(), []).append(self._state.call)
+        self._before.set((*self._before.get(), self._state.call))
         self._state.call = replace(self._state.call, values=self._values)
         return self
 
     def __exit__(self, *_: object) -> None:
+        *outer, self._state.call = self._before.get()
+        self._before.set(tuple(outer))
         with self._lock:
             self._inside -= 1
-            own = self._before[threading.get_ident()]
-            self._state.call = own.pop()
-            if not own:
-                del self._before[threading.get_ident()]
             if not self._inside:
                 self._values = {}
