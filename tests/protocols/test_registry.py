@@ -251,3 +251,9 @@ def test_a_method_may_bring_its_own_class_of_models_and_one_name_is_enough_for_t
     register(type("Twin", (Lora,), {"config_class": twin, "__module__": __name__}))
     assert model_of(METHODS["twin"]) is AdaptedModel  # LoraModel is LORA's
     assert model_of(METHODS["LORA"]) is peanut.LoraModel
+
+
+def test_config_classes_by_name_for_scripts_that_choose_one() -> None:
+    from peanut.protocols.config import CONFIG_CLASSES
+
+    assert all(CONFIG_CLASSES[name] is method.config_class for name, method in METHODS.items())

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, nearest
 from ..files import read_json, write_json
-from .registry import PeftType, method_of, name_of
+from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "CONFIG_CLASSES",
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "PeftConfig",

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from ..errors import PeanutError, nearest
 
-__all__ = ["METHODS", "PeftType", "method_of", "name_of", "register", "registered"]
+__all__ = ["CONFIG_CLASSES", "METHODS", "PeftType", "method_of", "name_of", "register", "registered"]
 
 M = TypeVar("M", bound="type[Any]")
 
 METHODS: dict[str, Any] = {}
 """Every method that was registered so far, by its name in ``adapter_config.json``; ``register`` fills it."""
+CONFIG_CLASSES: dict[str, Any] = {}
+"""The config class of each of them, for scripts that choose one by name."""
 
 
 def register(method: M) -> M:
@@ -36,7 +38,7 @@ def register(method: M) -> M:
             "a name of its own",
             f"give {method.config_class.__name__} another ``method``",
         )
-    METHODS[name] = instance
+    METHODS[name], CONFIG_CLASSES[name] = instance, instance.config_class
     return method
 
 
