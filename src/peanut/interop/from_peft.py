@@ -30,7 +30,7 @@ from .layers import (
     fill,
     made_anew,
     our_slots,
-    the_peer,
+    peft_package,
     wrapped_in,
 )
 
@@ -44,7 +44,7 @@ def from_peft(model: nn.Module) -> Any:
     """A live model of Hugging Face PEFT made ours in place: equal outputs, the same tensors, no weight copied.
 
     Trained tensors stay the same ``nn.Parameter`` objects, so that an optimizer made before goes on training them; the
-    active adapters, what is frozen, train and eval modes, hooks and the modules trained whole stay as they are. The
+    active adapters, what is frozen, train and eval modes, hooks and the modules trained whole stay as they are.
     PEFT's wrapper is not to be used any more.
 
     Args:
@@ -100,7 +100,7 @@ def from_peft(model: nn.Module) -> Any:
 
 def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The base model of a live model of PEFT, and PEFT's configs, mixtures last."""
-    peft = the_peer(loaded=True)
+    peft = peft_package(loaded=True)
     base, configs = model, model.__dict__.get("peft_config")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         configs = model.peft_config

@@ -26,7 +26,7 @@ __all__ = [
     "fill",
     "made_anew",
     "our_slots",
-    "the_peer",
+    "peft_package",
     "wrapped_in",
 ]
 
@@ -39,7 +39,7 @@ _RENAMED = {"lora_magnitude_vector.weight": "lora_magnitude_vector", "indices": 
 """Tensors of its layers that have other names in files, or here."""
 
 
-def the_peer(loaded: bool = False) -> Any:
+def peft_package(loaded: bool = False) -> Any:
     """The package ``peft``.
 
     Args:

@@ -29,7 +29,7 @@ from .layers import (
     fill,
     made_anew,
     our_slots,
-    the_peer,
+    peft_package,
     wrapped_in,
 )
 
@@ -50,7 +50,7 @@ def to_peft(model: nn.Module) -> Any:
         PeanutError: peft is not installed; a method or an option does not exist there; adapters are merged, or none is
             active. The model is then unchanged.
     """
-    peft = the_peer()
+    peft = peft_package()
     adapters = AdapterSet.of(model)
     base, wrapped = adapters.model, model is not adapters.model
     if not adapters.configs:

@@ -39,7 +39,7 @@ class PairRotation(Rotation):
 
     def times(self, weight: Tensor) -> Tensor:
         """W R for W (…, width): the transpose rotates back."""
-        return weight * self.cos.to(weight.dtype) - _partners(weight * self.sin.to(weight.dtype), self.group)
+        return _turned_back(weight, self.cos, self.sin, self.group)
 
     def dense(self) -> Tensor:
         return self.times(torch.eye(self.width, dtype=self.cos.dtype, device=self.cos.device))
@@ -54,6 +54,11 @@ def _partners(x: Tensor, group: int) -> Tensor:
     return torch.stack([-second, first], dim=-2).flatten(-3)
 
 
+def _turned_back(y: Tensor, cos: Tensor, sin: Tensor, group: int) -> Tensor:
+    """y R, with cos − 1 in place of cos: in 16 bits a cosine near 1 would be 1."""
+    return torch.addcmul(y, y, (cos - 1).to(y.dtype)) - _partners(y * sin.to(y.dtype), group)
+
+
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, group: int) -> Tensor:
@@ -66,8 +71,7 @@ class _Turned(torch.autograd.Function):
         x, cos, sin = ctx.saved_tensors
         grad_x = grad_cos = grad_sin = None
         if ctx.needs_input_grad[0]:
-            through = torch.addcmul(grad, grad, (cos - 1).to(grad.dtype))
-            grad_x = through - _partners(grad * sin.to(grad.dtype), ctx.group)
+            grad_x = _turned_back(grad, cos, sin, ctx.group)
         if ctx.needs_input_grad[1]:
             grad_cos = (grad * x).sum_to_size(cos.shape).to(cos.dtype)
         if ctx.needs_input_grad[2]:
