@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peanut import BOFTConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
+from peanut.operators.block_factors import BlockFactors
 from peanut.operators.delta import shaped
 from peanut.operators.householder import Householder
 from peanut.operators.magnitude import MagnitudeDirection
-from peanut.operators.orthogonal import BlockDiagonal, Butterfly
 from peanut.operators.rows import Rows
 from peanut.operators.saved_outputs import SavedOutput, pulled_gain
 
@@ -129,8 +129,8 @@ OPERATORS: dict[str, Callable[[], Any]] = {
     "decomposed": lambda: MagnitudeDirection(
         drawn(OUT, IN), drawn(OUT, 2), drawn(2, IN).requires_grad_(), 1.0, torch.ones(OUT, dtype=torch.float64), True
     ),
-    "blocks": lambda: BlockDiagonal(drawn(2, 4, 4).requires_grad_()),
-    "butterfly": lambda: Butterfly(drawn(2, 2, 4, 4).requires_grad_()),
+    "blocks": lambda: BlockFactors.diagonal(drawn(2, 4, 4).requires_grad_()),
+    "butterfly": lambda: BlockFactors.butterfly(drawn(2, 2, 4, 4).requires_grad_()),
     "reflections": lambda: Householder.orthogonal(drawn(IN, 2).requires_grad_()),
     "rows of a head": lambda: Rows(drawn(2, IN).requires_grad_(), torch.tensor([3, 1]), OUT, head=True),
 }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators import Diagonal
+from ..operators.block_factors import BlockFactors
 from ..operators.cayley import cayley
-from ..operators.orthogonal import Butterfly
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_probability, check_whole
 from ..weights import FrozenLayer
@@ -112,7 +112,7 @@ class BOFT(WeightMethod[BOFTConfig]):
         rotations = cayley(0.5 * (M - M.transpose(2, 3)))
         gains, bias = parameters["boft_s"].flatten(), layer.bias()
         shift = None if bias is None else bias - gains.to(bias.dtype) * bias  # the bias itself is not scaled
-        return Change(rotation=Butterfly(rotations), left=Diagonal(gains), shift=shift)
+        return Change(rotation=BlockFactors.butterfly(rotations), left=Diagonal(gains), shift=shift)
 
     def sampled(self, config: BOFTConfig, parameters: Values) -> Values:
         """Blocks of one factor dropped at random: with M = 0 a block is the identity."""

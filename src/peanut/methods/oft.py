@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
+from ..operators.block_factors import BlockFactors
 from ..operators.cayley import cayley, cayley_neumann
-from ..operators.orthogonal import BlockDiagonal
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
@@ -115,7 +115,7 @@ class OFT(WeightMethod[OFTConfig]):
             weight = _Held.apply(weight, config.eps)  # type: ignore[no-untyped-call]
         S = skew(weight, b)
         blocks = cayley_neumann(-S, config.num_cayley_neumann_terms) if config.use_cayley_neumann else cayley(S)
-        return Change(rotation=BlockDiagonal(blocks, layer.in_features // (b * blocks.shape[0])))
+        return Change(rotation=BlockFactors.diagonal(blocks, layer.in_features // (b * blocks.shape[0])))
 
     def sampled(self, config: OFTConfig, parameters: Values) -> Values:
         """Blocks dropped at random: with S = 0 a block is the identity."""

@@ -1,4 +1,4 @@
-"""Products of block-diagonal matrices and permutations (used by OFT and BOFT), applied to a layer's input."""
+"""Products of block-diagonal matrices and permutations; the operator of OFT and BOFT."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from .delta import product_dtype, shaped
 from .inference import few_tokens
 from .rotation import Rotation
 
-__all__ = ["BlockFactors", "EvaluatedBlockFactors"]
+__all__ = ["BlockFactors"]
 
 WIDTH = 32
 """Narrower blocks are set side by side up to this width: one product of that size is up to five times as fast as many
 tiny ones."""
-
-TINY, SMALL = 20, 2**15
-"""Products of blocks narrower than this, and elementwise operations on fewer numbers than that, stay in one thread."""
 
 SPAN = 3 * 2**19
 """On a CPU so many numbers are multiplied at a time: they are still in its cache when they are read next."""
@@ -43,34 +40,50 @@ class BlockFactors(Rotation):
     distances: tuple[int, ...]
 
     @staticmethod
-    def of(levels: Tensor, distances: tuple[int, ...]) -> BlockFactors:
-        """With narrow blocks side by side; the permutations still go by the halves of the blocks given."""
-        n, b = levels.shape[1:3]
-        side = next(side for side in range(max(1, min(n, WIDTH // b)), 0, -1) if n % side == 0)
-        if side > 1:
-            spread = torch.diag_embed(levels.reshape(-1, side, b, b).permute(0, 2, 3, 1))
-            levels = spread.permute(0, 3, 1, 4, 2).reshape(-1, n // side, side * b, side * b)
-        return BlockFactors(levels, b // 2, distances)
+    def diagonal(blocks: Tensor, copies: int = 1) -> BlockFactors:
+        """R = diag(R₁, …, R_n), the blocks (n, b, b) repeated ``copies`` times along the diagonal."""
+        levels = (blocks if copies == 1 else blocks.repeat(copies, 1, 1))[None]
+        return BlockFactors(_side_by_side(levels), blocks.shape[-1] // 2, (1,))
+
+    @staticmethod
+    def butterfly(levels: Tensor) -> BlockFactors:
+        """R = F₀ F₁ … F_{f-1}, block-diagonal factors between permutations: F_i = P_i diag(R_i1, …, R_in) P_iᵀ.
+
+        Factor i mixes pairs of half blocks that lie 2^i half blocks apart, as in a fast Fourier transform, so that f
+        factors of blocks of b reach across b·2^(f-1) features.
+
+        Args:
+            levels: the factors' blocks, (f, n, b, b); b even and n a multiple of 2^(f-1) if f > 1.
+        """
+        distances = tuple(2**i for i in reversed(range(len(levels))))
+        levels = levels if len(levels) == 1 else levels.flip(0)
+        return BlockFactors(_side_by_side(levels), levels.shape[-1] // 2, distances)
 
     @property
     def width(self) -> int:
         return self.levels.shape[1] * self.levels.shape[2]
 
     def apply(self, x: Tensor) -> Tensor:
+        if self._at_once(x):
+            return _seen(x.reshape(-1, x.shape[-1]), self.levels, self.half, self.distances)[-1].view(x.shape)
         return self._product(x, None, None)
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._product(x, weight, bias)
+        return F.linear(self.apply(x), weight, bias) if self._at_once(x) else self._product(x, weight, bias)
 
     def times(self, weight: Tensor) -> Tensor:
         """W R for W (…, in), R never written out."""
-        return BlockFactors(self.levels.flip(0).transpose(2, 3), self.half, self.distances[::-1]).apply(weight)
+        return BlockFactors(self.levels.flip(0).mT, self.half, self.distances[::-1]).apply(weight)
 
     def dense(self) -> Tensor:
         return self.times(torch.eye(self.width, dtype=self.levels.dtype, device=self.levels.device))
 
     def to(self, dtype: torch.dtype) -> BlockFactors:
         return BlockFactors(self.levels.to(dtype), self.half, self.distances)
+
+    def _at_once(self, x: Tensor) -> bool:
+        """Whether x is few tokens in evaluation, which need none of what saves memory or time for many."""
+        return few_tokens(x) and x.dtype == self.levels.dtype and not torch.is_grad_enabled()
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
@@ -82,48 +95,14 @@ class BlockFactors(Rotation):
         return _turned(*arguments)
 
 
-@dataclass(frozen=True)
-class EvaluatedBlockFactors(BlockFactors):
-    """In evaluation few tokens go straight to the products.
-
-    Args:
-        turns: each factor's blocks, transposed.
-        narrow: the same before blocks were set side by side, for a single token.
-    """
-
-    turns: tuple[Tensor, ...]
-    narrow: tuple[Tensor, ...]
-
-    @staticmethod
-    def of(levels: Tensor, distances: tuple[int, ...]) -> EvaluatedBlockFactors:
-        wide = BlockFactors.of(levels, distances)
-        # Transposed in memory, as products take them: a token's takes a third less time.
-        turns = wide.levels.mT.contiguous()
-        narrow = turns if levels.shape == turns.shape else levels.mT.contiguous()
-        return EvaluatedBlockFactors(turns.mT, wide.half, distances, tuple(turns), tuple(narrow))
-
-    def to(self, dtype: torch.dtype) -> EvaluatedBlockFactors:
-        return self  # it was made for that dtype
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether x is few tokens."""
-        return few_tokens(x) and not torch.is_grad_enabled()
-
-    def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(self.apply(x), weight, bias) if self.takes(x) else super().turned(x, weight, bias)
-
-    def apply(self, x: Tensor) -> Tensor:
-        if not self.takes(x):
-            return super().apply(x)
-        tokens = x.reshape(-1, x.shape[-1])
-        one = len(tokens) == 1
-        for blocks, distance in zip(self.narrow if one else self.turns, self.distances, strict=True):
-            if one and distance == 1:
-                tokens = _turned_once(tokens, blocks)
-            else:
-                inner = torch.bmm(_gathered(tokens, blocks, self.half, distance), blocks)
-                tokens = _scattered(inner, self.half, distance).reshape(tokens.shape)
-        return tokens.view(x.shape)
+def _side_by_side(levels: Tensor) -> Tensor:
+    """The same factors with narrow blocks next to each other in wider ones."""
+    n, b = levels.shape[1:3]
+    side = next(side for side in range(max(1, min(n, WIDTH // b)), 0, -1) if n % side == 0)
+    if side == 1:
+        return levels
+    spread = torch.diag_embed(levels.reshape(-1, side, b, b).permute(0, 2, 3, 1))
+    return spread.permute(0, 3, 1, 4, 2).reshape(-1, n // side, side * b, side * b)
 
 
 def _gathered(x: Tensor, blocks: Tensor, half: int, distance: int) -> Tensor:
@@ -139,17 +118,6 @@ def _scattered(y: Tensor, half: int, distance: int) -> Tensor:
     if distance > 1:
         y = y.reshape(y.shape[0], width // (2 * distance * half), distance, 2, half).transpose(2, 3)
     return y
-
-
-def _turned_once(token: Tensor, blocks: Tensor) -> Tensor:
-    """A single token, (1, width), times transposed blocks, (n, b, b), of features side by side.
-
-    A batch of products wakes the other threads, for longer than a small one takes; elementwise torch does not.
-    """
-    n, b, _ = blocks.shape
-    if b >= TINY and blocks.numel() < SMALL:
-        return (blocks * token.view(n, b, 1)).sum(1).view(token.shape)
-    return torch.bmm(token.view(n, 1, b), blocks).view(token.shape)
 
 
 def _spans(tokens: Tensor) -> list[slice]:
@@ -180,7 +148,7 @@ def _turned(
             y[span] = _seen(tokens[span], factors, half, distances)[-1]
         return shaped(y, x.shape[:-1])
     if _turns_weight(tokens, weight):
-        weight = BlockFactors(factors, half, distances).times(weight)
+        weight = _turned(weight, factors.flip(0).mT, None, None, half, distances[::-1])
     else:
         tokens = _seen(tokens, factors, half, distances)[-1]
     return shaped(F.linear(tokens, weight, bias), x.shape[:-1])

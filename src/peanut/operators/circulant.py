@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -81,14 +80,8 @@ class Circulant(Materialised):
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
         cast = self.to(dtype)
-        rows, columns, b = self.kernel.shape
         wide = cast.kernel.to(torch.promote_types(dtype, torch.float32))  # there is no Fourier transform in 16 bits
-        waves = (self.scaling * torch.fft.fft(wide)).conj_physical()
-        row, column, entry = (torch.arange(size, dtype=torch.float64) for size in (rows, columns, b))
-        angles = (column[:, None] / columns - row[:, None, None] / rows) * entry * (2 * math.pi / b)
-        turned = waves * torch.polar(torch.ones_like(angles), angles).to(waves)
-        whole = torch.fft.ifft(torch.fft.fft(turned, dim=0)[: rows // 2 + 1], dim=1)
-        return _EvaluatedCirculant(cast, waves[:, :, : b // 2 + 1].contiguous(), whole)
+        return _EvaluatedCirculant(cast, (self.scaling * torch.fft.rfft(wide)).conj_physical())
 
     def _blocks(self) -> Tensor:
         """Δ as (out/b, b, in/b, b): a kernel b times in line, read in rows that begin b − 1 apart."""
@@ -99,40 +92,13 @@ class Circulant(Materialised):
 
 @dataclass(frozen=True)
 class _EvaluatedCirculant(Evaluated):
-    """Few tokens go block by block through short transforms, a single one through one transform and one back.
-
-    (On a CPU a batch of short ones wakes other threads, for longer than they take.) For that, the n = in/b blocks of a
-    token are interleaved: x̃[u·n + j] = x_j[u]. Entry f of the blocks' transforms is then made of the n entries
-    x̂[f + b·m] of the whole one, and so it is with the output: ŷ[f + b·q] = Σ_m whole[q, m, f] x̂[f + b·m].
-
-    Args:
-        waves: the blocks' transforms, (out/b, in/b, b/2 + 1).
-        whole: (out/2b + 1, in/b, b), for the half of ŷ that a real transform needs.
-    """
+    """Few tokens go block by block through short transforms; ``waves`` are the blocks' (out/b, in/b, b/2 + 1)."""
 
     origin: Circulant
     waves: Tensor
-    whole: Tensor
 
     def answer(self, tokens: Tensor) -> Tensor:
         rows, columns, b = self.origin.kernel.shape
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        if len(tokens) == 1:
-            y = self._whole(wide)
-        else:
-            y = torch.fft.irfft((torch.fft.rfft(wide.view(-1, 1, columns, b)) * self.waves).sum(2), n=b)
+        y: Tensor = torch.fft.irfft((torch.fft.rfft(wide.view(-1, 1, columns, b)) * self.waves).sum(2), n=b)
         return y.reshape(-1, rows * b).to(tokens.dtype)
-
-    def add(self, y: Tensor, tokens: Tensor) -> None:
-        if len(tokens) == 1 and torch.finfo(tokens.dtype).bits >= 32:
-            y.view(self.origin.kernel.shape[0], -1).add_(self._whole(tokens))
-        else:
-            super().add(y, tokens)
-
-    def _whole(self, token: Tensor) -> Tensor:
-        """Δ on a single token, (1, in) → (out/b, b)."""
-        rows, columns, b = self.origin.kernel.shape
-        out = rows * b
-        low = torch.fft.fft(token.view(columns, b).T.reshape(-1)).view(columns, b)
-        y: Tensor = torch.fft.irfft((low * self.whole).sum(1).view(-1)[: out // 2 + 1], n=out)
-        return y.view(b, rows).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +67,9 @@ class Householder(Rotation):
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        arguments = x.to(dtype), self.vectors.to(dtype), self.core.to(dtype)
-        if torch.is_grad_enabled():
-            return _Reflected.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-        return _reflected(*arguments)
+        x, vectors, core = x.to(dtype), self.vectors.to(dtype), self.core.to(dtype)
+        tokens = x.reshape(-1, self.width)
+        return shaped(torch.addmm(tokens, tokens @ vectors @ core.T, vectors.T, alpha=-1), x.shape[:-1])
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As x Wᵀ and a low-rank change, −(W V K) Vᵀ: x itself is not multiplied or copied.
@@ -99,28 +97,3 @@ class Householder(Rotation):
 
     def to(self, dtype: torch.dtype) -> Householder:
         return Householder(self.vectors.to(dtype), self.core.to(dtype))
-
-
-def _reflected(x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
-    """x − x V Kᵀ Vᵀ."""
-    tokens = x.reshape(-1, vectors.shape[0])
-    return shaped(torch.addmm(tokens, tokens @ vectors @ core.T, vectors.T, alpha=-1), x.shape[:-1])
-
-
-class _Reflected(torch.autograd.Function):
-    """``_reflected``; x V, r numbers a token, is computed again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
-        ctx.save_for_backward(x, vectors, core)
-        return _reflected(x, vectors, core)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, vectors, core = ctx.saved_tensors
-        tokens, grads = (tensor.reshape(-1, vectors.shape[0]) for tensor in (x, grad))
-        hidden, seen = tokens @ vectors, grads @ vectors
-        grad_hidden = seen @ core
-        grad_x = torch.addmm(grads, grad_hidden, vectors.T, alpha=-1).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_vectors = -(tokens.T @ grad_hidden).addmm_(grads.T, hidden @ core.T)
-        return grad_x, grad_vectors, -(seen.T @ hidden)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import Delta, product_dtype, shaped
+from .inference import Evaluated
 from .saved_outputs import SavedOutput, pulled_gain, tells_gain, weight_is_less
 
 __all__ = ["MagnitudeDirection"]
@@ -77,7 +78,7 @@ class MagnitudeDirection(Delta):
 
     def for_inference(self, dtype: torch.dtype) -> _Evaluated:
         up = (self.gain[:, None] * self.up * self.scaling).to(dtype)
-        return _Evaluated(self, up, self.down.to(dtype), (self.gain - 1).to(dtype))
+        return _Evaluated(self.to(dtype), up, self.down.to(dtype), (self.gain - 1).to(dtype))
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) -> Tensor:
         dtype = product_dtype(x)
@@ -87,38 +88,23 @@ class MagnitudeDirection(Delta):
 
 
 @dataclass(frozen=True)
-class _Evaluated(Delta):
+class _Evaluated(Evaluated):
     """A ``MagnitudeDirection`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
 
-    inner: MagnitudeDirection
+    origin: MagnitudeDirection
     up: Tensor
     down: Tensor
     less_one: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.inner.shape
-
-    def apply(self, x: Tensor) -> Tensor:
-        tokens, weight = x.reshape(-1, x.shape[-1]), self.inner.matrix().to(x.dtype)
-        y = F.linear(tokens, weight).mul_(self.less_one)
-        return y.addmm_(tokens @ self.down.T, self.up.T).view(*x.shape[:-1], y.shape[-1])
+    def answer(self, tokens: Tensor) -> Tensor:
+        y = F.linear(tokens, self.origin.matrix().to(tokens.dtype)).mul_(self.less_one)
+        return y.addmm_(tokens @ self.down.T, self.up.T)
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.inner.whole:
-            return F.linear(x, weight, bias) + self.apply(x)
-        tokens = x.reshape(-1, x.shape[-1])
-        y = _gained(tokens, weight, bias, self.up, self.down, self.less_one)
+        if not self.origin.whole:
+            return super().joined(x, weight, bias)
+        y = _gained(x.reshape(-1, x.shape[-1]), weight, bias, self.up, self.down, self.less_one)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.inner.rows(ids).to(self.up.dtype)
-
-    def dense(self) -> Tensor:
-        return self.inner.dense().to(self.up.dtype)
-
-    def to(self, dtype: torch.dtype) -> _Evaluated:
-        return self  # it was made for that dtype
 
 
 def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, less_one: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,11 @@ class Materialised(Delta):
 
     def pulled_through(self, grads: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(grads (W + Δ), ``pulled(grads, tokens)``), or grads Δ without a W: what a backward needs, in one go."""
-        return grads @ (self.dense() if weight is None else self.onto(weight)), self.pulled(grads, tokens)
+        return grads @ self.matrix(weight), self.pulled(grads, tokens)
+
+    def matrix(self, weight: Tensor | None) -> Tensor:
+        """W + Δ, or Δ without a W."""
+        return self.dense() if weight is None else self.onto(weight)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._product(x, None, None)
@@ -60,52 +65,30 @@ class Materialised(Delta):
             return F.linear(x, weight, bias) + self.apply(x)
         return self._product(x, weight, bias)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self._made().T[ids]
-
     def to(self, dtype: torch.dtype) -> Self:
-        cast = {name: value.to(dtype) for name, value in self._tensors().items() if value.is_floating_point()}
-        return replace(self, **cast)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: each.to(dtype) for name, each in tensors.items() if each.is_floating_point()})
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
         return WrittenOut(self.to(dtype))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def _taken_apart(self) -> tuple[Any, ...]:
-        """What a backward needs to make this operator again: its class, plain values, and tensors by name."""
-        tensors = self._tensors()
-        plain = tuple((field.name, getattr(self, field.name)) for field in fields(self) if field.name not in tensors)
-        parts = self.parts()
-        trained = tuple(next(n for n, value in tensors.items() if value is part) for part in parts)
-        other = tuple(name for name in tensors if name not in trained)
-        return type(self), plain, trained, other, *parts, *(tensors[name] for name in other)
-
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
-        operator = self.to(dtype)
+        operator, x = self.to(dtype), x.to(dtype)
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
         if not torch.is_grad_enabled():
-            return F.linear(x.to(dtype), operator.dense() if weight is None else operator.onto(weight), bias)
-        return _Product.apply(x.to(dtype), weight, bias, *operator._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
-
-    def _made(self) -> Tensor:
-        """Δ, (out, in), whose backward is ``pull`` and saves the parts alone."""
-        if not torch.is_grad_enabled():
-            return self.dense()
-        return _Made.apply(*self._taken_apart())  # type: ignore[no-any-return, no-untyped-call]
+            return F.linear(x, operator.matrix(weight), bias)
+        tensors = {name: value for name, value in vars(operator).items() if isinstance(value, Tensor)}
+        plain = tuple((name, value) for name, value in vars(operator).items() if name not in tensors)
+        return _Product.apply(x, weight, bias, type(self), plain, tuple(tensors), *tensors.values())  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _again(
-    made_of: type[Materialised], plain: Any, names: tuple[str, ...], tensors: tuple[Tensor, ...]
-) -> Materialised:
+def _again(made_of: type[Materialised], plain: Any, names: tuple[str, ...], tensors: Sequence[Tensor]) -> Materialised:
     return made_of(**dict(plain), **dict(zip(names, tensors, strict=True)))
 
 
 class _Product(torch.autograd.Function):
-    """y = x (W + Δ)ᵀ + b, or x Δᵀ without a W; saves x, W and the parts of Δ."""
+    """y = x (W + Δ)ᵀ + b, or x Δᵀ without a W; saves x, W and the tensors that Δ is made of."""
 
     @staticmethod
     def forward(
@@ -115,66 +98,34 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         made_of: type[Materialised],
         plain: Any,
-        trained: tuple[str, ...],
-        other: tuple[str, ...],
+        names: tuple[str, ...],
         *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *tensors)
-        ctx.recipe = made_of, plain, trained, other
-        operator = _again(made_of, plain, trained + other, tensors)
-        tokens = x.reshape(-1, x.shape[-1])
-        return shaped(
-            F.linear(tokens, operator.dense() if weight is None else operator.onto(weight), bias), x.shape[:-1]
-        )
+        ctx.recipe = made_of, plain, names
+        matrix = _again(made_of, plain, names, tensors).matrix(weight)
+        return shaped(F.linear(x.reshape(-1, x.shape[-1]), matrix, bias), x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
-        made_of, plain, trained, other = ctx.recipe
-        operator = _again(made_of, plain, trained + other, tuple(tensors))
-        grads = grad.reshape(-1, grad.shape[-1])
-        tokens = x.reshape(-1, x.shape[-1])
+        made_of, plain, names = ctx.recipe
+        operator = _again(made_of, plain, names, tensors)
+        grads, tokens = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        need_x, need_weight, need_bias, *need = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        pulled: tuple[Tensor | None, ...] = (None,) * len(trained)
-        need_x, need_weight, need_parts = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            any(ctx.needs_input_grad[7:]),
-        )
+        pulled: tuple[Tensor, ...] = ()
         if need_weight:
             grad_weight = grads.T @ tokens
-            pulled = operator.pull(grad_weight) if need_parts else pulled
-        elif need_x and need_parts:
+            pulled = operator.pull(grad_weight) if any(need) else ()
+        elif need_x and any(need):
             grad_x, pulled = operator.pulled_through(grads, tokens, weight)
-        elif need_parts:
+        elif any(need):
             pulled = operator.pulled(grads, tokens)
-        if need_x:
-            if grad_x is None:
-                grad_x = grads @ (operator.dense() if weight is None else operator.onto(weight))
-            grad_x = grad_x.view(x.shape)
-        if ctx.needs_input_grad[2]:
+        if need_x and grad_x is None:
+            grad_x = grads @ operator.matrix(weight)
+        if need_bias:
             grad_bias = grads.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, *pulled, *(None for _ in other)
-
-
-class _Made(torch.autograd.Function):
-    """Δ written out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        made_of: type[Materialised],
-        plain: Any,
-        trained: tuple[str, ...],
-        other: tuple[str, ...],
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.recipe = made_of, plain, trained, other
-        return _again(made_of, plain, trained + other, tensors).dense()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made_of, plain, trained, other = ctx.recipe
-        operator = _again(made_of, plain, trained + other, ctx.saved_tensors)
-        return None, None, None, None, *operator.pull(grad), *(None for _ in other)
+        of_parts = dict(zip(map(id, operator.parts()), pulled, strict=False))  # none where none is needed
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad_weight, grad_bias, None, None, None, *(of_parts.get(id(value)) for value in tensors)

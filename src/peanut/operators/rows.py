@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, product_dtype, shaped
+from .delta import Delta
 
 __all__ = ["Rows"]
 
@@ -45,11 +44,8 @@ class Rows(Delta):
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b; on a head the scores of its tokens alone are added to, in place."""
-        if not self.head or weight.requires_grad:
-            return F.linear(x, weight, bias) + self.apply(x)
-        dtype = product_dtype(x)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return _Scores.apply(x, weight, bias, self.vectors.to(dtype), self.ids)  # type: ignore[no-any-return, no-untyped-call]
+        y = F.linear(x, weight, bias)
+        return y.index_add_(-1, self.ids, F.linear(x, self.vectors)) if self.head else y + self.apply(x)
 
     def rows(self, ids: Tensor) -> Tensor:
         if self.head:
@@ -64,28 +60,3 @@ class Rows(Delta):
 
     def to(self, dtype: torch.dtype) -> Rows:
         return Rows(self.vectors.to(dtype), self.ids, self.vocabulary, self.head)
-
-
-class _Scores(torch.autograd.Function):
-    """y = x Wᵀ + b with x vectorsᵀ added at the tokens ``ids``; saves x and nothing else that grows with it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, vectors, ids)
-        tokens = x.reshape(-1, x.shape[-1])
-        y = F.linear(tokens, weight, bias).index_add_(-1, ids, F.linear(tokens, vectors))
-        return shaped(y, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, vectors, ids = ctx.saved_tensors
-        grads = grad.reshape(-1, grad.shape[-1])
-        own = grads.index_select(1, ids)
-        grad_x = grad_bias = grad_vectors = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grads @ weight).addmm_(own, vectors).view(x.shape)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grads.sum(0)
-        if ctx.needs_input_grad[3]:
-            grad_vectors = own.T @ x.reshape(-1, x.shape[-1])
-        return grad_x, None, grad_bias, grad_vectors, None
