@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from peanut import PeanutConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
-from peanut.weights.frozen import product, product_of_codes
+from peanut.weights.frozen import product
+from peanut.weights.kind import recomputed
 
 from ..support import directed, distance, one_thread, randomised  # noqa: F401
 
@@ -24,7 +25,7 @@ def test_its_gradient_is_right_twice(codes: bool) -> None:
     A = torch.randn(R, NARROW, dtype=torch.float64, requires_grad=True)
 
     def run(A: Tensor) -> Tensor:
-        return (product_of_codes(lambda: matrix, A) if codes else product(matrix, A)).tanh()
+        return (recomputed(lambda A: product(matrix, A), A) if codes else product(matrix, A)).tanh()
 
     assert torch.equal(run(A), (matrix @ A.T).tanh())
     assert torch.autograd.gradcheck(run, (A,))
@@ -41,8 +42,8 @@ def test_what_is_made_of_codes_is_not_kept(leaf: bool) -> None:
     def read() -> Tensor:
         return codes.double() / 8 - 1
 
-    assert saved_bytes(lambda: product_of_codes(read, given), [], [A]) == 0
-    found = product_of_codes(read, given)
+    assert saved_bytes(lambda: recomputed(lambda A: product(read(), A), given), [], [A]) == (0 if leaf else A.nbytes)
+    found = recomputed(lambda A: product(read(), A), given)
     assert distance(found, read() @ A.T) < 1e-14
     direction = torch.randn_like(found)
     (grad,) = torch.autograd.grad(found, A, direction)

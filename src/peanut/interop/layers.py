@@ -204,7 +204,7 @@ def our_slots(adapters: AdapterSet, name: str) -> dict[str, Slot]:
     return {
         key_of(path, suffix): slot
         for path, parameters in [*holders, *([(SHARED, bank)] if bank is not None else [])]
-        for suffix, slot in zip(parameters.suffixes, parameters.kept_at(), strict=True)
+        for suffix, slot in parameters.places.items()
     }
 
 

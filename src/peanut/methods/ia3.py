@@ -123,7 +123,7 @@ class IA3(WeightMethod[IA3Config]):
         if not config.scales_input:
             return Change(left=Diagonal(gains))
         # The columns of a kernel's matrix are channel by channel, h·w of each.
-        return Change(in_scale=gains.repeat_interleave(layer.in_features // gains.numel()))
+        return Change(in_scale=Diagonal(gains.repeat_interleave(layer.in_features // gains.numel())))
 
 
 def _ends(path: str, name: str) -> bool:

@@ -120,7 +120,7 @@ class LoKr(WeightMethod[LoKrConfig]):
         like = delta.outer
         mask = (torch.rand(delta.shape[0], device=like.device) >= config.rank_dropout).to(like.dtype)
         if config.rank_dropout_scale:
-            mask = mask / mask.mean()
+            mask = mask / mask.mean().clamp_min(1 / len(mask))  # also where none is left
         whole = (torch.rand((), device=like.device) >= config.module_dropout).to(like.dtype)
         return Between(Diagonal(mask * whole), delta, None)
 

@@ -275,7 +275,7 @@ class PeftModel(nn.Module):
                 adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
                 name = adapted.active_adapter
                 load_state(adapted.adapters, name, stored, check=check_base, alias=low_cpu_mem_usage)
-        except PeanutError:
+        except BaseException:
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise

@@ -23,7 +23,7 @@ SPAN = 3 * 2**19
 """On a CPU so many numbers are multiplied at a time: they are still in its cache when they are read next."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockFactors(Rotation):
     """R = F_f … F₂ F₁: block-diagonal factors, each between permutations, F₁ acting on the input first.
 
@@ -77,9 +77,6 @@ class BlockFactors(Rotation):
 
     def dense(self) -> Tensor:
         return self.times(torch.eye(self.width, dtype=self.levels.dtype, device=self.levels.device))
-
-    def to(self, dtype: torch.dtype) -> BlockFactors:
-        return BlockFactors(self.levels.to(dtype), self.half, self.distances)
 
     def _at_once(self, x: Tensor) -> bool:
         """Whether x is few tokens in evaluation, which need none of what saves memory or time for many."""

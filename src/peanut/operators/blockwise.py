@@ -16,7 +16,7 @@ from .materialised import Materialised
 __all__ = ["BlockAffine", "Blockwise"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blockwise(Delta):
     """Δ[o, i] = block[i mod r, o mod m]: the columns repeat with period r, the rows with period m.
 
@@ -66,9 +66,6 @@ class Blockwise(Delta):
         place = torch.arange(self.size[1], device=self.block.device) % r
         down = (place == torch.arange(r, device=self.block.device)[:, None]).to(self.block.dtype)
         return self.block.T.repeat(self.size[0] // m, 1), down
-
-    def to(self, dtype: torch.dtype) -> Blockwise:
-        return Blockwise(self.block.to(dtype), self.size)
 
 
 class _Folded(torch.autograd.Function):
@@ -132,7 +129,7 @@ def _fold(x: Tensor, r: int) -> Tensor:
     return folded if whole == x.shape[1] else folded + F.pad(x[:, whole:], (0, r - x.shape[1] + whole))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockAffine(Materialised):
     """Δ_ac = (W_ac + I) B_a for the blocks (r, r) of W: each block of the frozen weight through a learned product.
 
@@ -141,15 +138,14 @@ class BlockAffine(Materialised):
         weight: W, (out, in), read and not trained.
     """
 
+    trained = ("block",)
+
     block: Tensor
     weight: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
-
-    def parts(self) -> tuple[Tensor, ...]:
-        return (self.block,)
 
     def dense(self) -> Tensor:
         return self._with_own(self._stacked(self.weight) @ self.block)

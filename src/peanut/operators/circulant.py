@@ -16,7 +16,7 @@ __all__ = ["Circulant"]
 _AT_ONCE = 256  # tokens that are transformed together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circulant(Materialised):
     """Δ of blocks (b, b), the block at (i, j) being scaling · kernel[i, j, (column − row) mod b].
 
@@ -29,6 +29,8 @@ class Circulant(Materialised):
         scaling: a number.
     """
 
+    trained = ("kernel",)
+
     kernel: Tensor
     scaling: float = 1.0
 
@@ -36,9 +38,6 @@ class Circulant(Materialised):
     def shape(self) -> tuple[int, int]:
         rows, columns, b = self.kernel.shape
         return rows * b, columns * b
-
-    def parts(self) -> tuple[Tensor, ...]:
-        return (self.kernel,)
 
     def dense(self) -> Tensor:
         return self._blocks().reshape(self.shape)
@@ -90,7 +89,7 @@ class Circulant(Materialised):
         return line.unfold(2, b, max(b - 1, 1))[:, :, :b].transpose(1, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _EvaluatedCirculant(Evaluated):
     """Few tokens go block by block through short transforms; ``waves`` are the blocks' (out/b, in/b, b/2 + 1)."""
 

@@ -17,7 +17,7 @@ from .rotation import Diagonal, Rotation
 __all__ = ["Between", "Chain", "Gated", "Sum", "chain", "gated", "total"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Delta):
     """Δ₁ + Δ₂ + …, each applied in its own way."""
 
@@ -43,14 +43,8 @@ class Sum(Delta):
     def dense(self) -> Tensor:
         return reduce(torch.add, (term.dense() for term in self.terms))
 
-    def to(self, dtype: torch.dtype) -> Sum:
-        return Sum(tuple(term.to(dtype) for term in self.terms))
 
-    def for_inference(self, dtype: torch.dtype) -> Sum:
-        return Sum(tuple(term.for_inference(dtype) for term in self.terms))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gated(Delta):
     """gate ⊙ Δ x, gate (…, 1) with the shape of x before its last: each token has a Δ of its own."""
 
@@ -71,47 +65,31 @@ class Gated(Delta):
     def dense(self) -> Tensor:
         raise PeanutError("the weight of a layer that has another one for each token", "a single expert", "name one")
 
-    def to(self, dtype: torch.dtype) -> Gated:
-        return Gated(self.inner.to(dtype), self.gate)
 
-    def for_inference(self, dtype: torch.dtype) -> Gated:
-        return Gated(self.inner.for_inference(dtype), self.gate)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Between(Delta):
-    """L · Δ · diag(in_scale), either side optional: what is left of a Δ to add where L and the gain are merged."""
+    """L · Δ · S, either side optional: what is left of a Δ to add where L and the gains S are merged."""
 
     left: Rotation | None
     inner: Delta
-    in_scale: Tensor | None
+    in_scale: Rotation | None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.inner.shape
 
     def apply(self, x: Tensor) -> Tensor:
-        y = self.inner.apply(x if self.in_scale is None else x * self.in_scale)
+        y = self.inner.apply(x if self.in_scale is None else self.in_scale.apply(x))
         return y if self.left is None else self.left.apply(y)
 
     def dense(self) -> Tensor:
         matrix = self.inner.dense()
         if self.left is not None:
             matrix = self.left.apply(matrix.T).T
-        return matrix if self.in_scale is None else matrix * self.in_scale
-
-    def to(self, dtype: torch.dtype) -> Between:
-        return self._around(self.inner.to(dtype), dtype)
-
-    def for_inference(self, dtype: torch.dtype) -> Between:
-        return self._around(self.inner.for_inference(dtype), dtype)
-
-    def _around(self, inner: Delta, dtype: torch.dtype) -> Between:
-        left = None if self.left is None else self.left.to(dtype)
-        return Between(left, inner, None if self.in_scale is None else self.in_scale.to(dtype))
+        return matrix if self.in_scale is None else self.in_scale.times(matrix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain(Rotation):
     """R₁ R₂ …, a product of square operators: the last acts on the input first."""
 
@@ -133,12 +111,6 @@ class Chain(Rotation):
 
     def dense(self) -> Tensor:
         return reduce(torch.matmul, (link.dense() for link in self.links))
-
-    def to(self, dtype: torch.dtype) -> Chain:
-        return Chain(tuple(link.to(dtype) for link in self.links))
-
-    def for_inference(self, dtype: torch.dtype) -> Chain:
-        return Chain(tuple(link.for_inference(dtype) for link in self.links))
 
 
 def gated(delta: Delta, gate: Tensor) -> Delta:

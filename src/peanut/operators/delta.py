@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .operator import Operator
 
 __all__ = ["Delta", "product_dtype", "shaped"]
 
 
-class Delta(ABC):
+class Delta(Operator, ABC):
     """A linear operator Δ of shape (out, in) that is added to a weight: W' = W + Δ.
 
-    An author writes the abstract four. The others have defaults in terms of these; an operator overrides one where it
+    An author writes the abstract three. The others have defaults in terms of these; an operator overrides one where it
     knows something faster, or smaller for the backward.
 
     Laws, checked for every operator in float64, forward and backward:
@@ -44,10 +42,6 @@ class Delta(ABC):
     def dense(self) -> Tensor:
         """Δ as a matrix, (out, in): for merging and for tests, never stored in training."""
 
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
-
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
         return F.linear(x, weight, bias) + self.apply(x)
@@ -67,10 +61,6 @@ class Delta(ABC):
     def onto(self, weight: Tensor) -> Tensor:
         """W + Δ, a new tensor."""
         return weight + self.dense()
-
-    def for_inference(self, dtype: torch.dtype) -> Delta:
-        """The same operator for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
-        return self.to(dtype)
 
 
 def shaped(y: Tensor, places: Sequence[int]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from .delta import Delta
 __all__ = ["Dense"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense(Delta):
     """Δ = matrix, (out, in): itself a trained tensor, or a small one (a norm's weight is a matrix (dim, 1))."""
 
@@ -31,6 +30,3 @@ class Dense(Delta):
 
     def dense(self) -> Tensor:
         return self.matrix
-
-    def to(self, dtype: torch.dtype) -> Dense:
-        return Dense(self.matrix.to(dtype))

@@ -16,7 +16,7 @@ __all__ = ["Fourier"]
 _AT_ONCE = 256  # tokens that are transformed together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fourier(Materialised):
     """Δ = scaling · Re ifft2(S), S zero but for ``spectrum`` at ``places``.
 
@@ -30,6 +30,8 @@ class Fourier(Materialised):
         scaling: a number.
     """
 
+    trained = ("spectrum",)
+
     spectrum: Tensor
     places: Tensor
     size: tuple[int, int]
@@ -38,9 +40,6 @@ class Fourier(Materialised):
     @property
     def shape(self) -> tuple[int, int]:
         return self.size
-
-    def parts(self) -> tuple[Tensor, ...]:
-        return (self.spectrum,)
 
     def dense(self) -> Tensor:
         out, inputs = self.size
@@ -71,7 +70,7 @@ class Fourier(Materialised):
         waves = 352 * len(tokens) * (len(self.spectrum) + (out + inputs) // 2)
         if waves > out * inputs * (len(tokens) + 192) or torch.finfo(grads.dtype).bits < 32 or not len(tokens):
             return super().pulled(grads, tokens)
-        rows, columns, sign, _ = self._halved()
+        rows, columns, sign = self._halved()
         step = len(tokens) if torch.compiler.is_compiling() else _AT_ONCE
         total = None
         for some, seen in zip(grads.split(step), tokens.split(step), strict=True):
@@ -96,20 +95,16 @@ class Fourier(Materialised):
         right = columns > inputs // 2
         return torch.where(right, -rows % out, rows), torch.where(right, inputs - columns, columns)
 
-    def _halved(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows and columns in the halves that a real transform has, of either dimension.
-
-        With them the sign of the rows' frequencies, and whether a row is its own mirror.
-        """
+    def _halved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows and columns in the halves that a real transform has, and the sign of the rows' frequencies."""
         out = self.size[0]
         rows, columns = self._folded()
         lower = rows > out // 2
         sign = 1 - 2 * lower.to(torch.promote_types(self.spectrum.dtype, torch.float32))
-        rows = torch.where(lower, out - rows, rows)
-        return rows, columns, sign, (rows == 0) | (2 * rows == out)
+        return torch.where(lower, out - rows, rows), columns, sign
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _EvaluatedFourier(Evaluated):
     """y = irfft(M fft(x)), M real, (out/2 + 1, in), and zero but for ``values`` at (``rows_of``, ``columns``)."""
 

@@ -17,7 +17,7 @@ SPAN = 1 << 19
 """About so many entries are processed together on a CPU, so that all intermediate results stay in its caches."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HardConcrete(Materialised):
     """Δ = gate(logits + noise) ⊙ gate(group) ⊙ values, gate(α) = clamp(low + (high − low) · σ(α), 0, 1).
 
@@ -32,6 +32,8 @@ class HardConcrete(Materialised):
             noise.
     """
 
+    trained = ("values", "logits", "group")
+
     values: Tensor
     logits: Tensor
     group: Tensor | None = None
@@ -43,9 +45,6 @@ class HardConcrete(Materialised):
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
-
-    def parts(self) -> tuple[Tensor, ...]:
-        return (self.values, self.logits) if self.group is None else (self.values, self.logits, self.group)
 
     def dense(self) -> Tensor:
         return self._joined(None, self._opening())

@@ -16,7 +16,7 @@ from .rotation import Rotation
 __all__ = ["Householder"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Householder(Rotation):
     """R = I − V K Vᵀ with V (in, r) and K (r, r), a product of r reflections in compact form: two thin products.
 
@@ -94,6 +94,3 @@ class Householder(Rotation):
     def dense(self) -> Tensor:
         eye = torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device)
         return eye - self.vectors @ self.core @ self.vectors.T
-
-    def to(self, dtype: torch.dtype) -> Householder:
-        return Householder(self.vectors.to(dtype), self.core.to(dtype))

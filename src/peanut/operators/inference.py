@@ -17,7 +17,7 @@ FEW = 64
 """Up to so many tokens use the matrices that were computed beforehand."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluated(Delta):
     """An operator in evaluation: few tokens use matrices that were computed beforehand, many go as in training.
 
@@ -69,7 +69,7 @@ class Evaluated(Delta):
         return self  # it was made for that dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WrittenOut(Evaluated):
     """Keeps W + Δ from the first few tokens until many come in: where nothing smaller than the weight makes up Δ.
 
@@ -77,7 +77,8 @@ class WrittenOut(Evaluated):
     16 bits W + Δ would round most of a small Δ away, so there Δ is stored separately.
     """
 
-    held: dict[bool, Tensor] = field(default_factory=dict, repr=False)
+    held: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    """By the identity of W: W itself, so that no other tensor has it, and W + Δ (of no W: Δ)."""
 
     def answer(self, tokens: Tensor) -> Tensor:
         return F.linear(tokens, self._hold(None))
@@ -95,11 +96,12 @@ class WrittenOut(Evaluated):
         return super().joined(x, weight, bias)
 
     def _hold(self, weight: Tensor | None) -> Tensor:
-        matrix = self.held.get(weight is None)
-        if matrix is None:
-            matrix = self.origin.dense() if weight is None else self.origin.onto(weight)
-            self.held[weight is None] = matrix
-        return matrix
+        found = self.held.get(id(weight))
+        if found is None:
+            found = weight, self.origin.dense() if weight is None else self.origin.onto(weight)
+            self.held.clear()
+            self.held[id(weight)] = found
+        return found[1]
 
 
 def few_tokens(x: Tensor, most: int = FEW) -> bool:

@@ -14,7 +14,7 @@ from .delta import Delta, product_dtype, shaped
 __all__ = ["Kronecker"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kronecker(Delta):
     """Δ = scaling · U ⊗ V with U (a, c) and V (b, d), of shape (a·b, c·d).
 
@@ -55,10 +55,6 @@ class Kronecker(Delta):
             return None
         eye = torch.eye(self.outer.shape[1], dtype=self.outer.dtype, device=self.outer.device)
         return torch.kron(self.outer, self.inner) * self.scaling, torch.kron(eye, self.down)
-
-    def to(self, dtype: torch.dtype) -> Kronecker:
-        down = None if self.down is None else self.down.to(dtype)
-        return Kronecker(self.outer.to(dtype), self.inner.to(dtype), down, self.scaling)
 
     def _inner(self) -> Tensor:
         """V."""

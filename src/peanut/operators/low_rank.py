@@ -19,7 +19,7 @@ NARROW = 8
 """x downᵀ is saved for the backward where it has at most one number for so many of x."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank(Delta):
     """Δ = scaling · up · down with up (out, r) and down (r, in); applied as scaling · (x downᵀ) upᵀ, never built.
 
@@ -82,11 +82,6 @@ class LowRank(Delta):
     def gated(self, gate: Tensor) -> LowRank:
         """g_t Δ for every token t, gate (…, 1)."""
         return LowRank(self.up, self.down, self.scaling, gate, (self.rank,))
-
-    def to(self, dtype: torch.dtype) -> LowRank:
-        if self.up.dtype == self.down.dtype == dtype:
-            return self
-        return LowRank(self.up.to(dtype), self.down.to(dtype), self.scaling, self.gate, self.parts)
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b in one go: the frozen product and Δ's share one output and one gradient buffer.

@@ -17,7 +17,7 @@ from .saved_outputs import SavedOutput, pulled_gain, tells_gain, weight_is_less
 __all__ = ["MagnitudeDirection"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MagnitudeDirection(Delta):
     """Δ = diag(gain)(W + scaling · up · down) − W with W (out, in), up (out, r), down (r, in), gain (out); never built.
 
@@ -87,7 +87,7 @@ class MagnitudeDirection(Delta):
         return _GainedProduct.apply(x, weight, bias, up, down, self.gain, self.scaling, whole)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Evaluated(Evaluated):
     """A ``MagnitudeDirection`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +14,30 @@ from torch import Tensor
 from .delta import Delta, product_dtype, shaped
 from .inference import WrittenOut
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["Materialised"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Materialised(Delta):
     """A Δ for which no order of products is cheaper than building it from its small parts.
 
     A subclass is a frozen dataclass whose fields are tensors, or plain values (numbers, strings, tuples of them), and
-    gives three things: ``parts()``, ``dense()`` in ordinary differentiable torch, and ``pull``, its backward.
+    gives three things: ``trained``, ``dense()`` in ordinary differentiable torch, and ``pull``, its backward.
 
     Laws, besides those of every operator: ``pull(g)`` is the gradient of ``(dense() * g).sum()`` with respect to
-    ``parts()``; both work in any floating dtype, and ``dense()`` is in that of the parts. ``pulled(g, x)`` is
+    the parts; both work in any floating dtype, and ``dense()`` is in that of the parts. ``pulled(g, x)`` is
     ``pull(gᵀ x)``, and differentiable where gradients are on.
     """
 
-    @abstractmethod
-    def parts(self) -> tuple[Tensor, ...]:
-        """The fields that are trained: the tensors to which gradients flow."""
+    trained: ClassVar[tuple[str, ...]]
+    """The fields to which gradients flow: those of them that are tensors are the parts."""
 
     @abstractmethod
     def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of ``parts()`` given that of the dense Δ, (out, in)."""
+        """The gradients of the parts given that of the dense Δ, (out, in)."""
 
     def pulled(self, grads: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of ``parts()`` given (tokens, out) and (tokens, in), whose product would be that of Δ."""
+        """The gradients of the parts given (tokens, out) and (tokens, in), whose product would be that of Δ."""
         return self.pull(grads.T @ tokens)
 
     def pulled_through(self, grads: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -64,10 +60,6 @@ class Materialised(Delta):
         if torch.finfo(weight.dtype).bits < 32:
             return F.linear(x, weight, bias) + self.apply(x)
         return self._product(x, weight, bias)
-
-    def to(self, dtype: torch.dtype) -> Self:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: each.to(dtype) for name, each in tensors.items() if each.is_floating_point()})
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
         return WrittenOut(self.to(dtype))
@@ -126,6 +118,7 @@ class _Product(torch.autograd.Function):
             grad_x = grads @ operator.matrix(weight)
         if need_bias:
             grad_bias = grads.sum(0)
-        of_parts = dict(zip(map(id, operator.parts()), pulled, strict=False))  # none where none is needed
+        parts = (name for name in operator.trained if name in names)
+        of_parts = dict(zip(parts, pulled, strict=False))  # none where none is needed
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_weight, grad_bias, None, None, None, *(of_parts.get(id(value)) for value in tensors)
+        return grad_x, grad_weight, grad_bias, None, None, None, *(of_parts.get(name) for name in names)

@@ -13,7 +13,7 @@ from .rotation import Rotation
 __all__ = ["PairRotation"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairRotation(Rotation):
     """R x = cos ⊙ x + sin ⊙ x̃, x̃ = (−x₂, x₁) in each group of features with the halves x₁ and x₂.
 

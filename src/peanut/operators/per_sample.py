@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from ..errors import PeanutError
@@ -14,12 +12,12 @@ from .delta import Delta
 __all__ = ["PerSample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerSample(Delta):
     """Δ_i = s · up_i · down_i for sample i, up (batch, out, r), down (batch, r, in); applied as s (x_i down_iᵀ) up_iᵀ.
 
     x is (batch, …, in); where it has more rows than there are samples, each sample has a run of them. There is no one
-    matrix, so ``dense`` and ``rows`` are errors.
+    matrix, so ``dense``, and with it ``rows``, is an error.
     """
 
     up: Tensor
@@ -35,15 +33,6 @@ class PerSample(Delta):
         return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], -1)
 
     def dense(self) -> Tensor:
-        self._refuse()
-
-    def rows(self, ids: Tensor) -> Tensor:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
         raise PeanutError(
             "the weight of a layer that has another one for each sample", "one task for all", "see task_ids"
         )
-
-    def to(self, dtype: torch.dtype) -> PerSample:
-        return PerSample(self.up.to(dtype), self.down.to(dtype), self.scaling)

@@ -18,7 +18,7 @@ __all__ = ["RandomBases", "rescaled"]
 Side = Literal["up", "down"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomBases(Delta):
     """Δ = scaling · up · down, one factor fixed and the other basis ⊙ left ⊙ right (broadcast, then flattened to 2D).
 

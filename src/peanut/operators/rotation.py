@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .operator import Operator
 
 __all__ = ["Diagonal", "Rotation"]
 
 
-class Rotation(ABC):
+class Rotation(Operator, ABC):
     """A square operator on one side of a weight: W' = W R on a layer's input, or W' = L W on its output.
 
-    Mostly a rotation, from which it has its name; a gain is the diagonal case. An author writes the abstract four.
+    Mostly a rotation, from which it has its name; a gain is the diagonal case. An author writes the abstract three.
 
     Laws, checked for every operator in float64, forward and backward:
         ``apply(x)`` is ``x @ dense().T``; ``times(W)`` is ``W @ dense()``;
@@ -40,10 +38,6 @@ class Rotation(ABC):
     def dense(self) -> Tensor:
         """R as a matrix, (width, width)."""
 
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same operator with its parts in ``dtype``; gradients flow back through the cast."""
-
     def times(self, weight: Tensor) -> Tensor:
         """W R for W (…, width)."""
         return weight @ self.dense()
@@ -56,12 +50,8 @@ class Rotation(ABC):
         """(up, down) of shapes (width, r) and (r, width) if R is I + up · down, else ``None``."""
         return None
 
-    def for_inference(self, dtype: torch.dtype) -> Rotation:
-        """The same operator for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
-        return self.to(dtype)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagonal(Rotation):
     """R = diag(gain), gain (width): (IA)³'s and RED's gains of a layer's outputs.
 

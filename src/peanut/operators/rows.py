@@ -13,7 +13,7 @@ from .delta import Delta
 __all__ = ["Rows"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows(Delta):
     """What is added to the vectors of n tokens of a vocabulary.
 
@@ -57,6 +57,3 @@ class Rows(Delta):
     def dense(self) -> Tensor:
         matrix = self.vectors.new_zeros(self.vocabulary, self.vectors.shape[1]).index_copy(0, self.ids, self.vectors)
         return matrix if self.head else matrix.T
-
-    def to(self, dtype: torch.dtype) -> Rows:
-        return Rows(self.vectors.to(dtype), self.ids, self.vocabulary, self.head)

@@ -17,7 +17,7 @@ __all__ = ["Sparse"]
 _AT_ONCE = 512  # tokens whose gradients are transposed together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sparse(Materialised):
     """Δ[places[0, k], places[1, k]] = values[k], and zero elsewhere; values alone have a gradient.
 
@@ -30,6 +30,8 @@ class Sparse(Materialised):
         size: (out, in).
     """
 
+    trained = ("values",)
+
     values: Tensor
     places: Tensor
     size: tuple[int, int]
@@ -37,9 +39,6 @@ class Sparse(Materialised):
     @property
     def shape(self) -> tuple[int, int]:
         return self.size
-
-    def parts(self) -> tuple[Tensor, ...]:
-        return (self.values,)
 
     def dense(self) -> Tensor:
         return self.onto(self.values.new_zeros(self.size))
@@ -94,7 +93,7 @@ class Sparse(Materialised):
         return torch.searchsorted(rows, edges, out_int32=True), columns, order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _EvaluatedSparse(Evaluated):
     """Keeps Δ as a sparse matrix, in at least 32 bits, as not every device has its products in 16."""
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..errors import PeanutError
 from ..operators import Between, Delta, Rotation, chain, total
+from ..operators.operator import Operator
 
 __all__ = ["Change"]
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, eq=False)
+class Change(Operator):
     """What a method makes of a layer: y = W x + b becomes y = W' x + b'.
 
-        W' = L (W R + Δ) diag(in_scale),    b' = L b + shift.
+        W' = L (W R + Δ) S,    b' = L b + shift.
 
     Each part is optional. From this value alone the library derives the forward, merge and unmerge, several adapters
     at once, adapters per sample, and the export.
@@ -27,7 +28,7 @@ class Change:
         delta: Δ, an operator of shape (out, in).
         rotation: R, a square operator on the layer's input.
         left: L, a square operator on its output; ``Diagonal`` for a gain of each output.
-        in_scale: gains of the columns of the weight, (in).
+        in_scale: S, gains of the columns of the weight.
         shift: what is added to the bias, (out).
         dropout: probability with which, in training, an entry of Δ's input is zeroed.
     """
@@ -35,7 +36,7 @@ class Change:
     delta: Delta | None = None
     rotation: Rotation | None = None
     left: Rotation | None = None
-    in_scale: Tensor | None = None
+    in_scale: Rotation | None = None
     shift: Tensor | None = None
     dropout: float = 0.0
 
@@ -60,11 +61,10 @@ class Change:
         """Several changes of one layer as one: the definition of several active adapters.
 
         Deltas add, gains multiply, and square operators compose in the order given, the first next to the weight:
-        W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ (L₁ b + shift₁) + shift₂ …. Dropout is left out.
+        W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) Π S, b' = … L₂ (L₁ b + shift₁) + shift₂ …. Dropout is left out.
         """
         if len(changes) == 1:
             return changes[0]
-        scales = [change.in_scale for change in changes if change.in_scale is not None]
         shift: Tensor | None = None
         for change in changes:
             shift = shift if shift is None or change.left is None else change.left.apply(shift)
@@ -74,51 +74,37 @@ class Change:
             delta=total([change.delta for change in changes if change.delta is not None]),
             rotation=chain([change.rotation for change in changes if change.rotation is not None]),
             left=chain([change.left for change in reversed(changes) if change.left is not None]),
-            in_scale=scales[0] if len(scales) == 1 else torch.stack(scales).prod(0) if scales else None,
+            in_scale=chain([change.in_scale for change in changes if change.in_scale is not None]),
             shift=shift,
         )
 
-    def after(self, merged: Change, whole: Change) -> Change:
+    @staticmethod
+    def after(changes: Sequence[Change], merged: Change, whole: Change) -> list[Change]:
         """What is still to be done to a layer into which ``merged`` is written, so that in the end ``whole`` is done.
 
         Args:
+            changes: what is not merged.
             merged: what is in the weight and the bias.
-            whole: this change and what is merged, together in the order of their adapters.
+            whole: both together, in the order of their adapters.
 
         Raises:
             PeanutError: there is no such change: a rotation is left, and it would apply to what is merged.
         """
-        if self.rotation is not None and not (merged.delta is None and merged.in_scale is None):
+        rest = Change.together(changes)
+        if rest.rotation is not None and not (merged.delta is None and merged.in_scale is None):
             raise PeanutError(
                 "an adapter that adds to the weight would be merged beside an unmerged one that rotates its input",
                 "both merged or neither",
                 "merge all active adapters together, or fewer",
             )
-        delta, shift = self.delta, whole.shift
-        if delta is not None and not (merged.left is None and merged.in_scale is None):
-            delta = Between(merged.left, delta, merged.in_scale)
-        if merged.shift is not None and shift is not None:  # what is merged goes through this change's L
-            shift = shift - (merged.shift if self.left is None else self.left.apply(merged.shift))
-        return replace(self, delta=delta, shift=shift)
-
-    def to(self, dtype: torch.dtype) -> Change:
-        """The same change with its parts in ``dtype``."""
-        return Change(
-            None if self.delta is None else self.delta.to(dtype),
-            None if self.rotation is None else self.rotation.to(dtype),
-            None if self.left is None else self.left.to(dtype),
-            None if self.in_scale is None else self.in_scale.to(dtype),
-            None if self.shift is None else self.shift.to(dtype),
-            self.dropout,
-        )
-
-    def for_inference(self, dtype: torch.dtype) -> Change:
-        """The same change for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
-        return replace(
-            self.to(dtype),
-            delta=None if self.delta is None else self.delta.for_inference(dtype),
-            rotation=None if self.rotation is None else self.rotation.for_inference(dtype),
-        )
+        shift = whole.shift
+        if merged.shift is not None and shift is not None:  # what is merged goes through the others' L
+            shift = shift - (merged.shift if rest.left is None else rest.left.apply(merged.shift))
+        left = [replace(change, shift=None) for change in changes]
+        if not (merged.left is None and merged.in_scale is None):
+            around = partial(Between, left=merged.left, in_scale=merged.in_scale)
+            left = [each if each.delta is None else replace(each, delta=around(inner=each.delta)) for each in left]
+        return [*left, Change(shift=shift)]
 
     def matrix(self, weight: Tensor) -> Tensor:
         """W' as a matrix, (out, in), for W (out, in): for merging, and where a layer has no cheaper way."""
@@ -129,7 +115,7 @@ class Change:
             weight = weight + change.delta.dense()
         if change.left is not None:
             weight = change.left.apply(weight.T).T
-        return weight if change.in_scale is None else weight * change.in_scale
+        return weight if change.in_scale is None else change.in_scale.times(weight)
 
     def offset(self, bias: Tensor | None) -> Tensor | None:
         """b' for b, (out), or ``None`` where there is none and nothing is added."""

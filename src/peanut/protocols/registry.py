@@ -1,11 +1,11 @@
-"""The registry of methods, and ``PeftType``: an Enum of their names that grows with it.
+"""The registry of methods, and ``PeftType``: their names, which scripts use as an Enum.
 
 A method that is registered is trained, saved, listed, tested and measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -78,6 +78,10 @@ def method_of(peft_type: object, source: str = "the config") -> Any:
 
 class _Members(type):
     """What an Enum's class can do; the members are the registered methods."""
+
+    @property
+    def __members__(cls) -> Mapping[str, PeftType]:
+        return {name: PeftType(name) for name in registered()}
 
     def __iter__(cls) -> Iterator[PeftType]:
         return map(PeftType, registered())

@@ -53,9 +53,6 @@ class Conv2dKind(LayerKind):
     def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         return function(y.movedim(-3, -1)).movedim(-1, -3)
 
-    def along_output(self, vector: Tensor) -> Tensor:
-        return vector[:, None, None]
-
     def _convolve(self, module: nn.Conv2d, x: Tensor, matrix: Tensor) -> Tensor:
         """``x`` convolved as the layer does (stride, padding and its mode, dilation, groups), with another kernel."""
         y: Tensor = module._conv_forward(x, self.layout(module, matrix), None)

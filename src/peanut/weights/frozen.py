@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from .kind import LayerKind
+from .kind import LayerKind, recomputed
 
-__all__ = ["FrozenLayer", "product", "product_of_codes"]
+__all__ = ["FrozenLayer", "product"]
 
 
 class FrozenLayer:
@@ -63,11 +62,11 @@ class FrozenLayer:
         """
         module, kind, weight = self.module, self.kind, self.weight
 
-        def read() -> Tensor:
+        def times(A: Tensor) -> Tensor:
             matrix = kind.matrix(module, weight)
-            return matrix.T if transposed else matrix
+            return product(matrix.T if transposed else matrix, A)
 
-        return product_of_codes(read, A) if kind.quantised else product(read(), A)
+        return recomputed(times, A) if kind.quantised else times(A)  # the backward makes the matrix of its codes again
 
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""
@@ -149,20 +148,3 @@ class FrozenLayer:
 def product(matrix: Tensor, A: Tensor) -> Tensor:
     """M Aᵀ for M (e, d), read in its own dtype and never copied to another, and A (r, d): (e, r), in A's dtype."""
     return (matrix @ A.to(matrix.dtype).T).to(A.dtype)
-
-
-def product_of_codes(read: Callable[[], Tensor], A: Tensor) -> Tensor:
-    """``product`` for an M that ``read`` makes of codes; the backward makes it again."""
-    return _OfCodes.apply(A, read)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _OfCodes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, read: Callable[[], Tensor]) -> Tensor:
-        ctx.read, ctx.dtype = read, A.dtype
-        return product(read(), A)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        matrix = ctx.read()
-        return (matrix.T @ grad.to(matrix.dtype)).T.to(ctx.dtype), None

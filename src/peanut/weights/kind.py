@@ -87,10 +87,6 @@ class LayerKind(ABC):
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)
 
-    def along_output(self, vector: Tensor) -> Tensor:
-        """A vector (out), shaped so that it broadcasts over the layer's output."""
-        return vector
-
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function(x)``, of which only x is saved: the backward runs it again. It must not be random."""

@@ -46,7 +46,7 @@ def test_each_sample_goes_through_its_own_adapter(fixture: str, request: pytest.
     assert min(distance(rows[0], other[0]) for other in (model(IDS).logits, build()(IDS).logits)) > 0.01
     assert distance(model(IDS, adapter_names=["a"] * 4).logits, model(IDS).logits) < 1e-5
     assert distance(model(IDS, adapter_names=["__base__"] * 4).logits, build()(IDS).logits) < 1e-5
-    assert model.adapters.state.samples is None
+    assert model.adapters.state.call.samples is None
 
 
 @pytest.mark.parametrize("tokens", [3, 40], ids=["one product", "a product each"])
@@ -144,7 +144,7 @@ def test_wrong_names_are_refused_and_leave_nothing_switched(tiny_llama: Build) -
         model(IDS, adapter_names=[])
     with refused(model, r"^no adapter 'c'; expected one of 'a', 'b'; nearest: 'a'$"):
         model(IDS, adapter_names=["a", "c", "a", "a"])
-    assert model.adapters.state.samples is None
+    assert model.adapters.state.call.samples is None
     model.set_adapter("a")
     expected = model(IDS).logits
     assert same_bits(model(IDS).logits, expected)

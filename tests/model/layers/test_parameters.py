@@ -62,6 +62,6 @@ def test_names_hold_within_their_context_alone() -> None:
     state = AdapterState()
     with state.during(samples=["a"]):
         with state.during(samples=["b", "b"]):
-            assert state.samples == ["b", "b"]
-        assert state.samples == ["a"]
-    assert state.samples is None
+            assert state.call.samples == ["b", "b"]
+        assert state.call.samples == ["a"]
+    assert state.call.samples is None

@@ -13,6 +13,7 @@ from ...errors import PeanutError
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
+from ..layers.hooks import hook, unhook
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..layers.saved_modules import SavedModule
@@ -167,6 +168,8 @@ class AdapterSet(Surgery):
             else:
                 self.saved(path).modules_to_save[name] = nn.Module()
         self.configs[name] = config
+        hook(self.model, self.state.begin, before=True)
+        hook(self.model, self.state.end)
         self.freeze(self.trained)
         self.runner.watch()
         if overrides(method, "penalty") or overrides(method, "after_step"):
@@ -223,7 +226,7 @@ class AdapterSet(Surgery):
         before, self.state.active = self.state.active, list(dict.fromkeys([*self.state.merged, *wanted]))
         try:
             self.merge(wanted)
-        except PeanutError:
+        except BaseException:  # also where memory runs out, or a user interrupts
             self.state.active = before
             raise
         self._tie_again()
@@ -321,7 +324,7 @@ class AdapterSet(Surgery):
         try:
             for _, layer in self.layers():
                 layer.merge([name for name in active if name in merged], shared=id(layer.weight) in tied)
-        except PeanutError:
+        except BaseException:
             for _, layer in self.layers():
                 layer.unmerge()
                 layer.merge([name for name in active if name in before], shared=id(layer.weight) in tied)
@@ -358,6 +361,7 @@ class AdapterSet(Surgery):
     def _leave(self) -> None:
         """Leaves no trace of the adapters on the model."""
         self.runner.leave()
+        unhook(self.model, self.state)
         unfollow(self)
         self.model.__dict__.pop("_adapter_set", None)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import PeanutError
-from ..layers.state import BASE, AdapterState, CallState
+from ..layers.state import BASE, AdapterState, Cache
 from ..prompts.replay import restore_in_checkpoints
 from .adapter_set import AdapterSet
 
@@ -53,28 +51,20 @@ def called(
         changes["samples"] = None if samples is None else list(samples)
         # On the CPU each layer may look at the tasks without waiting for a device.
         changes["tasks"] = None if tasks is None else torch.as_tensor(tasks).cpu()
-        function = partial(_checked, adapters, function, samples, tasks)
-    if torch.compiler.is_compiling():
-        with state.during(**changes) if changes else nullcontext():
-            return function(*args, **kwargs)
-    if keep and state.call.values is None:
-        changes["values"] = {}
-    if torch.is_grad_enabled() and adapters.model.training:
+    if keep and not state.call.caches:
+        changes["caches"] = (Cache(),)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
-    return state.called(function, args, kwargs, changes)
+    with nullcontext() if compiling else state.steady(), state.during(**changes) if changes else nullcontext():
+        _check(adapters, _rows(args, kwargs), samples, tasks)
+        return function(*args, **kwargs)
 
 
-def _checked(
-    adapters: AdapterSet,
-    function: Callable[..., R],
-    samples: Sequence[str] | None,
-    tasks: Tensor | Sequence[int] | None,
-    /,
-    *args: Any,
-    **kwargs: Any,
-) -> R:
-    """The function's answer, once names and tasks fit: within the call, where a change by another thread is noticed."""
-    rows = _rows(args, kwargs)
+def _check(
+    adapters: AdapterSet, rows: int | None, samples: Sequence[str] | None, tasks: Tensor | Sequence[int] | None
+) -> None:
+    """Refuses names and tasks that do not fit a batch of so many rows (``None`` if nobody knows)."""
     # Layers may see a multiple of the samples (beams), so they do not notice every wrong number.
     for what, of, given in (("adapter_names", "name", samples), ("task_ids", "task", tasks)):
         if given is not None and rows is not None and len(given) != rows:
@@ -91,7 +81,6 @@ def _checked(
                 "an unmerged model",
                 "call unmerge_adapter() first",
             )
-    return function(*args, **kwargs)
 
 
 def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -104,26 +93,28 @@ def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 class Inference(AbstractContextManager["Inference"]):
     """Within the context evaluation caches what it computes from the adapters and the base.
 
-    It may be entered again, and in several threads, which then share the cache. It is freed when the last one leaves.
+    It may be entered again, and in several threads, which then share the cache. It is closed when the last one leaves.
     """
 
     def __init__(self, state: AdapterState) -> None:
         self._state = state
         self._lock, self._inside = threading.Lock(), 0
-        self._values: dict[Any, Any] = {}
-        self._before: ContextVar[tuple[CallState, ...]] = ContextVar("peanut_inference", default=())
+        self._cache = Cache()
 
     def __enter__(self) -> Inference:
         with self._lock:
+            self._cache = self._cache if self._inside else Cache()
             self._inside += 1
-        self._before.set((*self._before.get(), self._state.call))
-        self._state.call = replace(self._state.call, values=self._values)
+        call = self._state.call
+        self._state.call = replace(call, caches=(*call.caches, self._cache))
         return self
 
     def __exit__(self, *_: object) -> None:
-        *outer, self._state.call = self._before.get()
-        self._before.set(tuple(outer))
+        call = self._state.call  # not what held before: something else may have been left meanwhile
+        if self._cache in call.caches:
+            last = len(call.caches) - 1 - call.caches[::-1].index(self._cache)
+            self._state.call = replace(call, caches=call.caches[:last] + call.caches[last + 1 :])
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._values = {}
+                self._cache.close()

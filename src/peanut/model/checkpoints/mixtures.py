@@ -29,7 +29,7 @@ def all_or_none(adapters: AdapterSet) -> Iterator[None]:
     there = set(adapters.configs)
     try:
         yield
-    except PeanutError:
+    except BaseException:
         for name in [name for name in reversed(adapters.configs) if name not in there]:  # mixtures before experts
             adapters.delete(name)
         raise

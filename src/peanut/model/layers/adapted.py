@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import PeftConfig
-from .parameters import NamedModules, Parameters, Place
+from .parameters import NamedModules, Parameters
 from .state import AdapterState
 
 __all__ = ["Adapted", "walk"]
@@ -73,10 +73,6 @@ class Adapted(nn.Module):
         for shared in self._shared[name]:
             own.update(shared.values_by_suffix())
         return own
-
-    def kept_at(self, name: str) -> list[Place]:
-        """Where the tensors of ``values`` are stored."""
-        return [place for part in (self.adapters[name], *self._shared[name]) for place in part.kept_at()]
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuses torch.nn.DataParallel: a copy of a module there would go on reading the tensors of the original.

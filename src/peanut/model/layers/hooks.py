@@ -17,7 +17,9 @@ def names_of(module: nn.Module) -> tuple[str, ...]:
 
 
 class Hooking:
-    """Whose bound methods hang on modules."""
+    """A class whose bound methods are registered as hooks of modules."""
+
+    __slots__ = ()
 
 
 def hook(module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:

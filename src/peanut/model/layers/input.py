@@ -32,19 +32,19 @@ class AdaptedInput(Adapted):
 
     def acting(self, kind: str) -> list[str]:
         """The names of the adapters of a kind (``InputMethod.prepends``) that act on some sample of the batch now."""
-        names = self.state.active if self.state.samples is None else list(dict.fromkeys(self.state.samples))
+        names = self.state.active if self.state.call.samples is None else list(dict.fromkeys(self.state.call.samples))
         return [name for name in names if name in self.adapters and self.method_of(name)[0].prepends == kind]
 
     def width(self, kind: str) -> int:
         """p: how many places are taken before the user's tokens by what is of a kind."""
         counts = [self.method_of(name)[1].num_virtual_tokens for name in self.acting(kind)]
-        if self.state.samples is None:
+        if self.state.call.samples is None:
             return sum(counts)
         return max(counts, default=0)
 
     def there(self, kind: str, batch: int) -> Tensor | None:
         """(batch, p), which places are taken for which row, ``None`` for all."""
-        if self.state.samples is None:
+        if self.state.call.samples is None:
             return None
         width = self.width(kind)
         there = torch.zeros(batch, width, dtype=torch.bool)
@@ -60,7 +60,7 @@ class AdaptedInput(Adapted):
             return None
         along = -2  # p, of both kinds
         made = {name: self._made(name) for name in names}
-        if self.state.samples is None:
+        if self.state.call.samples is None:
             whole = torch.cat(list(made.values()), dim=along)
             return Front(whole.expand(batch, *whole.shape), None)
         width = self.width(kind)
@@ -111,5 +111,5 @@ class AdaptedMixture(Adapted):
 
     def acting(self) -> list[str]:
         """The names of the mixtures that act on some sample of the batch now."""
-        names = self.state.active if self.state.samples is None else list(dict.fromkeys(self.state.samples))
+        names = self.state.active if self.state.call.samples is None else list(dict.fromkeys(self.state.call.samples))
         return [name for name in names if name in self.adapters]

@@ -49,18 +49,7 @@ class AdaptedLayer(Adapted):
 
     @property
     def disable_adapters(self) -> bool:
-        return self.state.disabled
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, for code that looks at a layer's dtype or device."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Tensor | None = getattr(self.base_layer, "bias", None)
-        return bias
+        return self.state.call.disabled
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
@@ -130,8 +119,8 @@ class AdaptedLayer(Adapted):
                     "a merge in the order of activation",
                     "merge the earlier one too",
                 )
-        outer, inner = (Change.together([changes[name] for name in names]) for names in (outside, inside))
-        outer.after(inner, Change.together(list(changes.values())))
+        inner = Change.together([changes[name] for name in inside])
+        Change.after([changes[name] for name in outside], inner, Change.together(list(changes.values())))
 
     @torch.no_grad()
     def merge(self, names: Sequence[str], shared: bool) -> None:
@@ -177,46 +166,26 @@ class AdaptedLayer(Adapted):
     def _plan(self, call: CallState, x: Tensor) -> Plan:
         """The computation of the adapters that act on a whole batch."""
         tasks, names = self.state.tasks_of(_rows(x)), self.state.active
-        if not self._keeps(call):
-            return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
+        kept = self._kept(call)
         task = None if tasks is None else set(tasks.tolist())
-        if (task is not None and len(task) > 1) or any(name in call.running.gates for name in names):
-            # factors of each row, or gates of each token: there is nothing to keep
-            return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
+        if kept is None or (task is not None and len(task) > 1) or any(name in call.running.gates for name in names):
+            # With factors of each row, or gates of each token, there is nothing to keep.
+            return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         dtype = product_dtype(x)
-        key = (dtype, tuple(names), tuple(self.state.merged), task)
-        plan: Plan | None = self._known(call, "plan", key)
-        if plan is None:
+        key = ("plan", dtype, tuple(names), None if task is None else tuple(task))
+        if key not in kept:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
-            plan = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
-            self._keep(call, "plan", key, names, plan)
-        return plan
+            kept[key] = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
+        return kept[key]  # type: ignore[no-any-return]
 
-    def _keeps(self, call: CallState) -> bool:
-        """Whether values computed now may be cached: where the caller has said so, and only in evaluation."""
-        compiling = torch.compiler.is_compiling()
-        return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
+    def _kept(self, call: CallState) -> dict[Hashable, Any] | None:
+        """What evaluation has kept for this layer; ``None`` where nothing may be kept.
 
-    def _known(self, call: CallState, what: Hashable, key: Any) -> Any:
-        """What is kept under ``what``; ``None`` if it is not what would be computed now.
-
-        So it is with another key, after the library has changed an adapter, and where other tensors (not other values
-        in them) stand in the place of those that it came from, as under ``torch.func.functional_call``.
+        It may where the caller has said so, and only in evaluation. After a change of the adapters it is empty.
         """
-        assert call.values is not None  # as ``_keeps`` has seen
-        found = call.values.get((id(self), what))
-        if found is None or found[0] != self.state.version or found[1] != key:
+        if not call.caches or self.training or call.sampling or torch.is_grad_enabled():
             return None
-        return found[3] if all(owner.get(leaf) is tensor for owner, leaf, tensor in found[2]) else None
-
-    def _keep(self, call: CallState, what: Hashable, key: Any, names: Collection[str], value: object) -> None:
-        """Keeps a value of the adapters ``names`` until the caller leaves the context that allows it."""
-        assert call.values is not None  # as ``_keeps`` has seen
-        own = self.base_layer._parameters
-        places = [(own, leaf) for leaf in own]
-        places += [place for name in names if name in self.adapters for place in self.kept_at(name)]
-        tensors = [(owner, leaf, owner.get(leaf)) for owner, leaf in places]
-        call.values[id(self), what] = (self.state.version, key, tensors, value)
+        return None if torch.compiler.is_compiling() else call.caches[-1].of(self, self.state.version)
 
     def _acting(
         self,
@@ -241,7 +210,7 @@ class AdaptedLayer(Adapted):
             inner = Change.together([change for own in there.values() for change in own])
             if not inner.adds or inner.shift is not None:
                 whole = [change for name in names for change in {**there, **each}.get(name, [])]
-                return [Change.together(changes).after(inner, Change.together(whole))]
+                return Change.after(changes, inner, Change.together(whole))
         return changes
 
     def _changes_of(
@@ -263,13 +232,13 @@ class AdaptedLayer(Adapted):
         return changes
 
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
-        keeps = self._keeps(call)
-        known: Change | None = self._known(call, ("expert", name), None) if keeps else None
-        if known is None:
-            known = self.change(name, sample=sample)
-            if keeps:
-                self._keep(call, ("expert", name), None, [name], known)
-        return known
+        """The change of an expert of a mixture."""
+        kept, key = self._kept(call), ("expert", name)
+        if kept is None:
+            return self.change(name, sample=sample)
+        if key not in kept:
+            kept[key] = self.change(name)
+        return kept[key]  # type: ignore[no-any-return]
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
         tokens = x.shape if not self.frozen.kind.takes_activations else x.shape[:-1]
@@ -283,21 +252,20 @@ class AdaptedLayer(Adapted):
 
     def _per_sample(self, call: CallState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
-        tasks, placed = self.state.tasks_of(x.shape[0]), self.state.placed(x.shape[0], x.device)
-        keeps = self._keeps(call) and tasks is None and not call.running.gates
-        key = (x.dtype, x.shape[:-1], tuple(call.samples or ()))
-        plan: Plan | None = self._known(call, "samples", key) if keeps else None
-        if plan is not None:
-            return plan(x, *args, **kwargs)
+        tasks, placed = self.state.tasks_of(x.shape[0]), self.state.groups(x.shape[0], x.device)
+        kept = self._kept(call) if tasks is None and not call.running.gates else None
+        key = ("samples", x.dtype, x.shape[:-1], tuple(call.samples or ()))
+        if kept is not None and key in kept:
+            return kept[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [
             (index, [] if name == BASE else self._acting(call, x[index], [name], _at(tasks, index), index))
             for name, index in placed.items()
         ]
-        together = for_samples(groups, x) if self.frozen.kind.takes_features else None
-        if together is not None:
-            plan = Plan(self.frozen, together)
-            if keeps:
-                self._keep(call, "samples", key, placed, plan)
+        whole = for_samples(groups, x, training=self.training) if self.frozen.kind.takes_features else None
+        if whole is not None:
+            plan = Plan(self.frozen, whole)
+            if kept is not None:
+                kept[key] = plan
             return plan(x, *args, **kwargs)
         y: Tensor | None = None
         for index, changes in groups:

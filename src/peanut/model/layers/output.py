@@ -96,7 +96,7 @@ class AdaptedOutput(Adapted, Hooking):
 
     def change(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook after the module: its output, changed by the adapters that act."""
-        changed = None if self.state.disabled else self._changed(module, args, kwargs, output)
+        changed = None if self.state.call.disabled else self._changed(module, args, kwargs, output)
         for listener in self.listeners.values():
             listener.forget()
         return changed
@@ -129,8 +129,8 @@ class AdaptedOutput(Adapted, Hooking):
 
     def _acting(self, count: int) -> list[tuple[str, Tensor | None]]:
         """The adapters that act, each with which of ``count`` rows go through it, ``None`` for all."""
-        answering = self.state.running.answering
-        if self.state.samples is None:
+        answering = self.state.call.running.answering
+        if self.state.call.samples is None:
             there = self.active_adapters
             return [(name, None) for name in there if not (answering and self.method_of(name)[0].reads_prompt)]
         found: list[tuple[str, Tensor | None]] = []
@@ -148,14 +148,14 @@ class AdaptedOutput(Adapted, Hooking):
 
         def apart(layer: nn.Module, vectors: Tensor) -> Tensor:
             given = vectors[None].to(y.dtype)
-            if state.samples is not None or state.tasks is not None:
+            if state.call.samples is not None or state.call.tasks is not None:
                 given = given.repeat(rows, 1, 1)
-            if not state.running.gates:
+            if not state.call.running.gates:
                 return layer.forward(given)  # type: ignore[no-any-return]
-            with state.during(running=replace(state.running, gates={})):
+            with state.during(running=replace(state.call.running, gates={})):
                 return layer.forward(given)  # type: ignore[no-any-return]
 
-        return Call(module, arguments, state.running.prompt, self.training, self._kind, apart)
+        return Call(module, arguments, state.call.running.prompt, self.training, self._kind, apart)
 
 
 def _where(rows: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class Parameters(nn.Module):
     Args:
         untrained: suffixes of those that are buffers.
         rebuilt: suffixes of buffers that a state dict leaves out.
+
+    ``places`` tells where each tensor is stored, by suffix.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Parameters(nn.Module):
     ) -> None:
         super().__init__()
         self.suffixes = tuple(values)
-        self._places: dict[str, Place] = {}
+        self.places: dict[str, Place] = {}
         for suffix, value in values.items():
             module: nn.Module = self
             *branches, leaf = suffix.split(".")
@@ -72,24 +74,20 @@ class Parameters(nn.Module):
                 module.register_buffer(leaf, value, persistent=suffix not in rebuilt)
             else:
                 module.register_parameter(leaf, nn.Parameter(value))
-            self._places[suffix] = (module._buffers if suffix in untrained else module._parameters, leaf)
+            self.places[suffix] = (module._buffers if suffix in untrained else module._parameters, leaf)
 
     def values_by_suffix(self) -> dict[str, Tensor]:
         """The tensors by suffix."""
-        return {suffix: owner[leaf] for suffix, (owner, leaf) in self._places.items()}
+        return {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        for owner, leaf in self._places.values():
+        for owner, leaf in self.places.values():
             if isinstance(owner[leaf], nn.Parameter):
                 owner[leaf].requires_grad_(requires_grad)
         return self
 
-    def kept_at(self) -> list[Place]:
-        """Where its tensors are stored."""
-        return list(self._places.values())
-
     def assign(self, suffix: str, value: Tensor) -> None:
         """Puts a tensor in place of the one that is there, trained or not as that one."""
-        owner, leaf = self._places[suffix]
+        owner, leaf = self.places[suffix]
         own = owner[leaf]
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value

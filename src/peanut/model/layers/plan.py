@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...operators import Delta, LowRank
+from ...operators import Between, Delta, LowRank
 from ...operators.delta import product_dtype
 from ...operators.inference import FEW
 from ...protocols import Change
-from ...weights import FrozenLayer, with_tensors
+from ...weights import FrozenLayer, LayerKind, with_tensors
 from ...weights.kind import recomputed
 
 __all__ = ["Plan", "for_samples"]
@@ -27,12 +27,12 @@ they save."""
 
 @dataclass(frozen=True)
 class Plan:
-    """y = L (W R + Δ) diag(in_scale) x + L b + shift, as one frozen layer computes it.
+    """y = L (W R + Δ) S x + L b + shift, as one frozen layer computes it.
 
     Args:
         frozen: the layer.
         change: of all adapters that act, together.
-        dropped: the Δ whose input is dropped out, each with its probability; they are not part of ``change``.
+        dropped: the Δ whose input is dropped out, each with its probability; they stand in ``change`` beside its Δ.
         ready: for evaluation of a plain linear layer, its matrix and its bias; ``change`` is then made for inference.
     """
 
@@ -44,13 +44,16 @@ class Plan:
     @classmethod
     def of(cls, frozen: FrozenLayer, changes: Sequence[Change], *, training: bool) -> Plan:
         """The computation of a layer with all ``changes``."""
-        if not changes:
-            return cls(frozen, Change())
-        drops = training and frozen.kind.takes_activations
-        apart = [change for change in changes if drops and change.dropout and change.delta is not None]
-        dropped = tuple((change.delta, change.dropout) for change in apart if change.delta is not None)
-        whole = [replace(change, delta=None) if change in apart else change for change in changes]
-        return cls(frozen, Change.together(whole), dropped)
+        drops = training and frozen.kind.takes_activations and frozen.kind.multiplies
+        dropped: list[tuple[Delta, float]] = []
+        whole: list[Change] = []
+        for change in changes:
+            if drops and change.dropout and change.delta is not None:
+                dropped.append((change.delta, change.dropout))
+                whole.append(replace(change, delta=None))
+            else:
+                whole.append(change)
+        return cls(frozen, Change.together(whole), tuple(dropped))
 
     def for_inference(self, dtype: torch.dtype) -> Plan:
         """The same computation for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
@@ -73,7 +76,9 @@ class Plan:
         if not kind.multiplies or (
             not kind.takes_features and (change.rotation is not None or change.in_scale is not None)
         ):
-            return self._rebuilt(x, *args, **kwargs)
+            y = self._rebuilt(x, *args, **kwargs)
+            around = [(Between(change.left, delta, change.in_scale), chance) for delta, chance in self.dropped]
+            return self._with_dropped(y, x, around)
         if not args and not kwargs and kind.fused(module):
             weight, bias, dtype = kind.matrix(module, module.weight), module.bias, product_dtype(x)
             if dtype != x.dtype:  # autocast is on
@@ -83,29 +88,29 @@ class Plan:
                 bias, change = change.offset(bias), replace(change, shift=None)
             return self._fused(x, weight, bias, change)
         change = change.to(x.dtype if kind.takes_activations else module.weight.dtype)
-        seen = x if change.in_scale is None else x * change.in_scale
-        y: Tensor = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
+        seen = x if change.in_scale is None else change.in_scale.apply(x)
+        y = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
         if change.delta is not None:
             if kind.quantised and change.rotation is None:  # to read W again would be to make it of codes once more
                 y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)
             else:
                 y = y + kind.respond(module, seen, change.delta).to(y.dtype)
-        return self._behind(self._with_dropped(y, seen), change)
+        return self._behind(self._with_dropped(y, seen, self.dropped), change)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
         """Of a plain linear layer, whose product the change joins."""
         if change.in_scale is not None:
-            x = x * change.in_scale
+            x = change.in_scale.apply(x)
         if change.rotation is not None:
             y = change.rotation.turned(x, weight, bias)
             y = y if change.delta is None else y + change.delta.apply(x)
         else:
             y = F.linear(x, weight, bias) if change.delta is None else change.delta.joined(x, weight, bias)
-        return self._behind(self._with_dropped(y, x), change)
+        return self._behind(self._with_dropped(y, x, self.dropped), change)
 
-    def _with_dropped(self, y: Tensor, seen: Tensor) -> Tensor:
-        for delta, probability in self.dropped:
-            x = nn.functional.dropout(seen, probability)
+    def _with_dropped(self, y: Tensor, seen: Tensor, dropped: Sequence[tuple[Delta, float]]) -> Tensor:
+        for delta, probability in dropped:
+            x = F.dropout(seen, probability)
             y = y + self.frozen.kind.respond(self.frozen.module, x, delta.to(x.dtype)).to(y.dtype)
         return y
 
@@ -114,12 +119,12 @@ class Plan:
         kind = self.frozen.kind
         if change.left is not None:
             y = kind.on_output(y, change.left.to(y.dtype).apply)
-        return y if change.shift is None else y + kind.along_output(change.shift.to(y.dtype))
+        return _shifted(kind, y, change.shift)
 
     def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
 
-        W' is made again in the backward rather than kept. (Dropout of Δ's input does not exist here.)
+        W' is made again in the backward rather than kept.
         """
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
         weight, bias = module.weight, getattr(module, "bias", None)  # in the backward the module may have others
@@ -131,12 +136,16 @@ class Plan:
             if bias is not None and offset is not None:
                 own["bias"] = offset.to(bias.dtype)
             y: Tensor = with_tensors(module, own, x, *args, **kwargs)
-            return y if bias is not None or offset is None else y + kind.along_output(offset.to(y.dtype))
+            return _shifted(kind, y, offset if bias is None else None)
 
         return recomputed(run, x) if kind.multiplies else run(x)
 
 
-def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor) -> Change | None:
+def _shifted(kind: LayerKind, y: Tensor, shift: Tensor | None) -> Tensor:
+    return y if shift is None else kind.on_output(y, lambda each: each + shift.to(each.dtype))
+
+
+def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *, training: bool) -> Change | None:
     """The changes of a batch's samples as one change, in which each row sees the ranks of its own adapter.
 
     Args:
@@ -148,7 +157,7 @@ def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor) ->
     """
     found = [(rows, change) for rows, own in groups for change in own]
     low = [change.delta for _, change in found if isinstance(change.delta, LowRank) and change.delta.gate is None]
-    plain = all(change.adds and change.shift is None and not change.dropout for _, change in found)
+    plain = all(change.adds and change.shift is None and not (training and change.dropout) for _, change in found)
     ranks = sum(delta.rank for delta in low)
     if not plain or not low or len(low) < len(found):
         return None

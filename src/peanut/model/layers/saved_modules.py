@@ -50,7 +50,7 @@ class SavedModule(nn.Module):
     def acting(self) -> nn.Module:
         """The module that runs now."""
         names = [name for name in self.state.active if name in self.modules_to_save]
-        if self.state.disabled or not names:
+        if self.state.call.disabled or not names:
             return self.original_module
         return self.modules_to_save[names[0]]
 
@@ -60,14 +60,14 @@ class SavedModule(nn.Module):
         return self.acting() if dtype is None else self.acting().to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.disabled or self.state.samples is None:
+        if self.state.call.disabled or self.state.call.samples is None:
             return self._answer(self.acting(), *args, **kwargs)
         return self._forward_per_sample(*args, **kwargs)
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows through its own adapter's copy."""
         y: Tensor | None = None
-        for name, index in self.state.placed(x.shape[0], x.device).items():
+        for name, index in self.state.groups(x.shape[0], x.device).items():
             own = name != BASE and name in self.modules_to_save
             module = self.modules_to_save[name] if own else self.original_module
             part = self._answer(module, x[index], *args, **kwargs)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from ...errors import PeanutError
+from .hooks import Hooking
 
-__all__ = ["BASE", "AdapterState", "CallState", "Running"]
-
-R = TypeVar("R")
+__all__ = ["BASE", "AdapterState", "Cache", "CallState", "Running"]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -42,6 +40,26 @@ class Running:
     gates: dict[str, dict[str, list[tuple[str, Tensor]]]] = field(default_factory=dict)
 
 
+class Cache:
+    """What evaluation computes once for each layer, until the adapters change or the cache is closed."""
+
+    def __init__(self) -> None:
+        self._held: tuple[int, dict[int, dict[Hashable, Any]]] | None = (-1, {})
+
+    def of(self, layer: object, version: int) -> dict[Hashable, Any] | None:
+        """The values of a layer under a version of the adapters; ``None`` once the cache is closed."""
+        held = self._held  # read once: other threads use the cache too
+        if held is None:
+            return None
+        if held[0] != version:
+            self._held = held = (version, {})
+        return held[1].setdefault(id(layer), {})
+
+    def close(self) -> None:
+        """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
+        self._held = None
+
+
 @dataclass(frozen=True, eq=False)
 class CallState:
     """What holds for one call of the model, in the thread (or asyncio task) that makes it.
@@ -54,7 +72,7 @@ class CallState:
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
-        values: cache of evaluation until its context is left, by owner; ``None`` to cache nothing.
+        caches: of evaluation, one for each context that allows it; the last is used.
         again: whether a block runs again in the backward, under what held when it ran first.
         indices: the rows of each adapter's samples, made once for all layers.
     """
@@ -66,7 +84,7 @@ class CallState:
     samples: list[str] | None = None
     tasks: Tensor | None = None
     running: Running = field(default_factory=Running)
-    values: dict[Any, Any] | None = None
+    caches: tuple[Cache, ...] = ()
     again: bool = False
     indices: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -77,19 +95,31 @@ class CallState:
 
 
 class _OfThread(threading.local):
-    """A thread's call where a compiled graph finds it, as it knows no context variables; whether one put it there."""
+    """A thread's call where a compiled graph finds it, as it knows no context variables; whether one put it there.
+
+    And the version of the adapters when the thread's last forward of the model began.
+    """
 
     def __init__(self) -> None:
         self.call = PLAIN
         self.compiled = False
+        self.begun = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """Under what a graph was made; the graph holds it, so that it lives as long."""
+
+    call: CallState
+    version: int
 
 
 PLAIN = CallState()
-_CALLS: ContextVar[dict[int, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
-"""The calls that are being made, by the identity of the model's state: a thread and an asyncio task have their own."""
+_CALLS: ContextVar[dict[AdapterState, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
+"""The calls that are being made, by the state of the model: a thread and an asyncio task have their own."""
 
 
-class AdapterState:
+class AdapterState(Hooking):
     """What acts in a model; one object that all of its places share.
 
     What a user sets (``active``, ``merged``) lies here and holds for everyone until it is set again. What holds for
@@ -104,7 +134,7 @@ class AdapterState:
         self.version = 0
         self._lock, self._changer = threading.RLock(), (0, 0)  # a thread, and how often it has begun a change
         self._thread = _OfThread()
-        self._graphs: weakref.WeakKeyDictionary[CallState, int] = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
     # What holds in the model
 
@@ -131,41 +161,57 @@ class AdapterState:
                 self.version += outermost
                 self._changer = (threading.get_ident(), self._changer[1] - 1)
 
-    def called(
-        self, function: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
-    ) -> R:
-        """What a function of the model answers, called with other values of some fields of ``CallState``.
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within the context the adapters stay what they are; a change that another thread has begun is waited for.
 
         Raises:
-            PeanutError: another thread has changed the adapters: the call may have seen some of both.
+            PeanutError: another thread has changed the adapters: what was computed may be part before and part after.
         """
-        before = self.call
-        if self.version % 2:  # a change that another thread has begun is waited for
-            with self._lock:
-                pass
-        version = self.version
-        if changes or torch.is_grad_enabled():  # a graph remembers a call of its own
-            self.call = replace(before, **{"indices": {}, **changes})
+        version = self._settled()
         try:
-            answer = function(*args, **kwargs)
-            if torch.is_grad_enabled():
-                self._remember(answer)
+            yield
         except Exception as error:
             self._check_version(version, error)
             raise
-        finally:
-            if self.call is not before:  # a hook may have been broken off, too
-                self.call = before
         self._check_version(version, None)
-        return answer
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hook before the model's forward, however it is called."""
+        if not torch.compiler.is_compiling():
+            self._thread.begun = self._settled()
+
+    def end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Hook after it: refuses what was computed while another thread changed the adapters; remembers the graph."""
+        if torch.compiler.is_compiling():
+            return
+        self._check_version(self._thread.begun, None)
+        if torch.is_grad_enabled():
+            graph = _Graph(self.call, self.version)
+            for value in _tensors(output):
+                node: Any = value.grad_fn
+                if node is not None:
+                    node.metadata[self] = graph
+                    with self._lock:
+                        self._graphs.add(graph)
+
+    def _settled(self) -> int:
+        """The version of the adapters, once a change that another thread has begun is done."""
+        if self.version % 2:
+            with self._lock:
+                pass
+        return self.version
 
     def _check_version(self, before: int, error: Exception | None) -> None:
         if self.version != before and self._changer[0] != threading.get_ident():
-            raise PeanutError(
-                "another thread changed the model's adapters (added, loaded, activated or merged one) during this call",
-                "adapters that stay what they are during a call",
-                "call again, or keep calls and changes apart with a lock",
-            ) from error
+            self._refuse_change(error)
+
+    def _refuse_change(self, error: Exception | None = None) -> NoReturn:
+        raise PeanutError(
+            "another thread changed the model's adapters (added, loaded, activated or merged one) during this call",
+            "adapters that stay what they are during a call",
+            "call again, or keep calls and changes apart with a lock",
+        ) from error
 
     def check(self, call: CallState) -> None:
         """Refuses a layer's forward under a state that may not be the one that it is to have.
@@ -176,12 +222,12 @@ class AdapterState:
         """
         if torch.compiler.is_compiling():
             return
-        if self.version % 2:
-            self._check_version(-1, None)
+        if self.version % 2 and self._changer[0] != threading.get_ident():
+            self._refuse_change()
         if torch._C._current_graph_task_id() == -1 or call.again:
             return
         with self._lock:
-            known = call.plain and all(then.plain and at == self.version for then, at in self._graphs.items())
+            known = call.plain and all(then.call.plain and then.version == self.version for then in self._graphs)
         if not known:
             raise PeanutError(
                 "a block is run again in a backward, and a call was under others than the adapters that act now "
@@ -190,16 +236,6 @@ class AdapterState:
                 "use that instead of a torch.utils.checkpoint of your own",
             )
 
-    def _remember(self, output: Any) -> None:
-        """Remembers the call that ends with ``output`` as long as the graph that it has made."""
-        call = self.call
-        for value in tree_leaves(dict(output) if isinstance(output, dict) else output):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                node: Any = value.grad_fn
-                node.metadata[self] = call
-                with self._lock:
-                    self._graphs[call] = self.version
-
     # What holds in a call
 
     @property
@@ -207,7 +243,7 @@ class AdapterState:
         """The state of the call that this thread makes now."""
         if torch.compiler.is_compiling() or self._thread.compiled:
             return self._thread.call
-        return _CALLS.get().get(id(self), PLAIN)
+        return _CALLS.get().get(self, PLAIN)
 
     @call.setter
     def call(self, call: CallState) -> None:
@@ -216,24 +252,8 @@ class AdapterState:
             self._thread.compiled = call is not PLAIN
             return
         self._thread.compiled = False
-        others = {key: other for key, other in _CALLS.get().items() if key != id(self)}
-        _CALLS.set(others if call is PLAIN else {**others, id(self): call})
-
-    @property
-    def disabled(self) -> bool:
-        return self.call.disabled
-
-    @property
-    def samples(self) -> list[str] | None:
-        return self.call.samples
-
-    @property
-    def tasks(self) -> Tensor | None:
-        return self.call.tasks
-
-    @property
-    def running(self) -> Running:
-        return self.call.running
+        others = {key: other for key, other in _CALLS.get().items() if key is not self}
+        _CALLS.set(others if call is PLAIN else {**others, self: call})
 
     @contextmanager
     def under(self, call: CallState) -> Iterator[CallState]:
@@ -248,31 +268,28 @@ class AdapterState:
         """Within the context this thread's call has the fields of ``CallState`` that are given."""
         return self.under(replace(self.call, **{"indices": {}, **changes}))
 
-    def groups(self, count: int) -> dict[str, list[int]]:
-        """The rows of a batch of ``count`` by adapter.
+    def groups(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The rows of a batch of ``count`` by adapter, made once in a call for all layers that see the same batch.
 
         A layer may see more rows than there are samples (beams, flattened tokens): each sample then owns a run of them.
 
         Raises:
             PeanutError: the rows are no multiple of the samples.
         """
-        samples = self.samples or []
+        call = self.call
+        samples, key = call.samples or [], (tuple(call.samples or ()), count, device)
+        if key in call.indices and not torch.compiler.is_compiling():
+            return call.indices[key]
         share = _share(count, len(samples), "adapter_names", "name", f"give one name a sample ({BASE!r} for none)")
         rows: dict[str, list[int]] = {}
         for index, name in enumerate(samples):
             rows.setdefault(name, []).extend(range(index * share, (index + 1) * share))
-        return rows
-
-    def placed(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """``groups`` as indices on ``device``, made once in a call for all layers that see the same batch."""
-        known, key = self.call.indices, (tuple(self.samples or ()), count, device)
-        if torch.compiler.is_compiling() or key not in known:
-            known[key] = {name: torch.tensor(rows, device=device) for name, rows in self.groups(count).items()}
-        return known[key]
+        call.indices[key] = {name: torch.tensor(own, device=device) for name, own in rows.items()}
+        return call.indices[key]
 
     def tasks_of(self, count: int) -> Tensor | None:
         """The task of each row of a batch of ``count``, or ``None`` if no tasks are given."""
-        tasks = self.tasks
+        tasks = self.call.tasks
         if tasks is None:
             return None
         tasks = tasks.reshape(-1)
@@ -286,6 +303,18 @@ class AdapterState:
     def __setstate__(self, state: tuple[list[str], list[str]]) -> None:
         self.__init__()  # type: ignore[misc]
         self._active, self.merged = state
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output, of whatever class it is."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (found for value in output.values() for found in _tensors(value))
+    elif isinstance(output, (list, tuple)):
+        yield from (found for value in output for found in _tensors(value))
+    elif hasattr(output, "__dict__"):
+        yield from _tensors(vars(output))
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:

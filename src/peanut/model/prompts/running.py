@@ -128,7 +128,7 @@ class Runner(Hooking):
         extra = self._extra(arguments)
         read = arguments.get("input_ids")
         read = arguments.get("inputs_embeds") if read is None else read
-        if self.state.disabled or read is None:
+        if self.state.call.disabled or read is None:
             return (), arguments
         if read.dim() != (3 if arguments.get("input_ids") is None else 2):
             raise PeanutError(
@@ -202,7 +202,7 @@ class Runner(Hooking):
         self._now.pending = None
         arguments = dict(zip(self._written, args, strict=False)) | kwargs
         inputs, reader = self._inputs(), self._reader
-        if self.state.disabled or inputs is None or reader is None:
+        if self.state.call.disabled or inputs is None or reader is None:
             return (), arguments
         read = arguments.get("input_ids")
         read = arguments["inputs_embeds"] if read is None else read
@@ -229,14 +229,14 @@ class Runner(Hooking):
                         DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
                     )
                 self._begin(decoder, arguments, prefix, past)
-                self._enter(decoder, replace(self.state.running, prefix=PrefixView(prefix.values)))
+                self._enter(decoder, replace(self.state.call.running, prefix=PrefixView(prefix.values)))
         return (), arguments
 
     def see_prefix(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before an attention module: gives it the keys and values that gradient checkpointing took away."""
-        prefix = self.state.running.prefix
+        prefix = self.state.call.running.prefix
         crosses = kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
-        if prefix is None or self.state.disabled or crosses or kwargs.get("past_key_values") is not None:
+        if prefix is None or self.state.call.disabled or crosses or kwargs.get("past_key_values") is not None:
             return None
         if not attention.training:
             return None
@@ -301,7 +301,7 @@ class Runner(Hooking):
         names = [name for name in acting if inputs.method_of(name)[0].own_loss]
         if not names:
             return None
-        if self.state.samples is not None or names != acting[-1:]:
+        if self.state.call.samples is not None or names != acting[-1:]:
             raise PeanutError(
                 f"labels while adapter {names[0]!r}, which has a loss of its own, is one of several",
                 "it alone, or as the last of the active prompts",
