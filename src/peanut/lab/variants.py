@@ -193,7 +193,7 @@ class Variant:
 
         def measured() -> dict[str, float]:
             with self.inference():
-                call()  # what is computed once for all that follow
+                call()  # fills the cache
                 return {quantity: probe()}
 
         return measured

@@ -69,14 +69,14 @@ class Delta(ABC):
         return weight + self.dense()
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
-        """The same operator for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        """The same operator for evaluation in ``dtype``, with what speeds up small batches precomputed."""
         return self.to(dtype)
 
 
 def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
-    """y, (tokens, out), as (*places, out), which is no view of it.
+    """y, (tokens, out), reshaped to (*places, out) without being a view.
 
-    Autograd forbids to change a view that a function returns in place, as the module after it may want to.
+    Autograd forbids in-place changes of a view that a function returns, and the next module may make them.
     """
     return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
 

@@ -57,7 +57,7 @@ class Rotation(ABC):
         return None
 
     def for_inference(self, dtype: torch.dtype) -> Rotation:
-        """The same operator for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        """The same operator for evaluation in ``dtype``, with what speeds up small batches precomputed."""
         return self.to(dtype)
 
 

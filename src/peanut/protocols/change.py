@@ -113,7 +113,7 @@ class Change:
         )
 
     def for_inference(self, dtype: torch.dtype) -> Change:
-        """The same change for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        """The same change for evaluation in ``dtype``, with what speeds up small batches precomputed."""
         return replace(
             self.to(dtype),
             delta=None if self.delta is None else self.delta.for_inference(dtype),

@@ -33,7 +33,7 @@ def called(
     *,
     keep: bool = False,
 ) -> R:
-    """What a function of the model answers; all that is said here holds for this call of this thread alone.
+    """Calls a function of the model; what is given here holds for this call, in this thread alone.
 
     Args:
         adapters: the model's adapters.
@@ -41,7 +41,7 @@ def called(
         args, kwargs: what it is given.
         samples: for each sample of the batch the adapter that it goes through.
         tasks: for each sample its task.
-        keep: evaluation may keep what it computes until the function returns.
+        keep: evaluation may cache what it computes until the function returns.
 
     Raises:
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another
@@ -73,7 +73,7 @@ def _checked(
     *args: Any,
     **kwargs: Any,
 ) -> R:
-    """The function's answer, once names and tasks fit: within the call, where a change by another thread is noticed."""
+    """Calls the function, once names and tasks fit: within the call, where a change by another thread is noticed."""
     rows = _rows(args, kwargs)
     # Layers may see a multiple of the samples (beams), so they do not notice every wrong number.
     for what, of, given in (("adapter_names", "name", samples), ("task_ids", "task", tasks)):

@@ -181,7 +181,7 @@ class AdaptedLayer(Adapted):
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         task = None if tasks is None else set(tasks.tolist())
         if (task is not None and len(task) > 1) or any(name in call.running.gates for name in names):
-            # factors of each row, or gates of each token: there is nothing to keep
+            # factors of each row, or gates of each token: nothing to cache
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=False)
         dtype = product_dtype(x)
         key = (dtype, tuple(names), tuple(self.state.merged), task)
@@ -198,10 +198,10 @@ class AdaptedLayer(Adapted):
         return not (call.values is None or self.training or call.sampling or compiling or torch.is_grad_enabled())
 
     def _known(self, call: CallState, what: Hashable, key: Any) -> Any:
-        """What is kept under ``what``; ``None`` if it is not what would be computed now.
+        """The value cached under ``what``; ``None`` if there is none or it is out of date.
 
-        So it is with another key, after the library has changed an adapter, and where other tensors (not other values
-        in them) stand in the place of those that it came from, as under ``torch.func.functional_call``.
+        It is out of date for another key, after the library has changed an adapter, and if other tensors (not other
+        values in them) have replaced those that it came from, as under ``torch.func.functional_call``.
         """
         assert call.values is not None  # as ``_keeps`` has seen
         found = call.values.get((id(self), what))
@@ -210,7 +210,7 @@ class AdaptedLayer(Adapted):
         return found[3] if all(owner.get(leaf) is tensor for owner, leaf, tensor in found[2]) else None
 
     def _keep(self, call: CallState, what: Hashable, key: Any, names: Collection[str], value: object) -> None:
-        """Keeps a value of the adapters ``names`` until the caller leaves the context that allows it."""
+        """Caches a value of the adapters ``names`` until the caller leaves the context that allows it."""
         assert call.values is not None  # as ``_keeps`` has seen
         own = self.base_layer._parameters
         places = [(own, leaf) for leaf in own]
@@ -282,7 +282,7 @@ class AdaptedLayer(Adapted):
             )
 
     def _per_sample(self, call: CallState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
+        """Each sample's rows with its own adapter's change: in one product (``for_samples``), or adapter by adapter."""
         tasks, placed = self.state.tasks_of(x.shape[0]), self.state.placed(x.shape[0], x.device)
         keeps = self._keeps(call) and tasks is None and not call.running.gates
         key = (x.dtype, x.shape[:-1], tuple(call.samples or ()))

@@ -55,7 +55,7 @@ class CallState:
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
         values: cache of evaluation until its context is left, by owner; ``None`` to cache nothing.
-        again: whether a block runs again in the backward, under what held when it ran first.
+        again: whether a block runs again in the backward, under the state of its first run.
         indices: the rows of each adapter's samples, made once for all layers.
     """
 
@@ -72,12 +72,12 @@ class CallState:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is asked of the call but what holds in the model anyway."""
+        """Whether the call asks for nothing but what is set on the model."""
         return not self.disabled and self.active is None and self.samples is None and self.tasks is None
 
 
 class _OfThread(threading.local):
-    """A thread's call where a compiled graph finds it, as it knows no context variables; whether one put it there."""
+    """A thread's call for compiled graphs, which cannot read context variables; and whether one has set it."""
 
     def __init__(self) -> None:
         self.call = PLAIN
@@ -93,7 +93,7 @@ class AdapterState:
     """What acts in a model; one object that all of its places share.
 
     What a user sets (``active``, ``merged``) lies here and holds for everyone until it is set again. What holds for
-    one call lies in the ``call`` of whoever makes it: two threads do not see each other's.
+    one call lies in ``call``, which each thread has for itself.
     """
 
     __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "merged", "version")
@@ -134,7 +134,7 @@ class AdapterState:
     def called(
         self, function: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> R:
-        """What a function of the model answers, called with other values of some fields of ``CallState``.
+        """Calls a function of the model under other values of some fields of ``CallState``.
 
         Raises:
             PeanutError: another thread has changed the adapters: the call may have seen some of both.
