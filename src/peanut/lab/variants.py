@@ -199,7 +199,7 @@ class Variant:
         return measured
 
     def inference(self) -> AbstractContextManager[object]:
-        """Within the context evaluation keeps what it computes once, as a server has it; PEFT has no such thing."""
+        """Within the context evaluation caches what it computes, as on a server; PEFT has no such context."""
         return self.model.inference() if isinstance(self.model, PeftModel) else nullcontext()
 
     def saved_bytes(self, x: Tensor) -> int:

@@ -20,7 +20,7 @@ class Front:
 
     Args:
         values: (batch, p, width) of virtual tokens, or (batch, layers, 2, heads, p, head_size) of keys and values.
-        there: (batch, p), which of them are there: samples with fewer have theirs at the right; ``None`` for all.
+        there: (batch, p), which of them are used: samples with fewer have theirs at the right; ``None`` for all.
     """
 
     values: Tensor

@@ -50,7 +50,7 @@ class CallState:
         active: names of the adapters that act instead of the model's active ones.
         disabled: whether the model computes what its base does.
         sampling: whether methods with randomness of their own draw it outside training too.
-        penalising: whether penalties enter the loss that the model returns (else who computes the loss adds them).
+        penalising: whether penalties enter the loss that the model returns (else the caller adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
