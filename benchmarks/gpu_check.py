@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu_check``: tests, benchmark and profile on a machine with a CUDA GPU, in eight minutes.
 
 Three parts: the device tests; the benchmark of ten methods in a block of Llama-3.2-3B's shape, in bfloat16 at 4,096
-tokens, beside Hugging Face PEFT; a profile of one training step, frozen, with LoRA and with PEANuT. Nothing is
-downloaded, and only torch, transformers and safetensors are needed. A clock is read before each task, and what there
-is no time for is left out. Without a device the same code runs small on the CPU.
+tokens, beside Hugging Face PEFT; a profile of one training step, frozen, with LoRA and with PEANuT. It downloads
+nothing and needs only torch, transformers and this library. (``make gpu-check`` first installs requirements.lock if
+.venv is missing.) A clock is read before each task, and what there is no time for is left out. Without a device the
+same code runs small on the CPU.
 
 The exit status is 1 if something failed, 2 for a wrong call. The JSON file, rewritten after each task:
 

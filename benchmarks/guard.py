@@ -123,7 +123,7 @@ def _over(found: Found, bounds: Found, case: str, name: str) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Measures and judges; the exit status: 1 if something is slower or hungrier than its bound, 2 for a wrong call."""
+    """Measures and judges; the exit status: 1 if something misses its bound, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
     parser.add_argument("--bounds", type=Path, default=Path("results/guard.json"), help="the file of bounds")
     parser.add_argument("--update", action="store_true", help="write that file from what is measured now, with room")

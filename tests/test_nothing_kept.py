@@ -111,7 +111,7 @@ def test_no_tensor_outlives_a_call_of_a_llama(case: str) -> None:
         write(model)
 
 
-# Loops of old
+# Training loops that write through .data
 
 
 @pytest.mark.parametrize("case", [*[c for c in FIRST_CASES if c.kind in ("linear", "norm")], *DORA], ids=str)

@@ -17,7 +17,7 @@ class PeanutError(ValueError):
         found: what was found.
         expected: what was expected.
         do: what to do.
-        detail: what one would rather look at than read, on lines of its own below.
+        detail: lines printed below, such as a module tree.
     """
 
     def __init__(self, found: str, expected: str = "", do: str = "", *, detail: str = "") -> None:

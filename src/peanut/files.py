@@ -111,7 +111,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """Makes the disk say now, not later, that it is full; and gives the file the permissions of an ordinary new one."""
+    """Writes the file to disk, so that a full disk is an error now; and gives it a new file's usual permissions."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
@@ -124,7 +124,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Turns the system's refusal into one line that says what to do.
+    """Turns an error of the system into one line that says what to do.
 
     safetensors reports a failed write with an exception of its own, tokenizers with a bare ``Exception``.
     """

@@ -39,7 +39,7 @@ _WHERE = {
     "training.trainer": ("Trainer",),
 }
 _HOMES = {name: module for module, names in _WHERE.items() for name in names}
-"""What is no method's."""
+"""The public names that belong to no method."""
 
 
 def ours() -> list[Method[Any]]:
@@ -67,10 +67,10 @@ def homes() -> dict[str, str]:
 
 
 def find(name: str) -> Any:
-    """What has a public name.
+    """The object that has a public name.
 
     Raises:
-        AttributeError: nothing has.
+        AttributeError: there is none.
     """
     home = _HOMES.get(name) or homes().get(name)
     if home is None:

@@ -168,7 +168,7 @@ def learn(model: PeftModel, x: Tensor) -> None:
 
 
 def zero(model: PeftModel, x: Tensor) -> None:
-    """As loops of old do it, past autograd."""
+    """As old training loops do it: in place, through ``.data``."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.data.zero_()

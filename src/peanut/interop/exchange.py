@@ -22,7 +22,7 @@ _HOOKS = (
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hangs what users hung on a layer on the one in its place; where that has none, handles still take them off."""
+    """Moves users' hooks from a layer to its replacement; if that has none yet, their handles still remove them."""
     for kind in _HOOKS:
         hung, there = old.__dict__[kind], new.__dict__[kind]
         if hung and there:
@@ -37,7 +37,7 @@ def modes_of(base: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def as_before(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Each module in the mode that it was in: making wrappers has set those inside them."""
+    """Restores each module's mode, which making the wrappers has changed."""
     for module, training in modes:
         module.__dict__["training"] = training
 
@@ -46,8 +46,8 @@ def as_before(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 def only_whole(model: nn.Module) -> Iterator[None]:
     """Within the context modules are exchanged; if that fails, every module is put back as it was.
 
-    Which modules a module has, its parameters, hooks and modes, and what is trained; no value of a tensor. Either way
-    torch's source of randomness is left as it was, so that training goes on as it would have.
+    That is its submodules, parameters, hooks, mode and what is trained; no tensor is copied. Either way the state of
+    torch's random number generator is kept, so that training goes on as it would have.
     """
     modules = [(module, dict(module.__dict__)) for module in model.modules()]
     inner = [(value, dict(value)) for _, own in modules for value in own.values() if isinstance(value, dict)]

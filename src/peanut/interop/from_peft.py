@@ -126,7 +126,7 @@ def _active(model: nn.Module, configs: Mapping[str, PeftConfig], places: list[Wr
 
     layers = [layer for place in places for layer in place.of(BaseTunerLayer)]
     if any(layer.merged for layer in layers):
-        # PEFT subtracts what it added, which leaves another weight than it found: not for us to do unasked.
+        # PEFT unmerges by subtraction, which does not restore the weight exactly: the user has to decide.
         raise PeanutError("adapters are merged into the weights", "an unmerged model", "call unmerge_adapter() first")
     kinds = {config.peft_type for config in configs.values()}
     tuner: Any = getattr(model, "base_model", None)
@@ -253,7 +253,7 @@ def _take_over(
         for key in [key for key in own.keys() - values.keys() if key.endswith(".bias")]:
             layer = bare(adapters.at(key.removesuffix(".bias").removesuffix(".base_layer")))
             values[key] = bias = layer.get_parameter("bias")
-            # PEFT trains the base's own bias, ours a copy: now the base has a copy, which is at rest.
+            # PEFT trains the base's own bias, ours a copy: the base gets a copy, which is not trained.
             layer._parameters["bias"] = nn.Parameter(bias.detach().clone(), requires_grad=False)
     fill(own, values, made_anew(adapters, name), f"adapter {name!r}")
 

@@ -132,10 +132,10 @@ def saved_bytes(call: Callable[[], Tensor], layers: Iterable[nn.Module], kept: I
     """
     free = {_storage(part) for tensor in kept for part in _parts(tensor)}
     saved: dict[int, int] = {}
-    alive: list[Tensor] = []  # a tensor let go would leave its address to another
+    alive: list[Tensor] = []  # a freed tensor's address could be reused
 
     def keep(tensor: Tensor) -> Tensor:
-        alive.append(tensor.detach())  # the graph holds this function: nobody would free a graph that it holds
+        alive.append(tensor.detach())  # detached: the graph holds this function, and a cycle would not be freed
         for part in _parts(tensor):
             saved[_storage(part)] = part.untyped_storage().nbytes()
         return alive[-1]

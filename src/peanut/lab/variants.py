@@ -193,13 +193,13 @@ class Variant:
 
         def measured() -> dict[str, float]:
             with self.inference():
-                call()  # what is computed once for all that follow
+                call()  # fills the cache
                 return {quantity: probe()}
 
         return measured
 
     def inference(self) -> AbstractContextManager[object]:
-        """Within the context evaluation keeps what it computes once, as a server has it; PEFT has no such thing."""
+        """Within the context evaluation caches what it computes, as on a server; PEFT has no such context."""
         return self.model.inference() if isinstance(self.model, PeftModel) else nullcontext()
 
     def saved_bytes(self, x: Tensor) -> int:

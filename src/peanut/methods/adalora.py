@@ -183,7 +183,7 @@ def budget(config: AdaLoraConfig, step: int, total: int, count: int) -> int | No
 
 
 def observe(config: AdaLoraConfig, values: Values) -> None:
-    """Averages how much the loss hangs on each entry, |w · ∂L/∂w|, and how much that varies (equations 9 to 11)."""
+    """Averages how much the loss depends on each entry, |w · ∂L/∂w|, and how much that varies (equations 9 to 11)."""
     for letter in "ABE":
         value, ipt, unc = (values[f"{kind}_{letter}"] for kind in ("lora", "ipt", "unc"))
         now = torch.zeros_like(ipt) if value.grad is None else (value * value.grad).abs()

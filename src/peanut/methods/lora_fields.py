@@ -24,7 +24,7 @@ class LoraFields(PeftConfig):
         bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
         trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
 
-    The other fields are Hugging Face PEFT's; each is accepted while it asks for nothing.
+    The other fields are Hugging Face PEFT's; each is accepted as long as it has no effect.
     """
 
     only_here = frozenset({"runtime_config"})  # Hugging Face PEFT has it and writes it to no file

@@ -161,7 +161,7 @@ class PeftModel(nn.Module):
         add(self.adapters, adapter_name, peft_config, meta=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose changes then add, active; the others are frozen and silent."""
+        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
         self.adapters.activate(adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -368,7 +368,7 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
 
 
 def _blank(own: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    """What unpickling fills."""
+    """An empty instance, for unpickling to fill."""
     return nn.Module.__new__(_shown_as(own, base))
 
 

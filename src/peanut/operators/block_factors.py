@@ -20,7 +20,7 @@ WIDTH = 32
 tiny ones."""
 
 SPAN = 3 * 2**19
-"""On a CPU so many numbers are multiplied at a time: they are still in its cache when they are read next."""
+"""How many numbers are multiplied at a time on a CPU, so that they stay in its cache until they are read next."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what is kept does not tell how it came from x
+        if torch.is_grad_enabled():  # x itself was not saved
             raise PeanutError(
                 "a gradient of the gradient of a MiSS layer",
                 "first derivatives: of the input the layer saves r numbers a token only",

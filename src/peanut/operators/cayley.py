@@ -22,7 +22,7 @@ class _Cayley(torch.autograd.Function):
             inverse = inverse + inverse @ (eye - inverse + skew @ inverse)
             rotation = 2 * inverse - eye
         else:
-            rotation = torch.linalg.solve_ex(eye - skew, eye + skew).result  # unchecked: no device is waited for
+            rotation = torch.linalg.solve_ex(eye - skew, eye + skew).result  # no check, which would wait for the GPU
         ctx.save_for_backward(rotation)
         return rotation
 

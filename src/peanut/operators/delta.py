@@ -64,9 +64,9 @@ class Delta(Operator, ABC):
 
 
 def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
-    """y, (tokens, out), as (*places, out), which is no view of it.
+    """y, (tokens, out), reshaped to (*places, out) without being a view.
 
-    Autograd forbids to change a view that a function returns in place, as the module after it may want to.
+    Autograd forbids in-place changes of a view that a function returns, and the next module may make them.
     """
     return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from .materialised import Materialised
 __all__ = ["HardConcrete", "gate", "logistic"]
 
 SPAN = 1 << 19
-"""About so many entries are processed together on a CPU, so that all intermediate results stay in its caches."""
+"""About how many entries are processed together on a CPU, so that intermediate results stay in its caches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class HardConcrete(Materialised):
         return replace(self, dtype=dtype)
 
     def _joined(self, weight: Tensor | None, opening: Tensor) -> Tensor:
-        """W + Δ, or Δ alone, from the gates of the entries, which are written over where nobody asks for them again."""
+        """W + Δ, or Δ alone, from the gates of the entries, which are overwritten if they are not needed again."""
         if self.group is not None:
             opening = gate(self.group, self.low, self.high) * opening
         if weight is None or weight.dtype != self.values.dtype:

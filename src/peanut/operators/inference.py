@@ -14,12 +14,12 @@ from .delta import Delta
 __all__ = ["FEW", "Evaluated", "WrittenOut", "few_tokens"]
 
 FEW = 64
-"""Up to so many tokens use the matrices that were computed beforehand."""
+"""The most tokens for which precomputed matrices are used."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluated(Delta):
-    """An operator in evaluation: few tokens use matrices that were computed beforehand, many go as in training.
+    """An operator in evaluation: few tokens use precomputed matrices, many are computed as in training.
 
     Args:
         origin: the operator, in the dtype of the tokens.
@@ -33,7 +33,7 @@ class Evaluated(Delta):
 
     @property
     def few(self) -> int:
-        """Up to so many tokens use the matrices that were computed beforehand."""
+        """The most tokens for which the precomputed matrices are used."""
         return FEW
 
     @abstractmethod
@@ -71,9 +71,9 @@ class Evaluated(Delta):
 
 @dataclass(frozen=True, eq=False)
 class WrittenOut(Evaluated):
-    """Keeps W + Δ from the first few tokens until many come in: where nothing smaller than the weight makes up Δ.
+    """Caches W + Δ from the first small batch until a large one: for a Δ that nothing smaller than W represents.
 
-    Generation asks for one token after the other; to make W + Δ for each would cost many times the product with it. In
+    Generation computes one token at a time; to build W + Δ for each would cost many times the product with it. In
     16 bits W + Δ would round most of a small Δ away, so there Δ is stored separately.
     """
 
@@ -105,5 +105,5 @@ class WrittenOut(Evaluated):
 
 
 def few_tokens(x: Tensor, most: int = FEW) -> bool:
-    """Whether x, (…, in), is at most so many tokens; not in a compiled graph, which is to serve any number."""
+    """Whether x, (…, in), has at most ``most`` tokens; false in compiled graphs, which must serve any number."""
     return 0 < x.numel() <= most * x.shape[-1] and not torch.compiler.is_compiling()

@@ -16,7 +16,7 @@ from .delta import Delta, shaped
 __all__ = ["LowRank"]
 
 NARROW = 8
-"""x downᵀ is saved for the backward where it has at most one number for so many of x."""
+"""x downᵀ is saved for the backward if r is at most 1/8 of in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +147,8 @@ class _JoinedProduct(torch.autograd.Function):
     """y = x Wᵀ + b + s (g ⊙ x downᵀ) upᵀ for a frozen W, g (tokens, e) or none.
 
     Autograd on its own would write the change's output and its gradient with respect to x to memory once more each,
-    and add them in another pass. Here both are added inside the product that makes them (addmm). x downᵀ is saved where
-    it is little beside x: to compute it again is another pass over x.
+    and add them in another pass. Here both are added inside the product that makes them (addmm). x downᵀ is saved if it
+    is much smaller than x: computing it again is another pass over x.
     """
 
     @staticmethod

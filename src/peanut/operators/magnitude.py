@@ -89,7 +89,7 @@ class MagnitudeDirection(Delta):
 
 @dataclass(frozen=True, eq=False)
 class _Evaluated(Evaluated):
-    """A ``MagnitudeDirection`` for evaluation, with diag(gain) · scaling · up and gain − 1 at hand, cast."""
+    """A ``MagnitudeDirection`` for evaluation, with diag(gain) · scaling · up and gain − 1 precomputed."""
 
     origin: MagnitudeDirection
     up: Tensor
@@ -116,11 +116,11 @@ def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, dow
 
 
 class _GainedProduct(torch.autograd.Function):
-    """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what of it is not x Wᵀ, for a frozen W.
+    """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what this adds to x Wᵀ + b; W frozen.
 
-    Keeps x. The gain's gradient can be read off y, or off the gradient of W', which takes a product as large as W's and
-    gives those of the factors by products with no tokens in them. So y is saved where that is cheap.
-    Where tokens are many, passes over them are dear: then W' is made, in the forward and again in the backward.
+    Saves x. The gain's gradient follows from y, or from the gradient of W', which costs a product as large as x Wᵀ but
+    then gives the factors' gradients without further products over tokens. So y is saved where that is cheap.
+    With many tokens it is cheaper to scale W than the output: W' is then built in the forward and in the backward.
     """
 
     @staticmethod

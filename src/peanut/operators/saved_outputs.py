@@ -10,51 +10,50 @@ from torch import Tensor
 __all__ = ["SavedOutput", "pulled_gain", "tells_gain", "weight_is_less"]
 
 SPAN = 128
-"""So many tokens' products are summed up at a time: they never leave a CPU's cache."""
+"""How many tokens' products are summed at a time, so that they stay in a CPU's cache."""
 
 
 class SavedOutput:
-    """Whether the output of a function is still what it was when it was returned.
+    """Tells whether a function's output was changed in place after it was returned.
 
-    A layer mostly keeps its input, so that an output costs its own function nothing to keep. The next layer may also
-    change it in place, as an activation does that saves memory; then it cannot be used any more, where autograd
-    would raise an error. So the function keeps ``y.data``, which autograd does not watch, and this, which holds no
-    memory.
+    The next layer usually saves its input, so saving the output here costs no extra memory. If that layer changes it in
+    place instead (``nn.ReLU(inplace=True)``), it can no longer be used, and autograd would raise an error. So the
+    function saves ``y.data``, which autograd does not track, and this object, which holds no memory.
     """
 
     def __init__(self, y: Tensor) -> None:
         self.version, self.counter = y._version, y.detach()
-        self.counter.data = y.new_empty(0)  # the counter of changes is still that of y
+        self.counter.data = y.new_empty(0)  # the version counter is still that of y
 
     def untouched(self) -> bool:
-        """Whether nobody has changed it in place."""
+        """Whether it has not been changed in place."""
         return self.counter._version == self.version
 
     def tells(self) -> bool:
-        """Whether a backward may read it: where that is itself differentiated, y must not pass for a constant."""
+        """Whether a backward may use it: not if that is itself differentiated, where y would count as a constant."""
         return self.untouched() and not torch.is_grad_enabled()
 
     @staticmethod
     def cheap(shape: Sequence[int]) -> bool:
-        """Whether to keep the output of a layer of this shape, (out, in).
+        """Whether to save the output of a layer of this shape, (out, in).
 
-        Behind a layer that widens there mostly is an activation, which keeps its input; and an output half as wide as
-        the input is little beside it, which is kept anyway. Behind others there may be a sum, which keeps nothing.
+        A layer that widens is usually followed by an activation, which saves its input anyway; and an output at most
+        half as wide as the input is small beside it. Other layers may be followed by a sum, which saves nothing.
         """
         out, inputs = shape
         return out > inputs or 2 * out <= inputs
 
 
 def weight_is_less(tokens: Tensor) -> bool:
-    """Whether W has fewer numbers to change than the output of (tokens, in), in a dtype that holds a small change."""
+    """Whether scaling W takes fewer operations than scaling the output, in a dtype that can hold a small change."""
     return tokens.shape[0] >= tokens.shape[1] and torch.finfo(tokens.dtype).bits >= 32
 
 
 def tells_gain(y: Tensor, gain: Tensor) -> bool:
-    """Whether y = g ⊙ z + b gives the gain's gradient: no gain is near zero, and so each can be divided away.
+    """Whether y = g ⊙ z + b gives the gain's gradient: z = (y − b) / g needs gains that are not near zero.
 
-    Not in 16 bits, which round z off together with b; not on a GPU, where asking for the least gain would cost more
-    than it saves; and not in compiled graphs, which decide themselves what they keep.
+    Not in 16 bits, which round z off together with b; not on a GPU, where reading the least gain would cost more
+    than it saves; and not in compiled graphs, which decide themselves what they save.
     """
     if torch.compiler.is_compiling() or y.device.type != "cpu" or torch.finfo(y.dtype).bits < 32:
         return False

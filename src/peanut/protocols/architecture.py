@@ -9,7 +9,7 @@ __all__ = ["Architecture", "PlaceName", "Stack"]
 
 PlaceName = Literal["block", "attention", "attention_output", "feed_forward_output", "block_end"]
 """A place in a transformer: a whole block; an attention module; the last product of an attention or of a feed-forward
-part, before it is added to the stream; the norm with which a block ends, or the block itself if it ends with none."""
+part, before the residual sum; the norm with which a block ends, or the block itself if it ends with none."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Stack:
     Args:
         block: the paths of the blocks; its group is the block's number.
         attention: the attention module, which is given the hidden states.
-        attention_output: the last product of attention, before it is added to the stream.
-        feed_forward_input: a module that is given the stream as the feed-forward part finds it.
-        feed_forward_output: the last product of the feed-forward part, before it is added to the stream.
+        attention_output: the last product of attention, before the residual sum.
+        feed_forward_input: a module that is given the residual stream before the feed-forward part.
+        feed_forward_output: the last product of the feed-forward part, before the residual sum.
         block_end: the norm with which a block ends, empty where the block ends with the sum itself.
         writes: whether it is a decoder beside an encoder that reads the user's tokens.
     """

@@ -169,10 +169,10 @@ class PeftConfig:
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
         """The config that ``values`` describes, of the class that its ``peft_type`` names.
 
-        Fields of Hugging Face PEFT that this library does not have are accepted while they ask for nothing.
+        Fields of Hugging Face PEFT that this library does not have are accepted as long as they have no effect.
 
         Raises:
-            PeanutError: the method is unknown, or a field asks for something that does not exist here.
+            PeanutError: the method is unknown, or a field requests something that does not exist here.
         """
         method = method_of(values.get("peft_type") or getattr(cls, "method", None), source)
         config_class: type[PeftConfig] = method.config_class
@@ -269,7 +269,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Fields of Hugging Face PEFT whose default is a value; on their own they ask for nothing."""
+"""Fields of Hugging Face PEFT with the value that has no effect."""
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

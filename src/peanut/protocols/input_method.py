@@ -29,7 +29,7 @@ class ModelShape:
         layers: how many layers have an attention of their own (the decoder's, if there are two stacks).
         heads: how many heads these have.
         key_value_heads: how many heads their keys and values have.
-        encoder_decoder: whether an encoder reads and a decoder writes.
+        encoder_decoder: whether it has an encoder and a decoder.
         embed: the embeddings (…, width) of token ids (…), as the model makes them.
     """
 

@@ -39,14 +39,14 @@ class Method(ABC, Generic[C]):
     size: ClassVar[str] = ""
     """How many parameters it trains in one place: an expression of sizes and the config's fields, or words."""
     styles: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
-    """Contestants of the benchmark that are this method with an option: name, field, value."""
+    """Entries of the benchmark that are this method with an option: name, field, value."""
     kinds: ClassVar[tuple[str, ...]] = ()
     """Names of the kinds of layer (``LayerKind.name``) whose weight it changes."""
     trains: ClassVar[Literal["layers", "named", "all"]] = "layers"
     """What it trains: tensors of its own; the modules that ``target_modules`` names, whole; or the whole model."""
 
     def tried(self, on: Trial) -> dict[str, Any] | None:
-        """What its config needs beyond the defaults to be measured ``on`` something; ``None``: it cannot be."""
+        """The config values, beyond defaults, with which it is benchmarked ``on`` a model; ``None``: it cannot be."""
         return {}
 
     def companions(self, config: C) -> list[tuple[WeightMethod[Any], PeftConfig]]:
@@ -70,7 +70,7 @@ class Method(ABC, Generic[C]):
         return frozenset()
 
     def scaffold(self, config: C) -> frozenset[str]:
-        """Suffixes of trained tensors for which files hold what they compute (``stored``).
+        """Suffixes of trained tensors of which files hold the result (``stored``), as of a network that makes a prompt.
 
         They are saved in that file too, for resuming.
         """
@@ -178,11 +178,11 @@ class WeightMethod(Method[C]):
         return {}
 
     def sampled(self, config: C, parameters: Values) -> Values:
-        """What stands for ``parameters`` in one forward of training, for methods with randomness of their own."""
+        """The tensors used for ``parameters`` in one forward of training, for methods that draw random numbers."""
         return parameters
 
     def routed(self, config: C, parameters: Values, tasks: Tensor | None, training: bool) -> Values:
-        """What stands for ``parameters`` where each sample has a task, for methods that mix by task.
+        """The tensors used for ``parameters`` where each sample has a task, for methods that mix by task.
 
         ``tasks`` is the task of each sample, (batch,), or ``None`` if the caller names none.
         """

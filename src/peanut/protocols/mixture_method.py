@@ -37,7 +37,7 @@ class MixtureMethod(Method[C]):
 
     @abstractmethod
     def start(self, config: C, width: int, experts: int, layers: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The tensors' first values, for hidden states of size ``width`` and so many experts in so many layers."""
+        """The initial tensors, for hidden states of size ``width`` and these numbers of experts and of layers."""
 
     def first_pass(self, config: C) -> float:
         """The gate of every expert in the first pass; 0 for the bare base."""

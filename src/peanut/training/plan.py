@@ -121,7 +121,7 @@ def precision(config: RunConfig) -> torch.dtype | None:
 def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) -> int:
     """Bytes that autograd saves in one forward, beyond parameters and buffers: counted on tensors without storage."""
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # an address means nothing once its tensor is gone
+    kept: list[Tensor] = []  # a freed tensor's address could be reused
     known: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ __all__ = ["quiet"]
 
 
 def quiet() -> None:
-    """Leaves the terminal to this program: what libraries report about heads and faster kernels is no news here."""
+    """Silences what libraries report about new heads and faster kernels, which users of this program can ignore."""
     import logging
 
     from transformers.utils import logging as of_transformers

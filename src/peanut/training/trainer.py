@@ -52,7 +52,7 @@ class AdapterTrainerMixin(_Base):
             kwargs.setdefault("processing_class", kwargs.pop("tokenizer"))
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, PeftModel):
-            # The sign by which transformers lets a quantised base through: something trainable is attached to it.
+            # By this mark transformers accepts a quantised base for training: adapters are attached to it.
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         super().__init__(*args, **kwargs)
         adapted = self._adapted()

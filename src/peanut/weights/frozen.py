@@ -140,7 +140,7 @@ class FrozenLayer:
         self.forget()
 
     def forget(self) -> None:
-        """Makes what is merged the layer's own: the originals are let go."""
+        """Makes the merge permanent: the saved originals are discarded."""
         self._weight = self._bias = None
         self._shared = None
 

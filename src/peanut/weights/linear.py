@@ -66,6 +66,6 @@ class Conv1DKind(LinearKind):
 
 
 def _conv1d() -> Any:
-    """transformers' class, ``None`` where nobody has imported it, so that there is no such layer."""
+    """transformers' class, ``None`` if it was never imported, so that there is no such layer."""
     module = sys.modules.get("transformers.pytorch_utils")
     return None if module is None else module.Conv1D

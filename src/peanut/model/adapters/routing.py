@@ -31,7 +31,7 @@ def called(
     *,
     keep: bool = False,
 ) -> R:
-    """What a function of the model answers; all that is said here holds for this call of this thread alone.
+    """Calls a function of the model; what is given here holds for this call, in this thread alone.
 
     Args:
         adapters: the model's adapters.
@@ -39,7 +39,7 @@ def called(
         args, kwargs: what it is given.
         samples: for each sample of the batch the adapter that it goes through.
         tasks: for each sample its task.
-        keep: evaluation may keep what it computes until the function returns.
+        keep: evaluation may cache what it computes until the function returns.
 
     Raises:
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another

@@ -109,7 +109,7 @@ class Surgery:
         return made
 
     def listener(self, path: str, source: str | None) -> Listener | None:
-        """What adapters of the output at ``path`` hear the input of ``source`` by, if that is another module."""
+        """Saves the input of ``source`` for adapters of the output at ``path``; ``None`` if that is its own."""
         if source is None:
             return None
         listeners = self.output(path).listeners
@@ -145,13 +145,13 @@ class Surgery:
             del self.model._modules["adapted_input" if isinstance(place, AdaptedInput) else "adapted_mixture"]
 
     def put(self, path: str, module: nn.Module) -> None:
-        """Puts a module in the place of the one at ``path``; what hangs on that goes with the place."""
+        """Replaces the module at ``path``; this library's hooks move to the new one."""
         parent, _, name = path.rpartition(".")
         move_hooks(self.at(path), module)
         setattr(self.own(self.at(parent)), name, module)
 
     def at(self, path: str) -> nn.Module:
-        """The module at ``path`` in the base model; through a module that is trained whole it leads by the original."""
+        """The module at ``path`` in the base model; inside a module that is trained whole, that of the original."""
         module = self.model
         for name in path.split(".") if path else ():
             inner = self.own(module)

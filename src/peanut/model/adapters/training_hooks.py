@@ -21,7 +21,7 @@ def follow(adapters: Any) -> None:
     """From now on, penalties of ``adapters`` enter the loss that the model returns, and schedules follow the optimizer.
 
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
-    accelerate, one's own) has the penalty in it. Schedules hang on torch's hook after every optimizer's step.
+    accelerate, one's own) has the penalty in it. Schedules run in torch's hook after each optimizer step.
     """
     _watch(adapters)
     if _before_loss_leaves not in adapters.model._forward_hooks.values():
@@ -54,7 +54,7 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
     if adapters is None or not model.training or not torch.is_grad_enabled():
         return output
     if not torch.compiler.is_compiling():
-        _watch(adapters)  # a copy of a model has this hook, and adapters that nobody has announced
+        _watch(adapters)  # a copied model has this hook, but its adapters are not registered yet
     if not adapters.state.call.penalising:
         return output
     penalty = adapters.penalty()

@@ -19,7 +19,7 @@ _LAYERS, _VALUES = 16, 16
 def fingerprint(adapters: AdapterSet, name: str) -> str | None:
     """JSON of samples of the weights under adapter ``name``: up to 16 values of up to 16 layers, evenly spread.
 
-    Values, not a hash: the same base in another precision must be known again. ``None`` on the meta device, and
+    Values, not a hash: the same base in another precision must be recognised. ``None`` on the meta device, and
     where no layer is adapted.
     """
     layers = list(adapters.layers(name))

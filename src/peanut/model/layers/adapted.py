@@ -16,7 +16,7 @@ __all__ = ["Adapted", "walk"]
 
 
 class Adapted(nn.Module):
-    """The tensors of the adapters that act in one place; what they do there, the classes below say."""
+    """The tensors of the adapters that act in one place; subclasses define what they do there."""
 
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__()

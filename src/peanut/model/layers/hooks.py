@@ -12,7 +12,7 @@ __all__ = ["Hooking", "hook", "move_hooks", "names_of", "unhook"]
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of a module's forward, for arguments that are given by place."""
+    """The names of the parameters of a module's forward, for arguments that are given by position."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
@@ -23,7 +23,7 @@ class Hooking:
 
 
 def hook(module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:
-    """Hangs a bound method of a ``Hooking`` on a module's forward, once."""
+    """Registers a method of a ``Hooking`` as a module's forward hook, once."""
     hooks = module._forward_pre_hooks if before else module._forward_hooks
     if function in hooks.values():
         return
@@ -32,7 +32,7 @@ def hook(module: nn.Module, function: Callable[..., Any], *, before: bool = Fals
 
 
 def unhook(module: nn.Module, owner: Hooking | None = None) -> list[tuple[Callable[..., Any], bool]]:
-    """Takes off what hangs on a module, of one owner or of any; returns it, each with whether it runs before."""
+    """Removes a module's hooks of one ``Hooking``, or of all; returns them, each with whether it runs before."""
     taken: list[tuple[Callable[..., Any], bool]] = []
     for before in (True, False):
         hooks: Any = module._forward_pre_hooks if before else module._forward_hooks
@@ -47,6 +47,6 @@ def unhook(module: nn.Module, owner: Hooking | None = None) -> list[tuple[Callab
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves what hangs on ``old`` to ``new``, which takes its place."""
+    """Moves this library's hooks from ``old`` to ``new``, which replaces it."""
     for function, before in unhook(old):
         hook(new, function, before=before)

@@ -20,7 +20,7 @@ class Front:
 
     Args:
         values: (batch, p, width) of virtual tokens, or (batch, layers, 2, heads, p, head_size) of keys and values.
-        there: (batch, p), which of them are there: samples with fewer have theirs at the right; ``None`` for all.
+        there: (batch, p), which of them are used: samples with fewer have theirs at the right; ``None`` for all.
     """
 
     values: Tensor
@@ -28,7 +28,7 @@ class Front:
 
 
 class AdaptedInput(Adapted):
-    """The adapters that change what the model is given. Those that are active stand one after the other."""
+    """The adapters that change the model's input. The tokens of several active ones follow each other."""
 
     def acting(self, kind: str) -> list[str]:
         """The names of the adapters of a kind (``InputMethod.prepends``) that act on some sample of the batch now."""
@@ -36,7 +36,7 @@ class AdaptedInput(Adapted):
         return [name for name in names if name in self.adapters and self.method_of(name)[0].prepends == kind]
 
     def width(self, kind: str) -> int:
-        """p: how many places are taken before the user's tokens by what is of a kind."""
+        """p: how many positions adapters of a kind take before the user's tokens."""
         counts = [self.method_of(name)[1].num_virtual_tokens for name in self.acting(kind)]
         if self.state.call.samples is None:
             return sum(counts)
@@ -54,7 +54,7 @@ class AdaptedInput(Adapted):
         return None if bool(there.all()) else there
 
     def front(self, kind: str, batch: int) -> Front | None:
-        """What is put before the tokens of a batch of so many rows, ``None`` for nothing."""
+        """What is put before the tokens of ``batch`` rows, ``None`` for nothing."""
         names = self.acting(kind)
         if not names:
             return None

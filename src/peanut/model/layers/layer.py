@@ -27,8 +27,8 @@ BIAS = "base_layer.bias"
 class AdaptedLayer(Adapted):
     """A frozen layer and the adapters that change it: y = W' x + b', W' and b' as ``Change.together`` says.
 
-    It knows how adapters live (which act, which are merged, how their changes combine); what a change is, the
-    methods say, and how it is applied fast, the operators.
+    It manages adapters (which act, which are merged, how their changes combine); methods define the changes, and
+    operators apply them.
     """
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:

@@ -21,7 +21,7 @@ __all__ = ["AdaptedOutput", "Listener"]
 
 
 class _Seen(threading.local):
-    """What a thread's forward has given a module."""
+    """The input of a module in a thread's current forward."""
 
     def __init__(self) -> None:
         self.seen: Tensor | None = None
@@ -45,7 +45,7 @@ class Listener(Hooking):
         self._of_thread.seen = _tensor_of(self.source, args[0] if args else None, kwargs)
 
     def heard(self) -> Tensor:
-        """What it was given."""
+        """The saved input."""
         seen = self._of_thread.seen
         if seen is None:
             raise PeanutError(
@@ -54,7 +54,7 @@ class Listener(Hooking):
         return seen
 
     def forget(self) -> None:
-        """Lets go of it."""
+        """Discards the saved input."""
         self._of_thread.seen = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from ...weights.kind import recomputed
 __all__ = ["Plan", "for_samples"]
 
 SHARE = 16
-"""The adapters of a batch's samples act by one product of all their ranks for few tokens, or where these ranks together
-are at most one in so many of the weight's smaller dimension: beyond that, ranks that a row does not see cost more than
-they save."""
+"""The low-rank adapters of a batch's samples share one product for at most 64 tokens, or if their ranks together are at
+most 1/16 of the weight's smaller dimension: beyond that, ranks of other rows' adapters cost more than this saves."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Plan:
         return cls(frozen, Change.together(whole), tuple(dropped))
 
     def for_inference(self, dtype: torch.dtype) -> Plan:
-        """The same computation for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        """The same computation for evaluation in ``dtype``, with what speeds up small batches precomputed."""
         module = self.frozen.module
         if not self.frozen.kind.fused(module):
             return self
@@ -91,7 +90,7 @@ class Plan:
         seen = x if change.in_scale is None else change.in_scale.apply(x)
         y = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
         if change.delta is not None:
-            if kind.quantised and change.rotation is None:  # to read W again would be to make it of codes once more
+            if kind.quantised and change.rotation is None:  # reading W again would dequantise it again
                 y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)
             else:
                 y = y + kind.respond(module, seen, change.delta).to(y.dtype)
@@ -122,7 +121,7 @@ class Plan:
         return _shifted(kind, y, change.shift)
 
     def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer run with W' and b' in place, for kinds on whose input a change of W is no change of the input.
+        """The layer called with W' and b', for kinds whose input or output cannot be changed instead.
 
         W' is made again in the backward rather than kept.
         """
@@ -153,7 +152,7 @@ def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *,
         x: the layer's input, (rows, …, in).
 
     Returns:
-        ``None`` where they do not all add a low-rank Δ alone, or where a product for each group is less.
+        ``None`` if some are more than a low-rank Δ, or if a product for each group is cheaper.
     """
     found = [(rows, change) for rows, own in groups for change in own]
     low = [change.delta for _, change in found if isinstance(change.delta, LowRank) and change.delta.gate is None]

@@ -68,7 +68,7 @@ class CallState:
         active: names of the adapters that act instead of the model's active ones.
         disabled: whether the model computes what its base does.
         sampling: whether methods with randomness of their own draw it outside training too.
-        penalising: whether penalties enter the loss that the model returns (else who computes the loss adds them).
+        penalising: whether penalties enter the loss that the model returns (else the caller adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
@@ -90,7 +90,7 @@ class CallState:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is asked of the call but what holds in the model anyway."""
+        """Whether the call asks for nothing but what is set on the model."""
         return not self.disabled and self.active is None and self.samples is None and self.tasks is None
 
 
@@ -123,7 +123,7 @@ class AdapterState(Hooking):
     """What acts in a model; one object that all of its places share.
 
     What a user sets (``active``, ``merged``) lies here and holds for everyone until it is set again. What holds for
-    one call lies in the ``call`` of whoever makes it: two threads do not see each other's.
+    one call lies in ``call``, which each thread has for itself.
     """
 
     __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "merged", "version")

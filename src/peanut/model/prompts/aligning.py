@@ -11,10 +11,10 @@ __all__ = ["aligned", "arranged", "order_of", "padding_first", "with_loss", "wit
 
 
 def order_of(there: Tensor, count: int) -> Tensor:
-    """The order (batch, p + tokens) in which the places that are not there come last.
+    """The order (batch, p + tokens) in which unused positions come last.
 
     Args:
-        there: (batch, p), which of the places before the user's tokens are there.
+        there: (batch, p), which of the positions before the user's tokens are used.
         count: how many tokens the user gave.
     """
     whole = torch.cat([there, there.new_ones(len(there), count)], dim=1)
@@ -22,12 +22,12 @@ def order_of(there: Tensor, count: int) -> Tensor:
 
 
 def padding_first(mask: Tensor, width: int) -> Tensor:
-    """The order (batch, p + tokens) in which padding before the user's tokens comes before the p places too.
+    """The order (batch, p + tokens) in which padding before the user's tokens moves before the p virtual ones.
 
-    For models that count how far tokens are apart by their places (T5): a prompt stays next to its text.
+    For models with relative positions (T5): a prompt stays next to its text.
 
     Args:
-        mask: (batch, p + tokens), which of them are there.
+        mask: (batch, p + tokens), the attention mask.
         width: p.
     """
     leading = mask[:, width:].long().cumsum(1) == 0

@@ -26,11 +26,11 @@ __all__ = ["gates_of"]
 Gates = dict[str, dict[str, list[tuple[str, Tensor]]]]
 
 _NOT_FOR_IT = ("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache")
-"""What the backbone could be given and the first pass has no use for, or sets itself."""
+"""Arguments of the backbone that the first pass does not need, or sets itself."""
 _TWINS: weakref.WeakKeyDictionary[Cache, dict[str, Cache]] = weakref.WeakKeyDictionary()
 """For each cache of an adapted model, those of its first passes: keys and values differ where experts act."""
 _BARE = ""
-"""What stands for the mixtures whose first pass is the bare base's: they share one."""
+"""The name of the first pass of the base alone, which mixtures share."""
 
 
 def gates_of(
@@ -85,7 +85,7 @@ def _by_path(gates: Tensor, paths: list[str], experts: list[str]) -> dict[str, l
 
 
 def _for_head(gates: dict[str, list[tuple[str, Tensor]]], stack: nn.Module, kept: int | Tensor | None) -> None:
-    """Leaves the head, which may be asked for some tokens only, the gates of these."""
+    """Keeps the gates of those tokens for which the head computes logits."""
     head: Any = stack.get_output_embeddings()  # type: ignore[operator]
     path = getattr(head, "path", None)
     if path in gates and isinstance(kept, (int, Tensor)):
@@ -113,7 +113,7 @@ _NOT_CHECKPOINTED = threading.Lock()
 
 @contextmanager
 def _without_checkpoints(backbone: nn.Module) -> Iterator[None]:
-    """Nothing is saved for a backward here, and a block that is run again would not be given the cache."""
+    """Turns gradient checkpointing off, which would not pass the cache on; there is no backward here."""
     blocks = backbone.modules() if backbone.training else ()
     if not any(getattr(module, "gradient_checkpointing", False) for module in blocks):
         yield

@@ -26,7 +26,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Reader:
-    """The stack that reads the user's tokens, and what it makes of their places.
+    """The stack that reads the user's tokens, and how it counts their positions.
 
     Args:
         stack: the model itself, or the encoder of two stacks.
@@ -60,7 +60,7 @@ class Reader:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether there is but one stack."""
+        """Whether there is only one stack."""
         return self.stack is self.model
 
     def fit_mask(self, arguments: dict[str, Any], there: Tensor | None, seen: int, rows: int, width: int) -> None:
@@ -106,14 +106,14 @@ class Reader:
         arguments["position_ids"] = torch.cat([before, given + front.sum(1, keepdim=True)], dim=1)
 
     def skip_prefix(self, arguments: dict[str, Any], there: Tensor) -> None:
-        """Position ids for a model that gives all rows one past, where some rows have less of a prefix than others."""
+        """Position ids where rows have prefixes of different lengths, for models that assume one length for all."""
         if "past_key_values" in self.names or arguments.get("position_ids") is not None:
             return
         read = _given(arguments)
         past = there.to(read.device).sum(1, keepdim=True)
         if self.padding is None:
             arguments["position_ids"] = torch.arange(read.shape[1], device=read.device) + past
-        elif arguments.get("input_ids") is not None:  # of embeddings it counts without the past
+        elif arguments.get("input_ids") is not None:  # given embeddings, the model ignores the past
             known = (read != self.padding).long()
             arguments["position_ids"] = (known.cumsum(1) + past) * known + self.padding
 
@@ -128,10 +128,10 @@ class Reader:
             )
 
     def insert(self, arguments: dict[str, Any], tokens: Front, rows: int) -> Tensor | None:
-        """Puts virtual tokens before the user's, and what is said of each token; returns the order if it is another.
+        """Puts virtual tokens before the user's, in labels and masks too; returns the new order if tokens are moved.
 
-        Where rows have fewer than others, a model that reads in one go (BERT) is given the empty places last: it
-        answers from the first one, and counts from there. One that writes (GPT) is given them first.
+        Where rows have fewer virtual tokens than others, an encoder (BERT) gets the padding last: it classifies by
+        the first token, and counts positions from it. A model with a cache (GPT) gets the padding first.
         """
         width, read = tokens.values.shape[1], _given(arguments)
         if arguments.get("input_ids") is None:

@@ -28,7 +28,7 @@ __all__ = ["Runner"]
 
 
 class _Forward(threading.local):
-    """What a thread's forward remembers from one hook to the next.
+    """What a thread's forward passes from one hook to the next.
 
     ``pending`` virtual tokens wait for the embeddings to be looked up; ``after`` is what the stack's last hook does;
     ``entered`` has, by module, the call before its forward and within; ``uncached`` the stacks whose caller asked for
@@ -45,8 +45,8 @@ class _Forward(threading.local):
 class Runner(Hooking):
     """Hooks around a model's forward, so that it works the same however it is called: alone, by Trainers, by generate.
 
-    A virtual token is a token like others: it has an id that means nothing, and where the model looks its embedding
-    up, the trained one is put. So whatever a model makes of ids (positions, the place of the last token) stays right.
+    A virtual token has an id without meaning; where the model looks up its embedding, the trained one replaces it. So
+    whatever a model derives from ids (positions, the last token) stays right.
     """
 
     def __init__(self, model: nn.Module, state: AdapterState) -> None:
@@ -62,10 +62,10 @@ class Runner(Hooking):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _now=_Forward())
 
-    # Being there
+    # Adding and removing hooks
 
     def watch(self) -> None:
-        """Hangs on the model what its adapters need, and takes off what they no longer need."""
+        """Adds the hooks that the model's adapters need, and removes those that they no longer need."""
         self.leave()
         reads = [
             module.method_of(name)[0].reads_prompt
@@ -80,7 +80,7 @@ class Runner(Hooking):
             stack = reading_stack(self.model)
         except PeanutError:
             if inputs is None and mixtures is None:
-                return  # a model that tells nothing of its tokens, or has none
+                return  # a model without tokens, or not known to have any
             raise
         self._reader = Reader.of(self.model, stack)
         self._listen(stack, self.before, self.after)
@@ -96,7 +96,7 @@ class Runner(Hooking):
                 hook(module, self.see_prefix, before=True)
 
     def leave(self) -> None:
-        """Takes everything off the model."""
+        """Removes all hooks."""
         restore_no_more(self.model)
         for module in walk(self.model):
             unhook(module, self)
@@ -242,7 +242,7 @@ class Runner(Hooking):
             return None
         return args, {**kwargs, "past_key_values": prefix}
 
-    # Parts of it
+    # Helpers
 
     def _begin(self, stack: nn.Module, arguments: dict[str, Any], prefix: Front, past: Any) -> None:
         """Begins a cache, ``past`` or a new one, with a prefix."""
@@ -262,7 +262,7 @@ class Runner(Hooking):
             restore_in_checkpoints(module, self.state)
 
     def _leave(self, module: nn.Module) -> None:
-        """Puts back what held before the module's last forward; if that was broken off, who caught it may have."""
+        """Restores the call from before the module's forward, unless an exception handler has done so."""
         before, entered = self._now.entered.pop(id(module), (None, None))
         if before is not None and self.state.call is entered:
             self.state.call = before
@@ -272,7 +272,7 @@ class Runner(Hooking):
         return None if inputs is None else inputs.front(kind, rows)
 
     def _room(self, kinds: Sequence[str], rows: int, device: torch.device) -> tuple[int, Tensor | None]:
-        """p, the places that are taken before the user's tokens, and (batch, p) which of them are, ``None`` for all."""
+        """p, the positions taken before the user's tokens, and (batch, p) which each row uses, ``None`` for all."""
         inputs = self._inputs()
         if inputs is None:
             return 0, None

@@ -43,7 +43,7 @@ _LLAMA_BLOCKS = Stack(
     r"(?:.*\.)?layers\.(\d+)", "self_attn", r"self_attn\.o_proj", "post_attention_layernorm", r"mlp\.down_proj"
 )
 _GEMMA_BLOCKS = replace(_LLAMA_BLOCKS, feed_forward_input="pre_feedforward_layernorm")
-_OLMO_BLOCKS = replace(_LLAMA_BLOCKS, feed_forward_input="mlp")  # it norms what its parts answer, not their input
+_OLMO_BLOCKS = replace(_LLAMA_BLOCKS, feed_forward_input="mlp")  # its norms follow attention and feed-forward
 _VIT_BLOCKS = Stack(
     r"(?:.*\.)?layers?\.(\d+)",
     "attention",

@@ -70,7 +70,7 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
         PeanutError: a name or pattern names nothing.
     """
     targets = config.target_modules
-    assert targets is not None  # the callers have looked
+    assert targets is not None  # the callers have checked
     if is_all_linear(targets):
         return _all_linear(model, config, modules)
     hits = matched(modules, targets)
