@@ -58,7 +58,7 @@ def layer_of(model: PeftModel) -> AdaptedLayer:
 def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
     """The layer's output from the definition of its adapters together, built densely and put into a copy of it.
 
-    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) diag(Π in_scale), b' = … L₂ (L₁ b + shift₁) + shift₂ ….
+    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) Π S, b' = … L₂ (L₁ b + shift₁) + shift₂ ….
     """
     changes = [layer.change(name) for name in names]
     kind, module = layer.frozen.kind, case.net().layer
@@ -69,7 +69,7 @@ def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) ->
         matrix = matrix if change.delta is None else matrix + change.delta.dense()
     for change in changes:
         matrix = matrix if change.left is None else change.left.dense() @ matrix
-        matrix = matrix if change.in_scale is None else matrix @ torch.diag(change.in_scale)
+        matrix = matrix if change.in_scale is None else matrix @ change.in_scale.dense()
         bias = bias if bias is None or change.left is None else change.left.dense() @ bias
         shift = shift if shift is None or change.left is None else change.left.dense() @ shift
         if change.shift is not None:
@@ -78,7 +78,7 @@ def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) ->
         bias, shift = bias + shift, None
     own = {"weight": kind.layout(module, matrix)} | ({} if bias is None else {"bias": bias})
     y = torch.func.functional_call(module, own, (x,))
-    return y if shift is None else y + kind.along_output(shift)
+    return y if shift is None else kind.on_output(y, lambda each: each + shift)
 
 
 # 1. A new adapter changes nothing, where the method promises it, and a disabled one never does
@@ -495,3 +495,35 @@ def test_we_load_the_file_of_the_peer(case: Case, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(case.net(torch.float32), tmp_path)
     assert distance(model(x), theirs(x)) < 1e-5
+
+
+# 8. What scripts do with parameters
+
+
+@one_case_a_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_in_sixteen_bits(case: Case, dtype: torch.dtype) -> None:
+    """As ``model.to(torch.bfloat16)`` makes them after the adapter was added: it runs forward and backward."""
+    model = case.adapted(dtype=torch.float32).to(dtype).train()
+    y = model(case.input(dtype))
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+    exact = case.adapted()
+    exact.load_state_dict(model.state_dict())
+    directed(y).backward()
+    x = case.input(dtype)
+    assert distance(model.eval()(x), exact(x.double() if x.is_floating_point() else x)) < 0.1
+    assert gradients(model)
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+@every_case
+def test_parameters_are_contiguous(case: Case) -> None:
+    """Flat vectors are made of views of them."""
+    model = get_peft_model(case.net(), case.config())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.is_contiguous() for parameter in trained)
+    flat = nn.utils.parameters_to_vector(trained)
+    nn.utils.vector_to_parameters(flat * 2, trained)
+    assert torch.equal(nn.utils.parameters_to_vector(trained), flat * 2)

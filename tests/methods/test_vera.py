@@ -96,7 +96,7 @@ def test_adapters_of_different_seeds_and_ranks_keep_their_own_matrices() -> None
 def test_evaluation_has_ready_factors_below_full_rank() -> None:
     layer = adapted(config()).get_base_model().a
     with torch.no_grad():
-        assert isinstance(layer.change("default").delta, LowRank)
+        assert isinstance(layer.change("default").delta.for_inference(torch.float32), LowRank)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from peanut import BottleneckConfig, PeanutConfig, get_peft_model
-from peanut.model.inspection import inspect_adapter, inspect_places
-from peanut.operators import LowRank, effective_rank, singular_values
+from peanut.model.inspection import effective_rank, inspect_adapter, inspect_places
+from peanut.operators import LowRank
 
 from ..support import Net, randomised
 
@@ -44,7 +44,7 @@ def test_places_without_a_weight() -> None:
 @pytest.mark.parametrize("rank", [1, 3, 9])  # 9 is more than the matrix has
 def test_singular_values_without_the_matrix(rank: int) -> None:
     operator = LowRank(torch.randn(8, rank).double(), torch.randn(rank, 11).double(), 0.3)
-    values = singular_values(operator)
+    values = operator.singular_values()
     expected = torch.linalg.svdvals(operator.dense())[: len(values)]
     assert torch.allclose(values, expected)
 

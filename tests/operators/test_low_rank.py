@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peanut.lab.measure import saved_bytes
-from peanut.operators import Delta, LowRank, effective_rank, singular_values
+from peanut.model.inspection import effective_rank
+from peanut.operators import Delta, LowRank
 
 from ..support import directed, distance, one_thread  # noqa: F401
 
@@ -144,7 +145,7 @@ def test_joined_with_a_kept_product_may_be_differentiated_twice() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 6])
 def test_spectrum_is_that_of_the_matrix(rank: int) -> None:
     delta = operator(rank)
-    values = singular_values(delta)
+    values = delta.singular_values()
     expected = torch.linalg.svdvals(delta.dense())[: len(values)]
     assert distance(values, expected) < 1e-12
     assert 1 <= effective_rank(values) <= min(rank, IN) + 1e-9

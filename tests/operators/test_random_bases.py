@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peanut.operators import LowRank
 from peanut.operators.inference import WrittenOut
-from peanut.operators.random_bases import RandomBases, rescaled
+from peanut.operators.random_bases import RandomBases
 
 from ..support import directed, distance, one_thread, same_bits  # noqa: F401
 
@@ -89,17 +89,6 @@ def test_factors_are_given_below_full_rank() -> None:
     up, down = made("up").factors() or pytest.fail("rank 4 of 5")
     assert distance(up @ down, made("up").dense()) < 1e-12
     assert made("down").factors() is None  # rank 6 of 5
-
-
-@pytest.mark.parametrize(("side", "kind"), [("up", LowRank), ("down", RandomBases)])
-def test_without_gradients_factors_of_low_rank_are_ready(side: str, kind: type) -> None:
-    operator = made(side)
-    parts = operator.basis, operator.left, operator.right, operator.fixed, operator.side, 0.7
-    assert isinstance(rescaled(*parts), RandomBases)
-    with torch.no_grad():
-        ready = rescaled(*parts)
-    assert isinstance(ready, kind)  # at full rank, factors kept for later would take as much memory as Δ
-    assert distance(ready.dense(), written_out(operator)) < 1e-12
 
 
 @torch.no_grad()

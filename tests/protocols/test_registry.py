@@ -257,3 +257,24 @@ def test_config_classes_by_name_for_scripts_that_choose_one() -> None:
     from peanut.protocols.config import CONFIG_CLASSES
 
     assert all(CONFIG_CLASSES[name] is method.config_class for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", ["", "a/b", None, 5, "two\nlines"])
+def test_names_that_cannot_be_used_are_refused(name: object) -> None:
+    @dataclass(kw_only=True)
+    class OddConfig(PeftConfig):
+        method = name  # type: ignore[assignment]
+
+    class Odd(Lora):
+        config_class = OddConfig  # type: ignore[assignment]
+
+    with pytest.raises(PeanutError, match=r"^.*Odd registers the name .*; expected letters, digits, spaces"):
+        register(Odd)
+    with pytest.raises(PeanutError, match=r"^.*registers the name None; expected"):
+        register(type("NoConfig", (), {}))
+    assert name not in METHODS
+
+
+def test_members_as_of_an_enum() -> None:
+    assert list(PeftType.__members__) == list(METHODS)
+    assert PeftType.__members__["LORA"] is PeftType.LORA

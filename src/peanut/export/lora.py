@@ -18,7 +18,7 @@ from ..model.adapters.adapter_set import AdapterSet
 from ..model.checkpoints.checkpoint import save_adapter
 from ..model.layers.layer import AdaptedLayer
 from ..model.targets.matching import target_paths
-from ..operators import LowRank, singular_values
+from ..operators import LowRank
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 
 __all__ = ["LoraExport", "from_lora", "to_lora"]
@@ -244,8 +244,8 @@ def _relative(layer: AdaptedLayer, name: str, made: str) -> float:
     source, result = layer.change(name), layer.change(made).delta
     if isinstance(source.delta, LowRank) and source.adds and isinstance(result, LowRank):
         minus = _double(source.delta, -1)
-        apart = singular_values(LowRank.sum([_double(result, 1), minus])).norm()
-        size = singular_values(minus).norm()
+        apart = LowRank.sum([_double(result, 1), minus]).singular_values().norm()
+        size = minus.singular_values().norm()
     else:
         own = layer.delta(name).double()
         apart, size = (layer.delta(made).double() - own).norm(), own.norm()

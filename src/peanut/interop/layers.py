@@ -142,8 +142,10 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
     tokens on a linear layer forget its bias.
     """
     kind = config.peft_type
-    odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or set(layer.dilation) != {1})
-    other = (isinstance(layer, nn.Conv2d) and kind == PeftType.OFT) or (odd and kind != PeftType.IA3)
+    padded = isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros"
+    apart = isinstance(layer, nn.Conv2d) and set(layer.dilation) != {1}
+    other = (isinstance(layer, nn.Conv2d) and kind == PeftType.OFT) or (padded and kind != PeftType.IA3)
+    other = other or (apart and kind not in (PeftType.IA3, PeftType.LOKR))
     if other or (kind == PeftType.TRAINABLE_TOKENS and isinstance(layer, nn.Linear) and layer.bias is not None):
         raise PeanutError(
             f"on '{path}', {layer}, {method_of(kind).name} of Hugging Face PEFT computes something else than ours",

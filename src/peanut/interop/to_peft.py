@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..model.adapters.adapter_set import AdapterSet, experts_of
 from ..model.adapters.surgery import SHARED
-from ..model.adapters.training_hooks import unfollow
 from ..model.checkpoints.checkpoint import adapter_state, file_config
 from ..model.checkpoints.mixtures import save_experts
 from ..protocols import PeftConfig, PeftType, method_of
@@ -84,8 +83,7 @@ def to_peft(model: nn.Module) -> Any:
         for place in places:
             if place.path in outer and outer[place.path] is not place.bare:
                 carry_hooks(outer[place.path], place.layers[0])
-    unfollow(adapters)
-    base.__dict__.pop("_adapter_set", None)
+    adapters.leave()
     for config in configs.values():
         if getattr(config, "adapters", None):
             config.adapters = dict.fromkeys(config.adapters)

@@ -60,7 +60,7 @@ class LoKrConfig(PeftConfig):
         for name in ("rank_dropout", "module_dropout"):
             check_probability(name, getattr(self, name))
         if self.decompose_factor != -1:
-            check_whole("decompose_factor", self.decompose_factor, least=1)
+            check_whole("decompose_factor (other than -1, for the nearest to a square)", self.decompose_factor, least=1)
         if self.init_weights not in (True, False, "lycoris"):
             raise PeanutError(f"init_weights={self.init_weights!r}", "True, False or 'lycoris'", "change it")
 

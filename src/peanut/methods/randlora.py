@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..operators.random_bases import rescaled
+from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
@@ -111,9 +111,9 @@ class RandLora(WeightMethod[RandLoraConfig]):
         B = parameters["randlora_B"][: max(layer.out_features, layer.in_features), :n].flatten(1)
         s = config.randlora_alpha / config.r
         if layer.in_features == m:
-            delta = rescaled(A, scales[:, :, None], gamma, B, "down", s)
+            delta = RandomBases(A, scales[:, :, None], gamma, B, "down", s)
         else:
-            delta = rescaled(A.permute(2, 0, 1), scales, gamma.T[:, None], B.T, "up", s)
+            delta = RandomBases(A.permute(2, 0, 1), scales, gamma.T[:, None], B.T, "up", s)
         return Change(delta=delta, dropout=config.randlora_dropout)
 
     def restored(self, config: RandLoraConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:

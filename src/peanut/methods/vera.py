@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..operators.random_bases import rescaled
+from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.config import check_bias, check_finite, check_probability, check_whole
 from ..weights import FrozenLayer
@@ -89,4 +89,4 @@ class Vera(WeightMethod[VeraConfig]):
     def change(self, config: VeraConfig, parameters: Values, layer: FrozenLayer) -> Change:
         A, B = parameters["vera_A"][:, : layer.in_features], parameters["vera_B"][: layer.out_features]
         b, d = parameters["vera_lambda_b"][:, None], parameters["vera_lambda_d"]
-        return Change(delta=rescaled(B, b, d, A, "up"), dropout=config.vera_dropout)
+        return Change(delta=RandomBases(B, b, d, A, "up"), dropout=config.vera_dropout)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..operators import Dense, effective_rank, singular_values
+from ..operators import Dense
 from .adapters.adapter_set import AdapterSet
 from .layers.layer import AdaptedLayer
 
-__all__ = ["LayerReport", "PlaceReport", "inspect_adapter", "inspect_places"]
+__all__ = ["LayerReport", "PlaceReport", "effective_rank", "inspect_adapter", "inspect_places"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def inspect_adapter(model: nn.Module, name: str = "default") -> list[LayerReport
     for path, layer in adapters.layers(name):
         change = layer.change(name)
         delta = change.delta if change.adds else Dense(layer.delta(name))
-        values = torch.zeros(1, dtype=torch.float64) if delta is None else singular_values(delta)
+        values = torch.zeros(1, dtype=torch.float64) if delta is None else delta.singular_values()
         reports.append(
             LayerReport(
                 path=path,
@@ -101,3 +101,9 @@ def inspect_adapter(model: nn.Module, name: str = "default") -> list[LayerReport
             )
         )
     return reports
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007); 0 for a zero operator."""
+    total = values.sum()
+    return float(torch.exp(torch.special.entr(values / total).sum())) if total else 0.0

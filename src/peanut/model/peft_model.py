@@ -21,6 +21,7 @@ from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, 
 from .checkpoints.loading import load_state, same_form
 from .checkpoints.mixtures import add, all_or_none, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
+from .layers.state import Context
 from .models import model_of
 
 __all__ = ["PeftModel", "get_peft_model"]
@@ -149,7 +150,7 @@ class PeftModel(nn.Module):
 
         In ``eval()`` and without gradients, what adapters make of the weights (factors, rotations, spectra) is computed
         once and cached until the context is left. Nothing else may write to the weights meanwhile: only changes made by
-        this library (another active adapter, a merge, a load) are seen. It may be entered in several threads,
+        this library (another active adapter, a merge, ``load_adapter``) are seen. It may be entered in several threads,
         which then share the cache; a call in a thread that has not entered it caches nothing.
         """
         return Inference(self.adapters.state)
@@ -171,8 +172,12 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes, in this thread, exactly what its base does, also if merged."""
-        with self.adapters.state.during(disabled=True):
+        context = Context(disables=True)
+        self.adapters.state.enter(context)
+        try:
             yield
+        finally:
+            self.adapters.state.leave(context)
 
     # Merging
 

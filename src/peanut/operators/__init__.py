@@ -6,7 +6,6 @@ from .dense import Dense
 from .low_rank import LowRank
 from .per_sample import PerSample
 from .rotation import Diagonal, Rotation
-from .spectrum import effective_rank, singular_values
 
 __all__ = [
     "Between",
@@ -20,8 +19,6 @@ __all__ = [
     "Rotation",
     "Sum",
     "chain",
-    "effective_rank",
     "gated",
-    "singular_values",
     "total",
 ]

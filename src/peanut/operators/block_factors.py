@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import product_dtype, shaped
+from .delta import applied, product_dtype, shaped
 from .inference import few_tokens
 from .rotation import Rotation
 
@@ -88,7 +88,7 @@ class BlockFactors(Rotation):
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
         arguments = (x, levels, weight, bias, self.half, self.distances)
         if torch.is_grad_enabled():
-            return _Turned.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+            return applied(_Turned, *arguments)
         return _turned(*arguments)
 
 

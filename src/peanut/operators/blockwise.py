@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .delta import Delta, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, shaped
 from .materialised import Materialised
 
 __all__ = ["BlockAffine", "Blockwise"]
@@ -49,7 +49,7 @@ class Blockwise(Delta):
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return _Folded.apply(x, weight, bias, block, self.size)  # type: ignore[no-any-return, no-untyped-call]
+            return applied(_Folded, x, weight, bias, block, self.size)
         return _joined(x, _fold(x.reshape(-1, self.size[1]), len(block)), weight, bias, block, self.size)
 
     def rows(self, ids: Tensor) -> Tensor:

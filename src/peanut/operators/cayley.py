@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cayley", "cayley_neumann", "in_full"]
+from .delta import applied
+
+__all__ = ["cayley", "cayley_neumann", "in_full", "wide"]
 
 
 class _Cayley(torch.autograd.Function):
@@ -42,8 +44,7 @@ def cayley(skew: Tensor) -> Tensor:
     back that the square takes: for blocks of 32 twelve times as fast as by LU factors. The backward saves R.
     """
     with in_full(skew.device):
-        rotation: Tensor = _Cayley.apply(skew)  # type: ignore[no-untyped-call]
-    return rotation
+        return applied(_Cayley, wide(skew))
 
 
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
@@ -51,6 +52,7 @@ def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
 
     Three terms are taken as four, as Hugging Face PEFT does.
     """
+    skew = wide(skew)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand(skew.shape)
     if terms == 1:
         return eye.clone()
@@ -65,6 +67,11 @@ def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def in_full(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off: rotations are made in the parameters' own dtype, or they would not be orthogonal."""
+    """Autocast off: rotations are made in 32 bits or more, or they would not be orthogonal."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In 32 bits or more: torch neither factorises nor solves in 16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import PeanutError
 from .operator import Operator
 
-__all__ = ["Delta", "product_dtype", "shaped"]
+__all__ = ["Delta", "applied", "product_dtype", "shaped"]
 
 
 class Delta(Operator, ABC):
@@ -62,6 +64,21 @@ class Delta(Operator, ABC):
         """W + Δ, a new tensor."""
         return weight + self.dense()
 
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """The singular values of Δ in float64, largest first: min(out, in) of them, or r for a product of rank r.
+
+        With up = Q R and downᵀ = P S (thin QR), those of up·down are those of the r × r matrix R Sᵀ.
+        """
+        factors = self.factors()
+        if factors is None or factors[0].shape[1] >= min(self.shape):
+            core = self.dense().double()
+        else:
+            up, down = factors
+            core = torch.linalg.qr(up.double()).R @ torch.linalg.qr(down.T.double()).R.T
+        values: Tensor = torch.linalg.svdvals(core)
+        return values
+
 
 def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
     """y, (tokens, out), reshaped to (*places, out) without being a view.
@@ -69,6 +86,21 @@ def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
     Autograd forbids in-place changes of a view that a function returns, and the next module may make them.
     """
     return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """What an autograd function answers.
+
+    Raises:
+        PeanutError: within ``torch.func.grad``, ``vmap`` and their like, for which it has no rules.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise PeanutError(
+            "adapters within a transform of torch.func (grad, vmap, jacrev, …)",
+            "gradients of torch.autograd",
+            "use torch.autograd.grad, with torch.func.functional_call if parameters are given",
+        )
+    return function.apply(*arguments)  # type: ignore[no-any-return]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

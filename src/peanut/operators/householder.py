@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cayley import in_full
+from .cayley import in_full, wide
 from .delta import product_dtype, shaped
 from .low_rank import LowRank
 from .rotation import Rotation
@@ -35,6 +35,7 @@ class Householder(Rotation):
         different pairs (upper triangle) and D those within them, K = (D + E)⁻¹; D⁻¹ is known in closed form,
         [[2q, 2q−2], [2, 2]] with q = ‖u₂−u₁‖² for a pair and 2 for a reflection that is left over.
         """
+        directions = wide(directions)
         r, device = directions.shape[1], directions.device
         # One row for each direction, so that equal directions are normalised to equal bits.
         units = F.normalize(directions.T.contiguous(), dim=1, eps=torch.finfo(directions.dtype).tiny)
@@ -58,7 +59,7 @@ class Householder(Rotation):
     def orthogonal(directions: Tensor) -> Householder:
         """I − 2 Q Qᵀ, the reflections in an orthonormal basis Q of the directions' span, (in, r)."""
         with in_full(directions.device):
-            basis = torch.linalg.qr(directions).Q
+            basis = torch.linalg.qr(wide(directions)).Q
         return Householder(basis, 2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device))
 
     @property

@@ -40,10 +40,6 @@ class Evaluated(Delta):
     def answer(self, tokens: Tensor) -> Tensor:
         """Δ on few tokens: (tokens, in) → (tokens, out)."""
 
-    def add(self, y: Tensor, tokens: Tensor) -> None:
-        """Adds Δ on few tokens, (tokens, in), to y, (tokens, out), in place."""
-        y.add_(self.answer(tokens))
-
     def apply(self, x: Tensor) -> Tensor:
         if not few_tokens(x, self.few):
             return self.origin.apply(x)
@@ -52,9 +48,7 @@ class Evaluated(Delta):
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not few_tokens(x, self.few):
             return self.origin.joined(x, weight, bias)
-        y = F.linear(x, weight, bias)
-        self.add(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return y
+        return F.linear(x, weight, bias).add_(self.apply(x))
 
     def dense(self) -> Tensor:
         return self.origin.dense()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, shaped
 
 __all__ = ["Kronecker"]
 
@@ -39,7 +39,7 @@ class Kronecker(Delta):
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        return _Product.apply(x.to(dtype), self.outer.to(dtype), self._inner().to(dtype), self.scaling)  # type: ignore[no-any-return, no-untyped-call]
+        return applied(_Product, x.to(dtype), self.outer.to(dtype), self._inner().to(dtype), self.scaling)
 
     def rows(self, ids: Tensor) -> Tensor:
         V = self._inner()

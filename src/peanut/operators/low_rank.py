@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .delta import Delta, shaped
+from .delta import Delta, applied, shaped
 
 __all__ = ["LowRank"]
 
@@ -54,16 +54,14 @@ class LowRank(Delta):
         return self.up.shape[1]
 
     def apply(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.down)
-        if self.gate is not None:  # r numbers a token are weighted, not the output
-            hidden = hidden * _spread(self.gate.to(x.dtype), self.parts)
-        return F.linear(hidden, self.scaled_up())
+        return F.linear(self._weighted(F.linear(x, self.down)), self.scaled_up())
 
     def rows(self, ids: Tensor) -> Tensor:
-        hidden = F.embedding(ids, self.down.T)
-        if self.gate is not None:
-            hidden = hidden * _spread(self.gate.to(hidden.dtype), self.parts)
-        return F.linear(hidden, self.scaled_up())
+        return F.linear(self._weighted(F.embedding(ids, self.down.T)), self.scaled_up())
+
+    def _weighted(self, hidden: Tensor) -> Tensor:
+        """The r numbers of each token times its gate."""
+        return hidden if self.gate is None else hidden * _spread(self.gate.to(hidden.dtype), self.parts)
 
     def dense(self) -> Tensor:
         if self.gate is not None:
@@ -97,9 +95,8 @@ class LowRank(Delta):
         gate = self.gate
         if gate is not None:
             gate = gate.to(x.dtype).expand(*x.shape[:-1], -1).reshape(-1, gate.shape[-1])
-        if torch.is_grad_enabled():
-            return _JoinedProduct.apply(x, weight, bias, self.up, self.down, gate, self.scaling, self.parts)  # type: ignore[no-any-return, no-untyped-call]
-        return _joined(x, weight, bias, self.up, self.down, gate, self.scaling, self.parts)[0]
+        arguments = (x, weight, bias, self.up, self.down, gate, self.scaling, self.parts)
+        return applied(_JoinedProduct, *arguments) if torch.is_grad_enabled() else _joined(*arguments)[0]
 
     @staticmethod
     def sum(operators: Sequence[LowRank]) -> LowRank:
@@ -152,22 +149,12 @@ class _JoinedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        gate: Tensor | None,
-        scaling: float,
-        parts: tuple[int, ...],
-    ) -> Tensor:
-        y, hidden = _joined(x, weight, bias, up, down, gate, scaling, parts)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, _, up, down, gate, ctx.scaling, ctx.parts = arguments
+        y, hidden = _joined(*arguments)
         narrow = len(down) * NARROW <= x.shape[-1]
         kept = narrow and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
         ctx.save_for_backward(x, weight, up, down, gate, hidden if kept else None)
-        ctx.scaling, ctx.parts = scaling, parts
         return y
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, shaped
 from .inference import Evaluated
 from .saved_outputs import SavedOutput, pulled_gain, tells_gain, weight_is_less
 
@@ -84,7 +84,7 @@ class MagnitudeDirection(Delta):
         dtype = product_dtype(x)
         x, weight, up, down = (value.to(dtype) for value in (x, weight, self.up, self.down))
         bias = None if bias is None else bias.to(dtype)
-        return _GainedProduct.apply(x, weight, bias, up, down, self.gain, self.scaling, whole)  # type: ignore[no-any-return, no-untyped-call]
+        return applied(_GainedProduct, x, weight, bias, up, down, self.gain, self.scaling, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,28 +124,18 @@ class _GainedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        gain: Tensor,
-        scaling: float,
-        whole: bool,
-    ) -> Tensor:
-        ctx.scaling, ctx.whole = scaling, whole
-        tokens, gained_up = x.reshape(-1, x.shape[-1]), (gain[:, None] * up * scaling).to(up.dtype)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, up, down, gain, ctx.scaling, ctx.whole = arguments
+        tokens, gained_up = x.reshape(-1, x.shape[-1]), (gain[:, None] * up * ctx.scaling).to(up.dtype)
         less_one = (gain - 1).to(x.dtype)
-        if not whole:
+        if not ctx.whole:
             y = F.linear(tokens, weight).mul_(less_one).addmm_(tokens @ down.T, gained_up.T)
         elif weight_is_less(tokens):
             y = F.linear(tokens, _changed(weight, gain, gained_up, down), bias)
         else:
             y = _gained(tokens, weight, bias, gained_up, down, less_one)
         y, kept = shaped(y, x.shape[:-1]), None
-        if whole and ctx.needs_input_grad[5] and SavedOutput.cheap(weight.shape) and tells_gain(y, gain):
+        if ctx.whole and ctx.needs_input_grad[5] and SavedOutput.cheap(weight.shape) and tells_gain(y, gain):
             kept, ctx.saved_output = y.data, SavedOutput(y)
         ctx.save_for_backward(x, weight, up, down, gain, bias, kept)
         return y

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, shaped
 from .inference import WrittenOut
 
 __all__ = ["Materialised"]
@@ -72,7 +72,7 @@ class Materialised(Delta):
             return F.linear(x, operator.matrix(weight), bias)
         tensors = {name: value for name, value in vars(operator).items() if isinstance(value, Tensor)}
         plain = tuple((name, value) for name, value in vars(operator).items() if name not in tensors)
-        return _Product.apply(x, weight, bias, type(self), plain, tuple(tensors), *tensors.values())  # type: ignore[no-any-return, no-untyped-call]
+        return applied(_Product, x, weight, bias, type(self), plain, tuple(tensors), *tensors.values())
 
 
 def _again(made_of: type[Materialised], plain: Any, names: tuple[str, ...], tensors: Sequence[Tensor]) -> Materialised:
@@ -83,16 +83,8 @@ class _Product(torch.autograd.Function):
     """y = x (W + Δ)ᵀ + b, or x Δᵀ without a W; saves x, W and the tensors that Δ is made of."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        made_of: type[Materialised],
-        plain: Any,
-        names: tuple[str, ...],
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, made_of, plain, names, *tensors = arguments
         ctx.save_for_backward(x, weight, *tensors)
         ctx.recipe = made_of, plain, names
         matrix = _again(made_of, plain, names, tensors).matrix(weight)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .delta import applied
 from .rotation import Rotation
 
 __all__ = ["PairRotation"]
@@ -35,7 +36,7 @@ class PairRotation(Rotation):
         return len(self.cos)
 
     def apply(self, x: Tensor) -> Tensor:
-        return _Turned.apply(x, self.cos, self.sin, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return applied(_Turned, x, self.cos, self.sin, self.group)
 
     def times(self, weight: Tensor) -> Tensor:
         """W R for W (…, width): the transpose rotates back."""

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, shaped
+from .delta import Delta, applied, shaped
 from .inference import WrittenOut
 from .low_rank import LowRank
 
-__all__ = ["RandomBases", "rescaled"]
+__all__ = ["RandomBases"]
 
 Side = Literal["up", "down"]
 
@@ -82,18 +82,9 @@ class RandomBases(Delta):
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         basis, fixed = self.basis.detach(), self.fixed.detach()
-        return _Product.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, weight, bias, basis, self.left, self.right, fixed, self.side, self.scaling, self.dtype
+        return applied(
+            _Product, x, weight, bias, basis, self.left, self.right, fixed, self.side, self.scaling, self.dtype
         )
-
-
-def rescaled(basis: Tensor, left: Tensor, right: Tensor, fixed: Tensor, side: Side, scaling: float = 1.0) -> Delta:
-    """The ``RandomBases`` of these; where no backward has to save memory and the rank is low, a ready ``LowRank``."""
-    operator = RandomBases(basis, left, right, fixed, side, scaling)
-    rank = fixed.shape[0 if side == "up" else 1]
-    if torch.is_grad_enabled() or rank >= min(operator.shape):
-        return operator
-    return LowRank(*operator._factors(), scaling)
 
 
 def _factors(
@@ -114,19 +105,8 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        basis: Tensor,
-        left: Tensor,
-        right: Tensor,
-        fixed: Tensor,
-        side: Side,
-        scaling: float,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, basis, left, right, fixed, side, scaling, dtype = arguments
         up, down = _factors(basis, left, right, fixed, side, dtype)
         ctx.save_for_backward(x, weight, basis, left, right, fixed)
         ctx.options = side, scaling, dtype

@@ -105,12 +105,6 @@ class _EvaluatedSparse(Evaluated):
             y = (self.matrix @ wide[0]).unsqueeze(0) if len(wide) == 1 else (self.matrix @ wide.T).T
         return y.to(tokens.dtype)
 
-    def add(self, y: Tensor, tokens: Tensor) -> None:
-        if len(tokens) == 1 and y.dtype == self.matrix.dtype:
-            y[0].addmv_(self.matrix, tokens[0])
-        else:
-            super().add(y, tokens)
-
 
 def _compressed(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     """A matrix by rows. Its places are in 32 bits, since those in 64 are converted at every product."""

@@ -5,6 +5,7 @@ A method that is registered is trained, saved, listed, tested and measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
@@ -27,10 +28,16 @@ def register(method: M) -> M:
     The same class defined again (a cell that is run twice, a module that is reloaded) replaces itself.
 
     Raises:
-        PeanutError: another method has that name.
+        PeanutError: another method has that name, or it has none that can be used.
     """
+    name = getattr(getattr(method, "config_class", None), "method", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w .+-]+", name):
+        raise PeanutError(
+            f"{_where(method)} registers the name {name!r}",
+            "letters, digits, spaces and -._+",
+            "give it a config_class, a PeftConfig whose ``method`` is the name",
+        )
     instance = method()
-    name = instance.name
     taken = next((each for own, each in METHODS.items() if own.casefold() == name.casefold()), None)
     if taken is not None and _where(type(taken)) != _where(method):
         raise PeanutError(

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 from peanut.methods.peanut import Peanut
 
 from ...support import Net, directed, distance, frozen_state, one_thread, randomised, same_bits  # noqa: F401
@@ -275,3 +275,70 @@ def test_a_compiled_layer_trains_the_same_and_sees_switches(backend: str, switch
             strict=True,
         ):
             assert distance(found, wanted) < 1e-5
+
+
+def test_a_layer_that_is_replaced_is_the_one_that_is_read() -> None:
+    net = Net(nn.Linear(6, 5)).double()
+    model = randomised(get_peft_model(net, PeanutConfig(r=2, target_modules=["layer"])).double()).eval()
+    x, other = torch.randn(3, 6, dtype=torch.float64), nn.Linear(6, 5).double()
+    layer: Any = model.get_base_model().layer
+    before = model(x)
+    layer.base_layer = other
+    fresh = get_peft_model(Net(copy.deepcopy(other)), PeanutConfig(r=2, target_modules=["layer"])).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    assert same_bits(model(x), fresh(x))
+    assert not same_bits(model(x), before)
+    model.merge_adapter()
+    assert distance(other(x), fresh(x)) < 1e-12
+    layer._modules["base_layer"] = nn.Linear(6, 5).double()
+    with pytest.raises(
+        PeanutError, match=r"^the layer at 'layer' was replaced by a Linear; expected an unmerged layer"
+    ):
+        model(x)
+
+
+def test_a_layer_that_is_replaced_by_something_else_is_an_error() -> None:
+    model = get_peft_model(Net(nn.Linear(6, 5)), PeanutConfig(r=2, target_modules=["layer"]))
+    model.get_base_model().layer.base_layer = nn.Identity()  # type: ignore[union-attr]
+    with pytest.raises(PeanutError, match=r"^the layer at 'layer' was replaced by a Identity; expected"):
+        model(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_of_torch_func_are_refused_in_one_line(transform: str) -> None:
+    model = randomised(get_peft_model(Net(nn.Linear(6, 5)), PeanutConfig(r=2, target_modules=["layer"])))
+    values, x = dict(model.named_parameters()), torch.randn(3, 6)
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    called = torch.func.grad(loss) if transform == "grad" else torch.func.vmap(loss, in_dims=(None, 0))
+    with pytest.raises(PeanutError, match=r"^adapters within a transform of torch.func .*; expected gradients of"):
+        called(values, x if transform == "grad" else x[:, None])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("change", ["activate", "merge"])
+def test_adapters_that_change_before_the_backward_of_a_checkpoint_are_an_error(
+    tiny_llama: Build, reentrant: bool, change: str
+) -> None:
+    model = adapted(tiny_llama(), r=2).train()
+    model.add_adapter("other", PeanutConfig(r=2, target_modules=["q_proj"]))
+    base: Any = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    loss = directed(model(IDS).logits)
+    model.set_adapter("other") if change == "activate" else model.merge_adapter()
+    with pytest.raises(
+        PeanutError, match=r"^the adapters were changed .* between a forward with gradient checkpointing"
+    ):
+        loss.backward()
+
+
+def test_hooks_leave_with_the_adapters() -> None:
+    net = Net(nn.Linear(6, 5))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["layer"]))
+    assert net._forward_pre_hooks
+    model.unload()
+    assert not net._forward_pre_hooks
+    assert not net._forward_hooks

@@ -98,7 +98,7 @@ def test_heads_of_other_sizes_in_one_batch_are_refused(model: PeftModel) -> None
     head.modules_to_save["b"] = nn.Linear(32, 3)
     with refused(
         model,
-        r"^the copies of 'classifier' give shapes \(2,\) and \(3,\); expected the same shape for every sample of a ",
+        r"^the adapters at 'classifier' give shapes \(2,\) and \(3,\); expected the same shape for every sample of a ",
     ):
         model(IDS, adapter_names=["a", "b"])
     assert model(IDS, adapter_names=["b", "b"]).logits.shape == (2, 3)

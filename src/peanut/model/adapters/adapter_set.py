@@ -87,7 +87,7 @@ class AdapterSet(Surgery):
         """What the active adapters' methods add to the loss in training, or ``None``."""
         total: Tensor | None = None
         for name in self.state.active:
-            method = method_of(self.configs[name].peft_type)
+            method = self.method(name)
             values = self._values(name, method) if overrides(method, "penalty") else []
             own = method.penalty(self.configs[name], values) if values else None
             if own is not None:
@@ -106,7 +106,7 @@ class AdapterSet(Surgery):
     def after_step(self, updated: Collection[int]) -> None:
         """Runs methods' ``after_step`` after an optimizer has updated the parameters of these ids."""
         for name in self.trained:
-            method = method_of(self.configs[name].peft_type)
+            method = self.method(name)
             values = self._values(name, method) if overrides(method, "after_step") else []
             if any(id(value) in updated for own in values for value in own.values()):
                 method.after_step(self.configs[name], values)
@@ -216,7 +216,7 @@ class AdapterSet(Surgery):
         self.unmerge()
         for name in sorted(self.configs, key=lambda name: not experts_of(self.configs[name])):  # mixtures first
             self.delete(name)
-        self._leave()
+        self.leave()
         return self.model
 
     @changes
@@ -237,7 +237,7 @@ class AdapterSet(Surgery):
             self.put(path, saved.adopted())
         for place in list(self.places()):
             self.emptied(place)
-        self._leave()
+        self.leave()
         self.configs, self.state, self.trained = {}, AdapterState(), []
         return self.model
 
@@ -296,10 +296,9 @@ class AdapterSet(Surgery):
         """
         wanted = self.known(names)
         for name in wanted:
-            if not isinstance(method_of(self.configs[name].peft_type), WeightMethod):
+            if not isinstance(self.method(name), WeightMethod):
                 raise PeanutError(
-                    f"adapter {name!r}, of {method_of(self.configs[name].peft_type).name}, changes no weight, so it "
-                    "cannot be merged",
+                    f"adapter {name!r}, of {self.method(name).name}, changes no weight, so it cannot be merged",
                     "adapters that change weights",
                     "name those, or unload() to leave it out",
                 )
@@ -358,7 +357,7 @@ class AdapterSet(Surgery):
             elif getattr(self.model, "config", None) is not None:
                 self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Leaves no trace of the adapters on the model."""
         self.runner.leave()
         unhook(self.model, self.state)

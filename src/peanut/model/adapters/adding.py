@@ -11,6 +11,7 @@ from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
+from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..prompts.prefix import takes_prefix
@@ -130,7 +131,7 @@ def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfi
             )
     beside: Any = stack.get_input_embeddings().weight
     made = new.tensors(method, fitted, "", beside, partial(method.start, fitted, shape))
-    on.input().add(new.name, method, fitted, made)
+    on.holder(AdaptedInput).add(new.name, method, fitted, made)
     return fitted
 
 
@@ -142,7 +143,7 @@ def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftC
     """
     experts = on.known(list(method.experts(config)))
     for expert in experts:
-        own = method_of(on.configs[expert].peft_type)
+        own = on.method(expert)
         if not isinstance(own, WeightMethod):
             raise PeanutError(
                 f"expert {expert!r} is a {own.name} adapter, which changes no weight",
@@ -163,7 +164,7 @@ def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftC
     beside: Any = stack.get_input_embeddings().weight
     fitted: PeftConfig = method.fitted(config, settings.hidden_size)
     start = partial(method.start, fitted, settings.hidden_size, len(experts), len(layers))
-    mixture = on.mixture()
+    mixture = on.holder(AdaptedMixture)
     mixture.layers[new.name] = [layer.path for layer in layers]
     mixture.add(new.name, method, fitted, new.tensors(method, fitted, "", beside, start))
     return fitted

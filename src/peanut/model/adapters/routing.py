@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import PeanutError
-from ..layers.state import BASE, AdapterState, Cache
+from ..layers.state import BASE, AdapterState, Cache, Context
 from ..prompts.replay import restore_in_checkpoints
 from .adapter_set import AdapterSet
 
@@ -51,11 +50,13 @@ def called(
         changes["samples"] = None if samples is None else list(samples)
         # On the CPU each layer may look at the tasks without waiting for a device.
         changes["tasks"] = None if tasks is None else torch.as_tensor(tasks).cpu()
-    if keep and not state.call.caches:
-        changes["caches"] = (Cache(),)
+    if keep and state.call.cache is None:
+        changes["contexts"] = (*state.call.contexts, Context(cache=Cache()))
     compiling = torch.compiler.is_compiling()
     if not compiling and torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
+    if state.call.contexts:
+        changes["off"] = state.call.disabled  # also if a generator leaves the context meanwhile
     with nullcontext() if compiling else state.steady(), state.during(**changes) if changes else nullcontext():
         _check(adapters, _rows(args, kwargs), samples, tasks)
         return function(*args, **kwargs)
@@ -97,24 +98,22 @@ class Inference(AbstractContextManager["Inference"]):
     """
 
     def __init__(self, state: AdapterState) -> None:
-        self._state = state
-        self._lock, self._inside = threading.Lock(), 0
+        self._state, self._lock = state, threading.Lock()
+        self._entered: list[Context] = []
         self._cache = Cache()
 
     def __enter__(self) -> Inference:
         with self._lock:
-            self._cache = self._cache if self._inside else Cache()
-            self._inside += 1
-        call = self._state.call
-        self._state.call = replace(call, caches=(*call.caches, self._cache))
+            self._cache = self._cache if self._entered else Cache()
+            self._entered.append(Context(cache=self._cache))
+            self._state.enter(self._entered[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        call = self._state.call  # not what held before: something else may have been left meanwhile
-        if self._cache in call.caches:
-            last = len(call.caches) - 1 - call.caches[::-1].index(self._cache)
-            self._state.call = replace(call, caches=call.caches[:last] + call.caches[last + 1 :])
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
+            own = [context for context in self._state.call.contexts if context in self._entered]
+            context = (own or self._entered)[-1]  # left in another thread than it was entered in, any of them ends
+            self._entered.remove(context)
+            self._state.leave(context)
+            if not self._entered:
                 self._cache.close()

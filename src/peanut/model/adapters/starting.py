@@ -75,7 +75,7 @@ class New:
         rebuilt, device = method.rebuilt(config), torch.device("meta") if meta else beside.device
         return Parameters(
             {
-                suffix: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+                suffix: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype).contiguous()
                 for suffix, value in values.items()
             },
             untrained=method.fixed(config) | method.passing(config) | rebuilt,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ...errors import PeanutError, nearest
-from ...protocols import PeftConfig
+from ...protocols import Method, PeftConfig, method_of
 from ...weights import FrozenLayer, kind_of
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, move_hooks, unhook
@@ -17,6 +18,8 @@ from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
 from ..targets.paths import bare
+
+H = TypeVar("H", AdaptedInput, AdaptedMixture)
 
 __all__ = ["SHARED", "Surgery", "key_of"]
 
@@ -69,6 +72,10 @@ class Surgery:
                 )
         return wanted
 
+    def method(self, name: str) -> Method[Any]:
+        """The method of adapter ``name``."""
+        return method_of(self.configs[name].peft_type)  # type: ignore[no-any-return]
+
     def frozen(self, path: str) -> FrozenLayer:
         """The layer at ``path`` as a frozen matrix."""
         module = self.at(path)
@@ -118,18 +125,11 @@ class Surgery:
             hook(self.at(source), listeners[source].see, before=True)
         return listeners[source]
 
-    def input(self) -> AdaptedInput:
-        """The adapters of the model's input."""
-        return self._own_holder("adapted_input", AdaptedInput)  # type: ignore[return-value]
-
-    def mixture(self) -> AdaptedMixture:
-        """The mixtures of the model's adapters."""
-        return self._own_holder("adapted_mixture", AdaptedMixture)  # type: ignore[return-value]
-
-    def _own_holder(self, name: str, kind: type[Adapted]) -> Adapted:
-        if name not in self.model._modules:
-            self.model.add_module(name, kind(SHARED, self.state).train(self.model.training))
-        return self.model._modules[name]  # type: ignore[return-value]
+    def holder(self, kind: type[H]) -> H:
+        """What holds the adapters of the whole model that are of a kind: of its input, or mixtures."""
+        if kind.name not in self.model._modules:
+            self.model.add_module(kind.name, kind(SHARED, self.state).train(self.model.training))
+        return self.model._modules[kind.name]  # type: ignore[return-value]
 
     def emptied(self, place: Adapted) -> None:
         """Takes a place without adapters out of the model."""
@@ -142,7 +142,8 @@ class Surgery:
                 unhook(self.at(source), listener)
             del bare(outer)._modules["adapted_output"]
         else:
-            del self.model._modules["adapted_input" if isinstance(place, AdaptedInput) else "adapted_mixture"]
+            assert isinstance(place, (AdaptedInput, AdaptedMixture))
+            del self.model._modules[place.name]
 
     def put(self, path: str, module: nn.Module) -> None:
         """Replaces the module at ``path``; this library's hooks move to the new one."""

@@ -100,7 +100,7 @@ def keys_of(adapters: AdapterSet, name: str, suffixes: Callable[[Method[Any], Pe
 
 def parts_of(adapters: AdapterSet, name: str) -> Iterator[tuple[Method[Any], PeftConfig, list[str]]]:
     """The methods of an adapter, each with its config and the paths where its tensors are."""
-    main = method_of(adapters.configs[name].peft_type)
+    main = adapters.method(name)
     parts: dict[Method[Any], tuple[PeftConfig, dict[str, None]]] = {main: (adapters.configs[name], {SHARED: None})}
     for place in adapters.places(name):
         method, config = place.method_of(name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapted import Adapted
-from .state import BASE, AdapterState
+from .state import AdapterState
 
 __all__ = ["AdaptedInput", "AdaptedMixture", "Front"]
 
@@ -30,28 +30,27 @@ class Front:
 class AdaptedInput(Adapted):
     """The adapters that change the model's input. The tokens of several active ones follow each other."""
 
+    name = "adapted_input"
+
     def acting(self, kind: str) -> list[str]:
         """The names of the adapters of a kind (``InputMethod.prepends``) that act on some sample of the batch now."""
-        names = self.state.active if self.state.call.samples is None else list(dict.fromkeys(self.state.call.samples))
-        return [name for name in names if name in self.adapters and self.method_of(name)[0].prepends == kind]
+        there = [name for name in self.state.acting() if name in self.adapters]
+        return [name for name in there if self.method_of(name)[0].prepends == kind]
 
-    def width(self, kind: str) -> int:
-        """p: how many positions adapters of a kind take before the user's tokens."""
-        counts = [self.method_of(name)[1].num_virtual_tokens for name in self.acting(kind)]
-        if self.state.call.samples is None:
-            return sum(counts)
-        return max(counts, default=0)
+    def taken(self, kind: str, batch: int) -> tuple[int, Tensor | None]:
+        """p, how many positions adapters of a kind take before the user's tokens.
 
-    def there(self, kind: str, batch: int) -> Tensor | None:
-        """(batch, p), which places are taken for which row, ``None`` for all."""
+        And (batch, p), which of them each row uses, ``None`` for all.
+        """
+        counts = {name: self.method_of(name)[1].num_virtual_tokens for name in self.acting(kind)}
         if self.state.call.samples is None:
-            return None
-        width = self.width(kind)
+            return sum(counts.values()), None
+        width = max(counts.values(), default=0)
         there = torch.zeros(batch, width, dtype=torch.bool)
         for name, rows in self.state.groups(batch).items():
-            if name != BASE and name in self.acting(kind):
-                there[rows, width - self.method_of(name)[1].num_virtual_tokens :] = True
-        return None if bool(there.all()) else there
+            if name in counts:
+                there[rows, width - counts[name] :] = True
+        return width, None if bool(there.all()) else there
 
     def front(self, kind: str, batch: int) -> Front | None:
         """What is put before the tokens of ``batch`` rows, ``None`` for nothing."""
@@ -63,7 +62,7 @@ class AdaptedInput(Adapted):
         if self.state.call.samples is None:
             whole = torch.cat(list(made.values()), dim=along)
             return Front(whole.expand(batch, *whole.shape), None)
-        width = self.width(kind)
+        width, there = self.taken(kind, batch)
         one = next(iter(made.values()))
         table = [one.new_zeros(*one.shape[:along], width, one.shape[-1])]
         for value in made.values():
@@ -72,7 +71,7 @@ class AdaptedInput(Adapted):
         order = torch.zeros(batch, dtype=torch.long)
         for name, rows in self.state.groups(batch).items():
             order[rows] = 0 if name not in made else 1 + names.index(name)
-        return Front(torch.stack(table)[order.to(one.device)], self.there(kind, batch))
+        return Front(torch.stack(table)[order.to(one.device)], there)
 
     def _made(self, name: str) -> Tensor:
         method, config = self.method_of(name)
@@ -87,6 +86,8 @@ class AdaptedMixture(Adapted):
     ``latest`` its gates of the last batch, (batch, tokens, layers, experts), and ``log``, while ``logging``, those of
     every batch.
     """
+
+    name = "adapted_mixture"
 
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
@@ -111,5 +112,4 @@ class AdaptedMixture(Adapted):
 
     def acting(self) -> list[str]:
         """The names of the mixtures that act on some sample of the batch now."""
-        names = self.state.active if self.state.call.samples is None else list(dict.fromkeys(self.state.call.samples))
-        return [name for name in names if name in self.adapters]
+        return [name for name in self.state.acting() if name in self.adapters]

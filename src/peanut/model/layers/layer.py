@@ -13,10 +13,10 @@ from ...errors import PeanutError
 from ...operators import Diagonal, gated
 from ...operators.delta import product_dtype
 from ...protocols import Change, PeftConfig, Values, WeightMethod
-from ...weights import FrozenLayer, LayerKind
+from ...weights import FrozenLayer, LayerKind, kind_of
 from .adapted import Adapted
 from .plan import Plan, for_samples
-from .state import BASE, AdapterState, CallState
+from .state import BASE, AdapterState, CallState, scattered
 
 __all__ = ["BIAS", "AdaptedLayer"]
 
@@ -34,9 +34,27 @@ class AdaptedLayer(Adapted):
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
         self.base_layer = base_layer
-        self.frozen = FrozenLayer(base_layer, kind)
+        self._frozen = FrozenLayer(base_layer, kind)
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
+
+    @property
+    def frozen(self) -> FrozenLayer:
+        """The layer as a frozen matrix: of the module that is there now, which somebody may have replaced.
+
+        Raises:
+            PeanutError: what is there now is no layer that can be adapted.
+        """
+        if self._frozen.module is not self.base_layer:
+            kind = kind_of(self.base_layer)
+            if kind is None or self._frozen.merged:
+                raise PeanutError(
+                    f"the layer at '{self.path}' was replaced by a {type(self.base_layer).__name__}",
+                    "an unmerged layer that can be adapted",
+                    "replace layers before adapters are added, or call unload() first",
+                )
+            self._frozen = FrozenLayer(self.base_layer, kind)
+        return self._frozen
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -72,6 +90,8 @@ class AdaptedLayer(Adapted):
     def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Change:
         """The method's change, and that of the bias where it is trained beside the method."""
         change = method.change(config, values, self.frozen)
+        if not isinstance(change, Change):
+            raise PeanutError(f"{method.name} answered '{self.path}' with {type(change).__name__}", "a Change")
         trained, bias = values.get(BIAS), self.frozen.bias()
         if trained is None or bias is None:
             return change
@@ -167,12 +187,12 @@ class AdaptedLayer(Adapted):
         """The computation of the adapters that act on a whole batch."""
         tasks, names = self.state.tasks_of(_rows(x)), self.state.active
         kept = self._kept(call)
-        task = None if tasks is None else set(tasks.tolist())
-        if kept is None or (task is not None and len(task) > 1) or any(name in call.running.gates for name in names):
+        different = () if kept is None or tasks is None else tuple(set(tasks.tolist()))
+        if kept is None or len(different) > 1 or any(name in call.running.gates for name in names):
             # With factors of each row, or gates of each token, there is nothing to keep.
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         dtype = product_dtype(x)
-        key = ("plan", dtype, tuple(names), None if task is None else tuple(task))
+        key = ("plan", dtype, tuple(names), different)
         if key not in kept:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
             kept[key] = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
@@ -183,9 +203,10 @@ class AdaptedLayer(Adapted):
 
         It may where the caller has said so, and only in evaluation. After a change of the adapters it is empty.
         """
-        if not call.caches or self.training or call.sampling or torch.is_grad_enabled():
+        if not call.contexts or self.training or call.sampling or torch.is_grad_enabled():
             return None
-        return None if torch.compiler.is_compiling() else call.caches[-1].of(self, self.state.version)
+        cache = call.cache
+        return None if cache is None or torch.compiler.is_compiling() else cache.of(self, self.state.version)
 
     def _acting(
         self,
@@ -267,13 +288,8 @@ class AdaptedLayer(Adapted):
             if kept is not None:
                 kept[key] = plan
             return plan(x, *args, **kwargs)
-        y: Tensor | None = None
-        for index, changes in groups:
-            part = Plan.of(self.frozen, changes, training=self.training)(x[index], *args, **kwargs)
-            y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
-            y = y.index_copy(0, index, part)
-        assert y is not None  # placed() raises on an empty batch
-        return y
+        plans = ((index, Plan.of(self.frozen, changes, training=self.training)) for index, changes in groups)
+        return scattered(((index, plan(x[index], *args, **kwargs)) for index, plan in plans), len(x), self.path)
 
     def __getattr__(self, name: str) -> Any:
         try:

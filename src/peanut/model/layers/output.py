@@ -20,13 +20,6 @@ from .state import BASE, AdapterState
 __all__ = ["AdaptedOutput", "Listener"]
 
 
-class _Seen(threading.local):
-    """The input of a module in a thread's current forward."""
-
-    def __init__(self) -> None:
-        self.seen: Tensor | None = None
-
-
 class Listener(Hooking):
     """Saves the input of a module until another one, later in the same block, has run.
 
@@ -38,7 +31,7 @@ class Listener(Hooking):
     def __init__(self, source: str, path: str) -> None:
         self.source = source
         self.path = path
-        self._of_thread = _Seen()
+        self._of_thread = threading.local()
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before ``source``."""
@@ -46,7 +39,7 @@ class Listener(Hooking):
 
     def heard(self) -> Tensor:
         """The saved input."""
-        seen = self._of_thread.seen
+        seen: Tensor | None = getattr(self._of_thread, "seen", None)
         if seen is None:
             raise PeanutError(
                 f"'{self.path}' answered before '{self.source}' was called", "a block that runs both in this order"

@@ -55,17 +55,23 @@ class Plan:
         return cls(frozen, Change.together(whole), tuple(dropped))
 
     def for_inference(self, dtype: torch.dtype) -> Plan:
-        """The same computation for evaluation in ``dtype``, with what speeds up small batches precomputed."""
+        """The same computation for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
         module = self.frozen.module
         if not self.frozen.kind.fused(module):
             return self
-        change, bias = self.change.for_inference(dtype), module.bias
-        weight = self.frozen.kind.matrix(module, module.weight)
-        if weight.dtype != dtype:  # under autocast: a copy of the weight is not kept
-            return Plan(self.frozen, change)
-        if change.left is None and change.shift is not None:
-            bias, change = change.offset(bias), replace(change, shift=None)
+        if module.weight.dtype != dtype:  # under autocast: a copy of the weight is not kept
+            return Plan(self.frozen, self.change.for_inference(dtype))
+        change, weight, bias = self._with_bias(self.change.for_inference(dtype), dtype)
         return Plan(self.frozen, change, (), (weight, bias))
+
+    def _with_bias(self, change: Change, dtype: torch.dtype) -> tuple[Change, Tensor, Tensor | None]:
+        """Of a plain linear layer: the change, its matrix and its bias, which takes in a shift where it can."""
+        kind, module = self.frozen.kind, self.frozen.module
+        weight, bias = kind.matrix(module, module.weight).to(dtype), module.bias
+        bias = None if bias is None else bias.to(dtype)
+        if change.left is None and change.shift is not None and not self.dropped:
+            bias, change = change.offset(bias), replace(change, shift=None)
+        return change, weight, bias
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y for x; what else is given goes to the layer."""
@@ -79,13 +85,9 @@ class Plan:
             around = [(Between(change.left, delta, change.in_scale), chance) for delta, chance in self.dropped]
             return self._with_dropped(y, x, around)
         if not args and not kwargs and kind.fused(module):
-            weight, bias, dtype = kind.matrix(module, module.weight), module.bias, product_dtype(x)
-            if dtype != x.dtype:  # autocast is on
-                x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            change = change.to(dtype)
-            if change.left is None and change.shift is not None and not self.dropped:
-                bias, change = change.offset(bias), replace(change, shift=None)
-            return self._fused(x, weight, bias, change)
+            dtype = product_dtype(x)
+            change, weight, bias = self._with_bias(change.to(dtype), dtype)
+            return self._fused(x.to(dtype), weight, bias, change)
         change = change.to(x.dtype if kind.takes_activations else module.weight.dtype)
         seen = x if change.in_scale is None else change.in_scale.apply(x)
         y = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
@@ -155,12 +157,13 @@ def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *,
         ``None`` if some are more than a low-rank Δ, or if a product for each group is cheaper.
     """
     found = [(rows, change) for rows, own in groups for change in own]
-    low = [change.delta for _, change in found if isinstance(change.delta, LowRank) and change.delta.gate is None]
-    plain = all(change.adds and change.shift is None and not (training and change.dropout) for _, change in found)
-    ranks = sum(delta.rank for delta in low)
-    if not plain or not low or len(low) < len(found):
+    if not found or not all(each.adds and each.shift is None and not (training and each.dropout) for _, each in found):
         return None
-    if x.numel() > FEW * x.shape[-1] and ranks * SHARE > min(low[0].shape):
+    factors = [None if change.delta is None else change.delta.factors() for _, change in found]
+    low = [LowRank(*each) for each in factors if each is not None]
+    if len(low) < len(found) or (
+        x.numel() > FEW * x.shape[-1] and SHARE * sum(delta.rank for delta in low) > min(low[0].shape)
+    ):
         return None
     seen = x.new_zeros(len(x), *(1,) * (x.dim() - 2), len(low))
     for number, (rows, _) in enumerate(found):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...errors import PeanutError
 from .parameters import NamedModules
-from .state import BASE, AdapterState
+from .state import AdapterState, scattered
 
 __all__ = ["SavedModule"]
 
@@ -66,21 +65,13 @@ class SavedModule(nn.Module):
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows through its own adapter's copy."""
-        y: Tensor | None = None
-        for name, index in self.state.groups(x.shape[0], x.device).items():
-            own = name != BASE and name in self.modules_to_save
-            module = self.modules_to_save[name] if own else self.original_module
-            part = self._answer(module, x[index], *args, **kwargs)
-            if y is not None and part.shape[1:] != y.shape[1:]:
-                raise PeanutError(
-                    f"the copies of '{self.path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
-                    "the same shape for every sample of a batch",
-                    "run adapters with different heads in different batches",
-                )
-            y = x.new_empty(x.shape[0], *part.shape[1:], dtype=part.dtype) if y is None else y
-            y = y.index_copy(0, index, part)
-        assert y is not None  # groups() raises on an empty batch
-        return y
+        copies = self.modules_to_save._modules
+        modules = (
+            (index, copies.get(name) or self.original_module)
+            for name, index in self.state.groups(x.shape[0], x.device).items()
+        )
+        parts = ((index, self._answer(module, x[index], *args, **kwargs)) for index, module in modules)
+        return scattered(parts, len(x), self.path)
 
     def _answer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of ``module`` for inputs of the base's dtype, in the base's dtype."""

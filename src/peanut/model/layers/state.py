@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from .hooks import Hooking
 
-__all__ = ["BASE", "AdapterState", "Cache", "CallState", "Running"]
+__all__ = ["BASE", "AdapterState", "Cache", "CallState", "Context", "Running", "scattered"]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -60,33 +60,58 @@ class Cache:
         self._held = None
 
 
+class Context:
+    """What a ``with`` of the user's says of the calls in it, in every thread and task that has it, until it is left.
+
+    It may be left in another thread, or after one that was entered later, as generators do: it then ends there, and
+    what other threads have of it says nothing any more.
+    """
+
+    def __init__(self, *, disables: bool = False, cache: Cache | None = None) -> None:
+        self.disables, self.cache, self.open = disables, cache, True
+
+
 @dataclass(frozen=True, eq=False)
 class CallState:
     """What holds for one call of the model, in the thread (or asyncio task) that makes it.
 
     Args:
         active: names of the adapters that act instead of the model's active ones.
-        disabled: whether the model computes what its base does.
+        off: whether the model computes what its base does, whatever ``contexts`` say.
         sampling: whether methods with randomness of their own draw it outside training too.
         penalising: whether penalties enter the loss that the model returns (else the caller adds them).
         samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
         tasks: (batch,), the task of each sample, for mixtures by task.
         running: what is known of the batch that runs now.
-        caches: of evaluation, one for each context that allows it; the last is used.
+        contexts: the user's contexts that the call is made in.
         again: whether a block runs again in the backward, under what held when it ran first.
         indices: the rows of each adapter's samples, made once for all layers.
     """
 
     active: list[str] | None = None
-    disabled: bool = False
+    off: bool = False
     sampling: bool = False
     penalising: bool = True
     samples: list[str] | None = None
     tasks: Tensor | None = None
     running: Running = field(default_factory=Running)
-    caches: tuple[Cache, ...] = ()
+    contexts: tuple[Context, ...] = ()
     again: bool = False
     indices: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model computes what its base does."""
+        return self.off or any(context.disables and context.open for context in self.contexts)
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where evaluation may cache what it computes."""
+        return next((each.cache for each in reversed(self.contexts) if each.open and each.cache is not None), None)
+
+    def lasting(self) -> CallState:
+        """The same call, also after the user has left a context in which adapters are disabled."""
+        return replace(self, off=self.disabled)
 
     @property
     def plain(self) -> bool:
@@ -187,7 +212,7 @@ class AdapterState(Hooking):
             return
         self._check_version(self._thread.begun, None)
         if torch.is_grad_enabled():
-            graph = _Graph(self.call, self.version)
+            graph = _Graph(self.call.lasting(), self.version)
             for value in _tensors(output):
                 node: Any = value.grad_fn
                 if node is not None:
@@ -255,6 +280,20 @@ class AdapterState(Hooking):
         others = {key: other for key, other in _CALLS.get().items() if key is not self}
         _CALLS.set(others if call is PLAIN else {**others, self: call})
 
+    def enter(self, context: Context) -> None:
+        """From now on this thread's calls are made in ``context``."""
+        call = self.call
+        self.call = replace(call, contexts=(*(each for each in call.contexts if each.open), context))
+
+    def leave(self, context: Context) -> None:
+        """Ends a context everywhere."""
+        context.open, call = False, self.call
+        if context in call.contexts:
+            call = replace(call, contexts=tuple(each for each in call.contexts if each is not context))
+            others = vars(PLAIN).keys() - {"indices", "contexts"}
+            bare = not call.contexts and all(getattr(call, name) is getattr(PLAIN, name) for name in others)
+            self.call = PLAIN if bare else call
+
     @contextmanager
     def under(self, call: CallState) -> Iterator[CallState]:
         """Within the context ``call`` holds in this thread."""
@@ -267,6 +306,11 @@ class AdapterState(Hooking):
     def during(self, **changes: Any) -> AbstractContextManager[CallState]:
         """Within the context this thread's call has the fields of ``CallState`` that are given."""
         return self.under(replace(self.call, **{"indices": {}, **changes}))
+
+    def acting(self) -> list[str]:
+        """Names of the adapters that act on some sample of the batch now."""
+        samples = self.call.samples
+        return self.active if samples is None else [name for name in dict.fromkeys(samples) if name != BASE]
 
     def groups(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The rows of a batch of ``count`` by adapter, made once in a call for all layers that see the same batch.
@@ -315,6 +359,26 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (found for value in output for found in _tensors(value))
     elif hasattr(output, "__dict__"):
         yield from _tensors(vars(output))
+
+
+def scattered(parts: Iterable[tuple[Tensor, Tensor]], rows: int, path: str) -> Tensor:
+    """The rows of a batch put together from parts of it, each with its rows' numbers.
+
+    Raises:
+        PeanutError: the parts have different shapes.
+    """
+    y: Tensor | None = None
+    for index, part in parts:
+        y = part.new_empty(rows, *part.shape[1:]) if y is None else y
+        if part.shape[1:] != y.shape[1:]:
+            raise PeanutError(
+                f"the adapters at '{path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
+                "the same shape for every sample of a batch",
+                "run adapters with different heads in different batches",
+            )
+        y = y.index_copy(0, index, part)
+    assert y is not None  # groups() raises on an empty batch
+    return y
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:

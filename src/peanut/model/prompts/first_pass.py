@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from ..layers.input import AdaptedMixture
 from ..layers.state import AdapterState, Running
-from .prefix import filled, length_of
+from .prefix import check_grows, filled, length_of
 from .reader import Reader
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _hidden(state: AdapterState, reader: Reader, arguments: dict[str, Any], runn
     cache = _twin(reader.stack, arguments, running, name)
     if "past_key_values" in known:
         given |= {"past_key_values": cache, "use_cache": cache is not None}
-    with state.during(active=[name], disabled=name == _BARE, running=running), _without_checkpoints(backbone):
+    with state.during(active=[name], off=name == _BARE, running=running), _without_checkpoints(backbone):
         output = backbone.forward(**given, return_dict=True)
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -139,12 +139,7 @@ def _twin(stack: Any, arguments: dict[str, Any], running: Running, name: str) ->
         if stack.training or not (stack.can_generate() and settings.use_cache if uses is None else uses):
             return None
         past = arguments["past_key_values"] = DynamicCache(config=settings.get_text_config(decoder=True))
-    if getattr(past, "is_compileable", False):
-        raise PeanutError(
-            f"a {type(past).__name__}, whose size is fixed, beside a mixture",
-            "a cache that grows",
-            "leave cache_implementation open",
-        )
+    check_grows(past)
     if past not in _TWINS:
         _TWINS[past] = {}
         for change in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"):

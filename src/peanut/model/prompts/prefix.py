@@ -63,7 +63,7 @@ def check_grows(cache: Any) -> None:
     """Refuses a cache whose size is fixed: it was made for the user's tokens alone."""
     if getattr(cache, "is_compileable", False):
         raise PeanutError(
-            f"a {type(cache).__name__}, whose size is fixed, beside virtual tokens",
+            f"a {type(cache).__name__}, whose size is fixed, beside virtual tokens or a mixture",
             "a cache that grows",
             "leave cache_implementation open",
         )

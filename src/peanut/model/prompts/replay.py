@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import PeanutError
 from ..layers.state import AdapterState, Running
 from .prefix import PrefixView
 
@@ -53,13 +54,20 @@ class _Restoring:
     state: AdapterState
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.state.call
+        call, version = self.state.call.lasting(), self.state.version
         if torch.compiler.is_compiling() and call.plain:
             return self.checkpoint(block, *args, **kwargs)
         # What is computed once and read by every block is an argument of each: a reentrant checkpoint sees no others.
         read = list(_read(call.running))
 
         def run(*inputs: Any, **options: Any) -> Any:
+            if self.state.version != version:
+                raise PeanutError(
+                    "the adapters were changed (added, activated, merged, …) between a forward with gradient "
+                    "checkpointing and its backward",
+                    "a backward before the change",
+                    "call backward() first",
+                )
             running = _reading(call.running, iter(inputs[: len(read)]))
             with self.state.under(replace(call, running=running, again=True)):
                 return block(*inputs[len(read) :], **options)

@@ -276,15 +276,12 @@ class Runner(Hooking):
         inputs = self._inputs()
         if inputs is None:
             return 0, None
-        widths = [inputs.width(kind) for kind in kinds]
-        there = [inputs.there(kind, rows) for kind in kinds]
-        if all(each is None for each in there):
-            return sum(widths), None
-        parts = [
-            torch.ones(rows, width, dtype=torch.bool) if each is None else each
-            for width, each in zip(widths, there, strict=True)
-        ]
-        return sum(widths), torch.cat(parts, dim=1).to(device)
+        taken = [inputs.taken(kind, rows) for kind in kinds]
+        width = sum(own for own, _ in taken)
+        if all(there is None for _, there in taken):
+            return width, None
+        parts = [torch.ones(rows, own, dtype=torch.bool) if there is None else there for own, there in taken]
+        return width, torch.cat(parts, dim=1).to(device)
 
     def _extra(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes out the arguments that are for a method, not for the model."""
@@ -308,7 +305,7 @@ class Runner(Hooking):
                 "activate it last, or leave the labels out",
             )
         del arguments["labels"]
-        own, items = labels[:, inputs.width("tokens") :], arguments.get("num_items_in_batch")
+        own, items = labels[:, inputs.taken("tokens", len(labels))[0] :], arguments.get("num_items_in_batch")
         return partial(_loss, *inputs.method_of(names[0]), own, extra, items)
 
 
