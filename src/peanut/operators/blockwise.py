@@ -31,10 +31,6 @@ class Blockwise(Delta):
     block: Tensor
     size: tuple[int, int]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
         return self._product(x.to(dtype), None, None, self.block.to(dtype))
@@ -143,10 +139,6 @@ class BlockAffine(Materialised):
     block: Tensor
     weight: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
     def dense(self) -> Tensor:
         return self._with_own(self._stacked(self.weight) @ self.block)
 
@@ -164,7 +156,7 @@ class BlockAffine(Materialised):
     def _with_own(self, stacked: Tensor) -> Tensor:
         """The stacks with B added to each block of theirs, (out, in)."""
         a, r, _ = self.block.shape
-        return stacked.view(a, r, -1, r).add_(self.block.unsqueeze(2)).view(self.shape)
+        return stacked.view(a, r, -1, r).add_(self.block.unsqueeze(2)).view(self.weight.shape)
 
     def _stacked(self, matrix: Tensor) -> Tensor:
         """(out, in) as out/r stacks of rows of r: (out/r, in, r), row and column block in one dimension."""

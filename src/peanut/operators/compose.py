@@ -23,10 +23,6 @@ class Sum(Delta):
 
     terms: tuple[Delta, ...]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.terms[0].shape
-
     def apply(self, x: Tensor) -> Tensor:
         return reduce(torch.add, (term.apply(x) for term in self.terms))
 
@@ -51,10 +47,6 @@ class Gated(Delta):
     inner: Delta
     gate: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.inner.shape
-
     def apply(self, x: Tensor) -> Tensor:
         return self.inner.apply(x) * self.gate.to(x.dtype)
 
@@ -74,10 +66,6 @@ class Between(Delta):
     inner: Delta
     in_scale: Rotation | None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.inner.shape
-
     def apply(self, x: Tensor) -> Tensor:
         y = self.inner.apply(x if self.in_scale is None else self.in_scale.apply(x))
         return y if self.left is None else self.left.apply(y)
@@ -94,10 +82,6 @@ class Chain(Rotation):
     """R₁ R₂ …, a product of square operators: the last acts on the input first."""
 
     links: tuple[Rotation, ...]
-
-    @property
-    def width(self) -> int:
-        return self.links[0].width
 
     def apply(self, x: Tensor) -> Tensor:
         for link in reversed(self.links):

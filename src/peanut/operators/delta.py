@@ -19,7 +19,7 @@ __all__ = ["Delta", "applied", "product_dtype", "shaped"]
 class Delta(Operator, ABC):
     """A linear operator Δ of shape (out, in) that is added to a weight: W' = W + Δ.
 
-    An author writes the abstract three. The others have defaults in terms of these; an operator overrides one where it
+    An author writes the abstract two. The others have defaults in terms of these; an operator overrides one where it
     knows something faster, or smaller for the backward.
 
     Laws, checked for every operator in float64, forward and backward:
@@ -31,11 +31,6 @@ class Delta(Operator, ABC):
     An operator without one matrix (of each sample, of each token) has no ``dense`` and no ``rows``, and raises there.
     """
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """Δ on activations: (…, in) → (…, out)."""
@@ -43,6 +38,12 @@ class Delta(Operator, ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """Δ as a matrix, (out, in): for merging and for tests, never stored in training."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in): that of ``dense()``, where an operator does not know it without."""
+        out, inputs = self.dense().shape
+        return out, inputs
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b for a frozen W (out, in), in whatever order of products is cheapest: (…, in) → (…, out)."""
@@ -71,7 +72,7 @@ class Delta(Operator, ABC):
         With up = Q R and downᵀ = P S (thin QR), those of up·down are those of the r × r matrix R Sᵀ.
         """
         factors = self.factors()
-        if factors is None or factors[0].shape[1] >= min(self.shape):
+        if factors is None or factors[0].shape[1] >= min(factors[0].shape[0], factors[1].shape[1]):
             core = self.dense().double()
         else:
             up, down = factors

@@ -18,10 +18,6 @@ class Dense(Delta):
 
     matrix: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
-
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix)
 

@@ -37,10 +37,6 @@ class Fourier(Materialised):
     size: tuple[int, int]
     scaling: float = 1.0
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
     def dense(self) -> Tensor:
         out, inputs = self.size
         rows, columns = self._folded()
@@ -108,6 +104,7 @@ class Fourier(Materialised):
 class _EvaluatedFourier(Evaluated):
     """y = irfft(M fft(x)), M real, (out/2 + 1, in), and zero but for ``values`` at (``rows_of``, ``columns``)."""
 
+    origin: Fourier
     rows_of: Tensor
     columns: Tensor
     values: Tensor
@@ -115,11 +112,11 @@ class _EvaluatedFourier(Evaluated):
     @property
     def few(self) -> int:
         """As many as cost less to transform than Δ does: by measurement on a CPU."""
-        out, inputs = self.shape
+        out, inputs = self.origin.size
         return (out * inputs + 2**18) // (out + inputs + 2 * len(self.values))
 
     def answer(self, tokens: Tensor) -> Tensor:
-        out, count = self.shape[0], len(tokens)
+        out, count = self.origin.size[0], len(tokens)
         shares = torch.fft.fft(_wide(tokens)).gather(1, self.columns.expand(count, -1)).mul_(self.values)
         sums = shares.new_zeros(count, out // 2 + 1).scatter_add_(1, self.rows_of.expand(count, -1), shares)
         y: Tensor = torch.fft.irfft(sums, n=out)

@@ -42,10 +42,6 @@ class HardConcrete(Materialised):
     dtype: torch.dtype | None = None
     seed: int | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
     def dense(self) -> Tensor:
         return self._joined(None, self._opening())
 
@@ -103,7 +99,7 @@ class HardConcrete(Materialised):
 
     def _spans(self) -> Iterator[slice]:
         """Rows that are dealt with together."""
-        out, inputs = self.shape
+        out, inputs = self.values.shape
         count = max(1, SPAN // inputs) if self.logits.device.type == "cpu" else out
         return (slice(first, first + count) for first in range(0, out, count))
 

@@ -28,10 +28,6 @@ class Evaluated(Delta):
     origin: Delta
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.origin.shape
-
-    @property
     def few(self) -> int:
         """The most tokens for which the precomputed matrices are used."""
         return FEW
@@ -43,7 +39,7 @@ class Evaluated(Delta):
     def apply(self, x: Tensor) -> Tensor:
         if not few_tokens(x, self.few):
             return self.origin.apply(x)
-        return self.answer(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.shape[0])
+        return self.answer(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not few_tokens(x, self.few):

@@ -44,10 +44,6 @@ class MagnitudeDirection(Delta):
         """W."""
         return self.weight if isinstance(self.weight, Tensor) else self.weight()
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
     def apply(self, x: Tensor) -> Tensor:
         return self._product(x, self.matrix(), None, whole=False)
 

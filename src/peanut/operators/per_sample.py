@@ -24,10 +24,6 @@ class PerSample(Delta):
     down: Tensor
     scaling: float = 1.0
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[1], self.down.shape[2]
-
     def apply(self, x: Tensor) -> Tensor:
         each = x.reshape(len(self.down), -1, x.shape[-1])
         return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], -1)

@@ -17,18 +17,13 @@ __all__ = ["Diagonal", "Rotation"]
 class Rotation(Operator, ABC):
     """A square operator on one side of a weight: W' = W R on a layer's input, or W' = L W on its output.
 
-    Mostly a rotation, from which it has its name; a gain is the diagonal case. An author writes the abstract three.
+    Mostly a rotation, from which it has its name; a gain is the diagonal case. An author writes the abstract two.
 
     Laws, checked for every operator in float64, forward and backward:
         ``apply(x)`` is ``x @ dense().T``; ``times(W)`` is ``W @ dense()``;
         ``turned(x, W, b)`` is ``apply(x) @ W.T + b`` for a frozen W;
         ``beyond_identity()``, if given, is (up, down) with ``I + up @ down`` equal to ``dense()``.
     """
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """The number of features that it acts on."""
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -59,10 +54,6 @@ class Diagonal(Rotation):
     """
 
     gain: Tensor
-
-    @property
-    def width(self) -> int:
-        return len(self.gain)
 
     def apply(self, x: Tensor) -> Tensor:
         if torch.finfo(x.dtype).bits < 32:

@@ -31,11 +31,6 @@ class Rows(Delta):
     vocabulary: int
     head: bool = False
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        dim = self.vectors.shape[1]
-        return (self.vocabulary, dim) if self.head else (dim, self.vocabulary)
-
     def apply(self, x: Tensor) -> Tensor:
         if not self.head:
             return x[..., self.ids] @ self.vectors

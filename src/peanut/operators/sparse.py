@@ -36,10 +36,6 @@ class Sparse(Materialised):
     places: Tensor
     size: tuple[int, int]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
     def dense(self) -> Tensor:
         return self.onto(self.values.new_zeros(self.size))
 
