@@ -199,6 +199,7 @@ def test_what_comes_after_may_work_in_place(case: Case) -> None:
         y = after(model(x))
         directed(y).backward()
         found.append({"": y.detach(), **gradients(model)})
+    assert found[0].keys() == found[1].keys() > {""}
     assert all(distance(value, found[0][name]) < TIGHT for name, value in found[1].items())
 
 

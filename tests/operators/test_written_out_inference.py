@@ -96,6 +96,7 @@ def test_each_weight_has_its_own_answer(order: tuple[int, ...]) -> None:
     kept, inner, A, b = made()
     weights = [A, A.clone() + 1, 2 * A.clone()]
     token, D = torch.randn(1, 5, dtype=torch.float64), 0.7 * inner.inner.up @ inner.inner.down
+    assert len(set(order)) == 3
     for number in order:
         W = weights[number]
         assert distance(kept.joined(token, W, b), token @ (W + D).T + b) < 1e-13
