@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peanut import PeftModel, get_peft_model
-from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.checkpoints.checkpoint import read_adapter
-from peanut.model.layers.layer import AdaptedLayer
 from peanut.operators import LowRank
 from peanut.protocols import Change
 
+from .dense import layer_of, written_out
 from .support import (
     CASES,
     FIRST_CASES,
@@ -49,36 +48,6 @@ one_case_a_kind = pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 peer_cases = pytest.mark.parametrize("case", PEER_CASES, ids=str)
 TIGHT = 1e-12
 """Largest relative difference in float64 between two orders of the same sums."""
-
-
-def layer_of(model: PeftModel) -> AdaptedLayer:
-    return next(layer for _, layer in AdapterSet.of(model).layers())
-
-
-def written_out(case: Case, layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
-    """The layer's output from the definition of its adapters together, built densely and put into a copy of it.
-
-    W' = … L₂ L₁ (W R₁ R₂ … + Σ Δ) Π S, b' = … L₂ (L₁ b + shift₁) + shift₂ ….
-    """
-    changes = [layer.change(name) for name in names]
-    kind, module = layer.frozen.kind, case.net().layer
-    matrix, bias, shift = layer.frozen.matrix(), layer.frozen.bias(), None
-    for change in changes:
-        matrix = matrix if change.rotation is None else matrix @ change.rotation.dense()
-    for change in changes:
-        matrix = matrix if change.delta is None else matrix + change.delta.dense()
-    for change in changes:
-        matrix = matrix if change.left is None else change.left.dense() @ matrix
-        matrix = matrix if change.in_scale is None else matrix @ change.in_scale.dense()
-        bias = bias if bias is None or change.left is None else change.left.dense() @ bias
-        shift = shift if shift is None or change.left is None else change.left.dense() @ shift
-        if change.shift is not None:
-            shift = change.shift if shift is None else shift + change.shift
-    if bias is not None and shift is not None:
-        bias, shift = bias + shift, None
-    own = {"weight": kind.layout(module, matrix)} | ({} if bias is None else {"bias": bias})
-    y = torch.func.functional_call(module, own, (x,))
-    return y if shift is None else kind.on_output(y, lambda each: each + shift)
 
 
 # 1. A new adapter changes nothing, where the method promises it, and a disabled one never does
@@ -230,6 +199,7 @@ def test_what_comes_after_may_work_in_place(case: Case) -> None:
         y = after(model(x))
         directed(y).backward()
         found.append({"": y.detach(), **gradients(model)})
+    assert found[0].keys() == found[1].keys() > {""}
     assert all(distance(value, found[0][name]) < TIGHT for name, value in found[1].items())
 
 

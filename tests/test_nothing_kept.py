@@ -277,6 +277,7 @@ def test_dora_trains_on_a_written_base() -> None:
                 value.copy_(values[key])
     learned(model, x)
     learned(fresh, x)
+    assert sum(isinstance(value, nn.Parameter) for value in values.values()) == 3
     for key, value in fresh.adapters.parameters("default"):
         if isinstance(value, nn.Parameter):
             assert distance(values[key].grad, value.grad) < 1e-9

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from peanut import LoraConfig, PeanutError, PeftConfig, PeftModel, get_peft_model
 
+from .calls import in_threads, one_line
 from .support import distance, one_thread, scattered  # noqa: F401
 from .writing import ANY, OPTIMIZERS, Target, slots_of
 from .writing.llama import IDS, TARGETS, config_of, generated, llama
@@ -30,12 +32,23 @@ STEPS = 40
 METHODS = ["PEANUT", "LORA", "DORA", "HRA", "OFT", "BOFT", "VERA", "VBLORA", "MISS", "C3A", "RED", "IA3", "SHIRA"]
 METHODS += ["FOURIERFT", "NONLINEAR_LORA", "MULTIPLICATIVE_LORA", "RANDLORA", "POLY", "ADALORA", "LN_TUNING"]
 WAYS = [name for name in ANY if "functional_call" not in name]
+DROPOUT = ", dropout"
+"""Behind a method's name: with every dropout that its config has."""
+TURN = {"HRA", "OFT", "BOFT"}
+SHIFT = {"RED"}
+"""Methods that shift the output, also of layers without a bias."""
+NEVER, PERHAPS, ALWAYS = "never", "perhaps", "always"
 
 
 def config(method: str) -> PeftConfig:
-    if method == "DORA":
-        return LoraConfig(r=3, use_dora=True, target_modules=TARGETS["linear"], task_type="CAUSAL_LM")
-    return config_of(method)
+    name, dropout, _ = method.partition(DROPOUT)
+    if name == "DORA":
+        found: PeftConfig = LoraConfig(r=3, use_dora=True, target_modules=TARGETS["linear"], task_type="CAUSAL_LM")
+    else:
+        found = config_of(name)
+    if not dropout:
+        return found
+    return replace(found, **{each.name: 0.3 for each in fields(found) if each.name.endswith("dropout")})
 
 
 class Sequence:
@@ -50,13 +63,19 @@ class Sequence:
         self.random = random.Random(seed)
         self.folder = folder
         self.count = 0
-        self.methods: dict[str, str] = {"a0": self.random.choice(METHODS)}
+        self.methods: dict[str, str] = {"a0": self.method()}
         self.model = get_peft_model(llama(), config(self.methods["a0"]), "a0").eval()
         self.fill("a0")
         self.base = self.values_of_base()
         self.inside = ExitStack()
         self.depth = 0
         self.done: list[str] = []
+        self.moved = self.traced = self.answered_elsewhere = 0
+        self.refusal = NEVER
+
+    def method(self) -> str:
+        """One of the methods, with dropout or without."""
+        return self.random.choice(METHODS) + self.random.choice([DROPOUT, ""])
 
     # The other model
 
@@ -84,10 +103,14 @@ class Sequence:
         fresh.set_adapter(self.model.active_adapters)
         return fresh.train(self.model.training)
 
-    def check(self) -> None:
+    def assert_as_anew(self) -> None:
         """The answer is that of the other model, and so are the gradients where nothing is merged."""
+        training, merged = self.model.training, self.model.merged_adapters
+        if merged and any(self.methods[name].endswith((DROPOUT, "POLY")) for name in self.model.active_adapters):
+            self.model.eval()  # what is merged draws nothing
         fresh, found = self.anew(), []
-        traced = not self.model.merged_adapters and self.random.random() < 0.5
+        traced = not merged and self.random.random() < 0.5
+        self.traced += traced
         names = self.model.active_adapters
         for model in (self.model, fresh):
             torch.default_generator.manual_seed(3)
@@ -110,6 +133,9 @@ class Sequence:
         assert own.keys() == expected.keys(), self.done
         for key, value in expected.items():
             assert (own[key] - value).abs().max() <= 1e-7 * max(1.0, float(value.abs().max())), (key, self.done)
+        with self.model.disable_adapter(), torch.no_grad():
+            self.moved += distance(answer_of(self.model(IDS)), expected["answer"]) > 1e-3
+        self.model.train(training)
 
     # What can be done
 
@@ -133,6 +159,8 @@ class Sequence:
             "set_adapter": self.activate,
             "disable": self.disable,
             "generate": self.generate,
+            "answer elsewhere": self.answer_elsewhere,
+            "set_adapter elsewhere": lambda: in_threads([self.activate]),
         }
         if self.depth:
             possible["leave"] = self.leave
@@ -156,13 +184,18 @@ class Sequence:
                 possible = self.steps()
                 name = self.random.choice(list(possible))
                 self.done.append(name)
+                self.refusal, refused = NEVER, None
                 try:
                     possible[name]()
                 except PeanutError as error:
-                    if name not in ("set_adapter", "merge") or "\n" in str(error):
-                        raise
                     self.done.append("refused")
-                self.check()
+                    refused = error
+                assert refused is None or one_line(refused), self.done
+                assert self.refusal in ((PERHAPS, NEVER) if refused is None else (PERHAPS, ALWAYS)), (
+                    refused,
+                    self.done,
+                )
+                self.assert_as_anew()
 
     @torch.no_grad()
     def answer(self) -> None:
@@ -180,6 +213,11 @@ class Sequence:
 
     def activate(self) -> None:
         names = self.random.sample(list(self.methods), self.random.randint(1, min(2, len(self.methods))))
+        merged = self.model.merged_adapters
+        if not set(merged) <= set(names):
+            self.refusal = ALWAYS  # what is merged would not be active
+        elif merged and any(self.methods[name].removesuffix(DROPOUT) in TURN for name in names):
+            self.refusal = PERHAPS  # another order than that of the merge
         self.model.set_adapter(names)
 
     def disable(self) -> None:
@@ -206,6 +244,17 @@ class Sequence:
                 fresh.set_adapter(name)
                 expected = answer_of(fresh(IDS))[row]
             assert distance(found[row], expected) < 1e-7, (name, self.done)
+
+    def answer_elsewhere(self) -> None:
+        """Other threads are in no context of this one: neither disabled, nor is anything kept for them."""
+        self.model.eval()
+        expected, found = self.looked_at(), []
+        assert distance(expected, answer_of(self.anew()(IDS))) < 1e-7, self.done
+        with self.model.disable_adapter():
+            in_threads([lambda: found.extend(self.looked_at() for _ in range(2))] * 2)
+        assert len(found) == 4
+        assert max(distance(each, expected) for each in found) < 1e-9, self.done
+        self.answered_elsewhere += 1
 
     def enter(self) -> None:
         self.inside.enter_context(self.model.inference())
@@ -234,6 +283,8 @@ class Sequence:
         slots = slots_of(self.model, wanted)
         if slots:
             self.done.append(way)
+            if way == "load_state_dict of the model" and self.model.merged_adapters:
+                self.refusal = ALWAYS
             write = ANY[way](Target(self.model, slots, lambda given: self.anew()))
             self.answer()
             write([0.5 * value for value in noisy(slots, self.random.randrange(1000))])
@@ -241,7 +292,7 @@ class Sequence:
     def add(self) -> None:
         if len(self.methods) < 4:
             self.count += 1
-            name, method = f"a{self.count}", self.random.choice(METHODS)
+            name, method = f"a{self.count}", self.method()
             self.model.add_adapter(name, config(method))
             self.methods[name] = method
             self.done.append(method)
@@ -255,6 +306,8 @@ class Sequence:
             self.model.set_adapter(next(iter(self.methods)))
 
     def merge(self) -> None:
+        if any(self.methods[name].removesuffix(DROPOUT) in SHIFT for name in self.model.active_adapters):
+            self.refusal = ALWAYS
         self.model.merge_adapter()
 
     def saved(self) -> Path:
@@ -298,4 +351,6 @@ def sequence(request: pytest.FixtureRequest, tmp_path: Path) -> Sequence:
 
 def test_random_sequence(sequence: Sequence) -> None:
     sequence.run()
-    assert len(sequence.done) >= STEPS
+    assert sequence.moved >= 0.8 * STEPS  # a wrong answer would show
+    assert sequence.traced >= 1
+    assert len(set(sequence.done) & {*sequence.steps(), "leave", "unmerge"}) >= 8

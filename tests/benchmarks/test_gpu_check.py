@@ -28,12 +28,32 @@ from peanut.lab import bench
 from peanut.lab.settings import Settings, settings_of
 
 SMALLEST = {"device": "cpu", "dims": (48, 64), "tokens": 8, "threads": 1}
+METHODS = gpu_check.METHODS
+"""All of them: a run of the check here makes do with two."""
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "METHODS", ("LORA", "PEANUT"))
     monkeypatch.setattr(gpu_check, "SMALL", SMALLEST)
+
+
+def test_there_are_ten_methods_and_those_profiled_are_among_them() -> None:
+    assert len(set(METHODS)) == len(METHODS) == 10
+    assert set(gpu_check.PROFILED) < set(METHODS)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Hugging Face PEFT
+@pytest.mark.parametrize("method", METHODS)
+def test_the_benchmark_builds_and_steps_each_of_the_ten_methods(method: str, tmp_path: Path) -> None:
+    settings = settings_of(gpu_check.STACK, methods=[method], repeats=1, dtype="float32", **SMALLEST)
+    variants, x, target = bench.built(settings, tmp_path)
+    own = [each for each in variants if each.method.startswith(method)]
+    assert {each.by for each in own} == {"peanut", "peft"}
+    for each in own:
+        assert each.trained_parameters > 0
+        each.step(x, target)
+        assert each.difference is None or each.difference < 1e-3
 
 
 def run(output: Path, *more: str, status: int = 0) -> dict[str, Any]:

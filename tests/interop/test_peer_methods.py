@@ -148,6 +148,7 @@ def test_a_prompt_goes_on_training() -> None:
     twin, (optimizer, other) = pair(theirs)
     for one, its in ((from_peft(theirs), optimizer), (twin, other)):
         step(one.train(), its, lambda one: one(**batch).loss)
+    assert len(values_of(optimizer)) > 0
     assert all(torch.allclose(a, b, atol=SAME) for a, b in zip(values_of(optimizer), values_of(other), strict=True))
 
 

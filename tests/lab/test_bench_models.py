@@ -100,6 +100,8 @@ def test_no_variant_trains_the_weights_that_all_share(stack: str, tmp_path: Path
         found, x, labels = bench.built(settings, tmp_path)
     frozen = found[0].model
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    assert len(before) > 4
+    assert len({variant.method for variant in found}) > 4
     for variant in found:
         variant.step(x, labels)
     for name, value in frozen.state_dict().items():

@@ -144,6 +144,7 @@ def test_no_budget_to_cut_masks_nothing() -> None:
     scattered([value for value in model.parameters() if value.requires_grad])
     values = states(model)
     before = [value["lora_E"].detach().clone() for value in values]
+    assert before
     for value in values:
         for letter in "ABE":
             value[f"lora_{letter}"].grad = torch.randn(value[f"lora_{letter}"].shape)

@@ -180,6 +180,38 @@ def test_names_that_are_no_targets_are_refused() -> None:
     assert not IA3Config(feedforward_modules=r"h\.\d\.mlp").for_layer("h.0.mlp.fc").scales_input
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d"])
+def test_a_gain_near_one_acts_in_half_precision(layer: str, dtype: torch.dtype, side: str, training: bool) -> None:
+    """Gains near one are what training makes; bfloat16 itself knows none between 1 and 1.0078."""
+    made = {
+        "linear": (lambda: nn.Linear(256, 256, bias=False), (64, 256)),
+        "conv1d": (lambda: Conv1D(256, 256), (64, 256)),
+        "conv2d": (lambda: nn.Conv2d(16, 16, 3, bias=False), (8, 16, 6, 6)),
+    }
+    module, shape = made[layer]
+    base, gains = net(module(), dtype), [1.003]
+    if dtype is torch.float16:
+        gains.append(0.9985)  # in bfloat16 that is less than half a step
+    config = IA3Config(target_modules=["layer"], feedforward_modules=["layer"] if side == "input" else [])
+    model = get_peft_model(base, config).train(training)
+    x = torch.randn(shape, dtype=dtype)
+    for gain in gains:
+        with torch.no_grad():
+            for _, value in model.adapters.parameters("default"):
+                assert value.dtype == torch.float32
+                value.fill_(gain)
+            with model.disable_adapter():
+                plain = model(x).double()
+            found = [model(x).double()]
+            with model.inference():
+                found += [model(x).double(), model(x).double()]
+        for y in found:
+            assert abs(float((y * plain).sum() / plain.square().sum()) - gain) < 4e-4
+
+
 def test_grouped_convolution_is_no_feed_forward_layer() -> None:
     config = IA3Config(target_modules=["layer"], feedforward_modules=["layer"])
     with pytest.raises(PeanutError, match="'layer', a convolution in 2 groups"):

@@ -87,6 +87,24 @@ def test_dropout_leaves_out_outputs_or_the_whole_update(scaled: bool, rank: floa
         assert all(len(each.unique()) == 1 for each in kept)
 
 
+@pytest.mark.parametrize("module", [0.0, 0.5])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_where_every_output_is_dropped_the_layer_is_the_base_s(outputs: int, module: float) -> None:
+    """Nothing is left to scale by its share."""
+    options = {"r": 2, "rank_dropout": 0.8, "rank_dropout_scale": True, "module_dropout": module}
+    model = randomised(get_peft_model(Net(nn.Linear(8, outputs)), config(**options))).train()
+    x, dropped = torch.randn(3, 8), 0
+    plain = model.get_base_model().layer.base_layer(x)
+    for _ in range(40):
+        model.zero_grad()
+        y = model(x)
+        directed(y).backward()
+        assert torch.isfinite(y).all()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+        dropped += torch.equal(y, plain)
+    assert 0 < dropped < 40
+
+
 def test_values_out_of_range_are_refused() -> None:
     for options in ({"r": 0}, {"rank_dropout": 1.0}, {"decompose_factor": 0}, {"init_weights": "pissa"}):
         with pytest.raises(PeanutError):

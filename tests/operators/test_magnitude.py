@@ -70,6 +70,7 @@ def test_an_empty_batch_has_gradients_of_zero() -> None:
     operator = random_operator()
     trained = leaves(operator)
     operator.joined(torch.zeros(0, 7, dtype=torch.float64), operator.weight, None).sum().backward()
+    assert trained
     assert all(value.grad is not None and not value.grad.any() for value in trained)
 
 
@@ -168,6 +169,7 @@ def test_a_gain_of_zero_has_its_gradient() -> None:
     x, trained = torch.randn(8, 7, dtype=torch.float64), leaves(operator)
     found = torch.autograd.grad(directed(operator.joined(x, operator.weight, None)), trained)
     expected = torch.autograd.grad(directed(x @ (operator.weight + written_out(operator)).T), trained)
+    assert len(found) == len(trained) > 0
     assert all(distance(one, other) < 1e-13 for one, other in zip(found, expected, strict=True))
 
 
@@ -217,4 +219,5 @@ def test_compiles_in_one_graph(tokens: int) -> None:
 
     runs = run, torch.compile(run, backend="aot_eager", fullgraph=True)
     found, expected = (torch.autograd.grad(sum(map(directed, each(x))), trained) for each in runs)
+    assert len(found) == len(trained) > 0
     assert all(distance(one, other) < 1e-5 for one, other in zip(found, expected, strict=True))

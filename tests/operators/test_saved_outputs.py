@@ -70,6 +70,7 @@ def test_gradients_are_right_whatever_becomes_of_the_output(name: str, tokens: i
     values = values_of(name, tokens, GAINS[gain])
     found = gradients(fast, values, AFTER[after])
     expected = gradients(slow, values_of(name, tokens, GAINS[gain]), lambda y: AFTER[after](y.clone()))
+    assert len(found) == len(values) - 1  # all but the weight's
     assert all(distance(one, other) < 1e-12 for one, other in zip(found, expected, strict=True))
 
 
@@ -84,6 +85,7 @@ def test_gradients_are_right_under_checkpointing(name: str, reentrant: bool) -> 
 
     found = gradients(lambda *given: checkpoint(block, *given, use_reentrant=reentrant), values, lambda y: y)
     expected = gradients(slow, values_of(name, 5, GAINS["away from 0"]), torch.relu)
+    assert len(found) == len(values) - 1  # all but the weight's
     assert all(distance(one, other) < 1e-12 for one, other in zip(found, expected, strict=True))
 
 
@@ -147,6 +149,7 @@ def test_what_an_operator_gives_may_be_changed_in_place(name: str, shape: tuple[
     if name == "decomposed":
         runs.append(lambda x: operator.joined(x, weight, None))
         runs.append(lambda x: operator.rows(torch.arange(x.numel() // IN).view(x.shape[:-1])) * x.sum())
+    assert runs
     for run in runs:
         expected = torch.autograd.grad(directed(run(x).square()), x)[0]
         assert distance(torch.autograd.grad(directed(run(x).pow_(2)), x)[0], expected) < 1e-12

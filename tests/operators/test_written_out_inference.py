@@ -87,3 +87,17 @@ def test_16_bits_keep_a_change_that_the_weight_would_swallow() -> None:
     assert distance(y, exact) < torch.finfo(torch.bfloat16).eps
     apart = WrittenOut(inner).joined(x, torch.zeros_like(W), None)
     assert distance(apart, x.float() @ (1e-3 * torch.ones(7, 5)).T) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 1, 0, 2, 2, 1)], ids=str)
+def test_each_weight_has_its_own_answer(order: tuple[int, ...]) -> None:
+    """W + Δ is that of the weight that is asked for, whichever was asked for before."""
+    kept, inner, A, b = made()
+    weights = [A, A.clone() + 1, 2 * A.clone()]
+    token, D = torch.randn(1, 5, dtype=torch.float64), 0.7 * inner.inner.up @ inner.inner.down
+    assert len(set(order)) == 3
+    for number in order:
+        W = weights[number]
+        assert distance(kept.joined(token, W, b), token @ (W + D).T + b) < 1e-13
+        assert distance(kept.apply(token), token @ D.T) < 1e-13

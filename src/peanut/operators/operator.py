@@ -22,6 +22,8 @@ class Operator:
 
     def for_inference(self, dtype: torch.dtype) -> Any:
         """The same for evaluation in ``dtype``, with all computed beforehand that few tokens can use."""
+        if type(self).to is not Operator.to:  # what does not cast all of its parts does not here either
+            return self.to(dtype)
         return type(self)(**{name: _cast(value, dtype, "for_inference") for name, value in vars(self).items()})
 
 

@@ -114,6 +114,7 @@ def test_two_mixed_batches_before_one_backward(tiny_gpt2: Build) -> None:
         third = model(IDS).logits
         directed(torch.stack([first, second, third])).backward()
         found.append({**gradients(model, "a"), **{f"b.{key}": g for key, g in gradients(model, "b").items()}})
+    assert found[0].keys() == found[1].keys() > set()
     assert all(distance(found[1][key], grad) < 1e-10 for key, grad in found[0].items())
 
 

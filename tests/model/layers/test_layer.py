@@ -226,6 +226,7 @@ def test_checkpointed_blocks_give_the_same_gradients(config: Any, reentrant: boo
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         found.append({key: p.grad.clone() for key, p in model.adapters.parameters("default")})
+    assert found[0].keys() == found[1].keys() > set()
     assert all(grad.abs().max() > 0 for grad in found[0].values())
     assert all(distance(found[1][key], grad) < 1e-12 for key, grad in found[0].items())
 
@@ -264,6 +265,7 @@ def test_a_compiled_layer_trains_the_same_and_sees_switches(backend: str, switch
     model.add_adapter("b", LoraConfig(r=2, target_modules=["layer"]))
     randomised(model).eval()
     compiled, x = torch.compile(model, backend=backend, fullgraph=True), torch.randn(3, 12, requires_grad=True)
+    assert switches
     for names in switches:
         model.set_adapter(list(names))
         inputs = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]

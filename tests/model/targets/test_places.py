@@ -207,7 +207,9 @@ def test_every_place_is_called(name: str) -> None:
     with torch.no_grad():
         plain = base(**given)[0]
         for style in ("houlsby", "pfeiffer", "parallel"):
-            for place in places(get_peft_model(made(name), BottleneckConfig(style=style))):  # type: ignore[arg-type]
+            found = places(get_peft_model(made(name), BottleneckConfig(style=style)))  # type: ignore[arg-type]
+            assert found
+            for place in found:
                 model = get_peft_model(made(name), BottleneckConfig(style=style))  # type: ignore[arg-type]
                 for key, value in model.adapters.parameters("default"):
                     if key.startswith(f"{place}.bottleneck"):

@@ -152,21 +152,25 @@ class AdapterSet(Surgery):
         heads = saved_paths(self.model, config)
         for path in heads:
             self.check_whole(path)
-        new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
-        if isinstance(method, WeightMethod):
-            add_changes(self, new, method, config, given)
-        elif isinstance(method, OutputMethod):
-            add_outputs(self, new, method, config)
-        elif isinstance(method, InputMethod):
-            config = add_input(self, new, method, config)
-        elif isinstance(method, MixtureMethod):
-            config = add_mixture(self, new, method, config)
-        memo: dict[int, Any] = {}
-        for path in heads:
-            if copies:
-                self.saved(path).add(name, wide=wide, memo=memo)
-            else:
-                self.saved(path).modules_to_save[name] = nn.Module()
+        try:
+            new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
+            if isinstance(method, WeightMethod):
+                add_changes(self, new, method, config, given)
+            elif isinstance(method, OutputMethod):
+                add_outputs(self, new, method, config)
+            elif isinstance(method, InputMethod):
+                config = add_input(self, new, method, config)
+            elif isinstance(method, MixtureMethod):
+                config = add_mixture(self, new, method, config)
+            memo: dict[int, Any] = {}
+            for path in heads:
+                if copies:
+                    self.saved(path).add(name, wide=wide, memo=memo)
+                else:
+                    self.saved(path).modules_to_save[name] = nn.Module()
+        except BaseException:
+            self._take_out(name)
+            raise
         self.configs[name] = config
         hook(self.model, self.state.begin, before=True)
         hook(self.model, self.state.end)
@@ -197,18 +201,24 @@ class AdapterSet(Surgery):
                 "an adapter that stands alone",
                 f"delete {mixed[0]!r} first",
             )
-        for place in list(self.places(name)):
-            place.delete(name)
-            if not len(place.adapters):
-                self.emptied(place)
-        for path, saved in list(self.saved_modules(name)):
-            saved.delete(name)
-            if not len(saved.modules_to_save):
-                self.put(path, saved.original_module)
+        self._take_out(name)
         del self.configs[name]
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
+
+    def _take_out(self, name: str) -> None:
+        """Takes what there is of an adapter out of the model's modules."""
+        for place in list(self.places()):
+            if name in place.adapters:
+                place.delete(name)
+            if not len(place.adapters):
+                self.emptied(place)
+        for path, saved in list(self.saved_modules()):
+            if name in saved.modules_to_save:
+                saved.delete(name)
+            if not len(saved.modules_to_save):
+                self.put(path, saved.original_module)
 
     @changes
     def unload(self) -> nn.Module:

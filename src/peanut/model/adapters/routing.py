@@ -50,8 +50,6 @@ def called(
         changes["samples"] = None if samples is None else list(samples)
         # On the CPU each layer may look at the tasks without waiting for a device.
         changes["tasks"] = None if tasks is None else torch.as_tensor(tasks).cpu()
-    if keep and state.call.cache is None:
-        changes["contexts"] = (*state.call.contexts, Context(cache=Cache()))
     compiling = torch.compiler.is_compiling()
     if not compiling and torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
@@ -59,7 +57,8 @@ def called(
         changes["off"] = state.call.disabled  # also if a generator leaves the context meanwhile
     with nullcontext() if compiling else state.steady(), state.during(**changes) if changes else nullcontext():
         _check(adapters, _rows(args, kwargs), samples, tasks)
-        return function(*args, **kwargs)
+        with Inference(state) if keep and state.call.cache is None else nullcontext():
+            return function(*args, **kwargs)
 
 
 def _check(
@@ -111,6 +110,8 @@ class Inference(AbstractContextManager["Inference"]):
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
+            if not self._entered:  # it was left already
+                return
             own = [context for context in self._state.call.contexts if context in self._entered]
             context = (own or self._entered)[-1]  # left in another thread than it was entered in, any of them ends
             self._entered.remove(context)

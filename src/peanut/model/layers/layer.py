@@ -206,7 +206,7 @@ class AdaptedLayer(Adapted):
         if not call.contexts or self.training or call.sampling or torch.is_grad_enabled():
             return None
         cache = call.cache
-        return None if cache is None or torch.compiler.is_compiling() else cache.of(self, self.state.version)
+        return None if cache is None or torch.compiler.is_compiling() else cache.of(self)
 
     def _acting(
         self,

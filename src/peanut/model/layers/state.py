@@ -44,20 +44,20 @@ class Cache:
     """What evaluation computes once for each layer, until the adapters change or the cache is closed."""
 
     def __init__(self) -> None:
-        self._held: tuple[int, dict[int, dict[Hashable, Any]]] | None = (-1, {})
+        self._values: dict[int, dict[Hashable, Any]] | None = {}
 
-    def of(self, layer: object, version: int) -> dict[Hashable, Any] | None:
-        """The values of a layer under a version of the adapters; ``None`` once the cache is closed."""
-        held = self._held  # read once: other threads use the cache too
-        if held is None:
-            return None
-        if held[0] != version:
-            self._held = held = (version, {})
-        return held[1].setdefault(id(layer), {})
+    def of(self, layer: object) -> dict[Hashable, Any] | None:
+        """The values of a layer, to be looked up before others are computed; ``None`` once the cache is closed."""
+        values = self._values  # read once: other threads use the cache too
+        return None if values is None else values.setdefault(id(layer), {})
+
+    def clear(self) -> None:
+        """Lets go of all values. What a call that runs now computes goes into the old dictionary, which nobody has."""
+        self._values = None if self._values is None else {}
 
     def close(self) -> None:
         """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
-        self._held = None
+        self._values = None
 
 
 class Context:
@@ -151,7 +151,7 @@ class AdapterState(Hooking):
     one call lies in ``call``, which each thread has for itself.
     """
 
-    __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "merged", "version")
+    __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "caches", "merged", "version")
 
     def __init__(self) -> None:
         self._active: list[str] = []
@@ -160,6 +160,7 @@ class AdapterState(Hooking):
         self._lock, self._changer = threading.RLock(), (0, 0)  # a thread, and how often it has begun a change
         self._thread = _OfThread()
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
     # What holds in the model
 
@@ -183,6 +184,8 @@ class AdapterState(Hooking):
             try:
                 yield
             finally:
+                for cache in list(self.caches):
+                    cache.clear()
                 self.version += outermost
                 self._changer = (threading.get_ident(), self._changer[1] - 1)
 
@@ -282,6 +285,8 @@ class AdapterState(Hooking):
 
     def enter(self, context: Context) -> None:
         """From now on this thread's calls are made in ``context``."""
+        if context.cache is not None:
+            self.caches.add(context.cache)
         call = self.call
         self.call = replace(call, contexts=(*(each for each in call.contexts if each.open), context))
 
