@@ -21,7 +21,7 @@ from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, 
 from .checkpoints.loading import load_state, same_form
 from .checkpoints.mixtures import add, all_or_none, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
-from .layers.state import Context
+from .layers.calls import Context
 from .models import model_of
 
 __all__ = ["PeftModel", "get_peft_model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,12 @@ class Circulant(Materialised):
         if b < 32 or torch.finfo(grads.dtype).bits < 32 or not len(tokens):
             return super().pulled(grads, tokens)
         step = len(tokens) if torch.compiler.is_compiling() else _AT_ONCE
-        total = None
+        total: Any = 0
         for some, seen in zip(grads.split(step), tokens.split(step), strict=True):
             high = torch.fft.rfft(some.view(-1, rows, b)).permute(2, 0, 1).contiguous()
             low = torch.fft.ihfft(seen.view(-1, columns, b), norm="forward").permute(2, 1, 0).contiguous()
             products = low @ high  # the frequency first: a product of (columns, tokens) and (tokens, rows) for each
-            total = products if total is None else total + products
-        assert total is not None  # there are tokens
+            total = total + products
         kernel: Tensor = torch.fft.irfft(total.conj().permute(2, 1, 0), n=b)
         return (self.scaling * kernel,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +69,11 @@ class Fourier(Materialised):
             return super().pulled(grads, tokens)
         rows, columns, sign = self._halved()
         step = len(tokens) if torch.compiler.is_compiling() else _AT_ONCE
-        total = None
+        total: Any = 0
         for some, seen in zip(grads.split(step), tokens.split(step), strict=True):
             high, low = torch.fft.rfft(some)[:, rows], torch.fft.rfft(seen)[:, columns]
             products = (torch.view_as_real(high) * torch.view_as_real(low)).sum(0)
-            total = products if total is None else total + products
-        assert total is not None  # there are tokens
+            total = total + products
         return ((total[:, 0] - sign * total[:, 1]) * (self.scaling / (out * inputs)),)
 
     def for_inference(self, dtype: torch.dtype) -> Delta:

@@ -49,12 +49,6 @@ class Evaluated(Delta):
     def dense(self) -> Tensor:
         return self.origin.dense()
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.origin.factors()
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.origin.rows(ids)
-
     def to(self, dtype: torch.dtype) -> Evaluated:
         return self  # it was made for that dtype
 

@@ -232,13 +232,7 @@ class AdapterSet(Surgery):
     @changes
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
-        wanted = self.mergeable(self.state.active if names is None else names)
-        before, self.state.active = self.state.active, list(dict.fromkeys([*self.state.merged, *wanted]))
-        try:
-            self.merge(wanted)
-        except BaseException:  # also where memory runs out, or a user interrupts
-            self.state.active = before
-            raise
+        self.merge(names, alone=True)
         self._tie_again()
         for path, layer in list(self.layers()):
             layer.frozen.forget()
@@ -315,8 +309,11 @@ class AdapterSet(Surgery):
         return wanted
 
     @changes
-    def merge(self, names: str | Sequence[str] | None = None) -> None:
+    def merge(self, names: str | Sequence[str] | None = None, *, alone: bool = False) -> None:
         """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
+
+        Args:
+            alone: only they, and what is merged already, are active afterwards.
 
         Raises:
             PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
@@ -324,7 +321,7 @@ class AdapterSet(Surgery):
         """
         wanted = self.mergeable(self.state.active if names is None else names)
         before = list(self.state.merged)
-        active = list(dict.fromkeys([*self.state.active, *before, *wanted]))
+        active = list(dict.fromkeys([*(() if alone else self.state.active), *before, *wanted]))
         merged = list(dict.fromkeys([*before, *wanted]))
         self._refuse_two_heads(active)
         for _, layer in self.layers():

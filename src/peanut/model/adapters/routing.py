@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import PeanutError
-from ..layers.state import BASE, AdapterState, Cache, Context
+from ..layers.calls import BASE, Cache, Context
+from ..layers.state import AdapterState
 from ..prompts.replay import restore_in_checkpoints
 from .adapter_set import AdapterSet
 
@@ -50,21 +52,31 @@ def called(
         changes["samples"] = None if samples is None else list(samples)
         # On the CPU each layer may look at the tasks without waiting for a device.
         changes["tasks"] = None if tasks is None else torch.as_tensor(tasks).cpu()
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch.is_grad_enabled() and adapters.model.training:
+        function = partial(_checked, adapters, function, samples, tasks)
+    if torch.compiler.is_compiling():
+        with state.during(**changes) if changes else nullcontext():
+            return function(*args, **kwargs)
+    if torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
     if state.call.contexts:
         changes["off"] = state.call.disabled  # also if a generator leaves the context meanwhile
-    with nullcontext() if compiling else state.steady(), state.during(**changes) if changes else nullcontext():
-        _check(adapters, _rows(args, kwargs), samples, tasks)
-        with Inference(state) if keep and state.call.cache is None else nullcontext():
-            return function(*args, **kwargs)
+    if keep and state.call.cache is None:
+        with Inference(state):
+            return state.called(function, args, kwargs, changes)
+    return state.called(function, args, kwargs, changes)
 
 
-def _check(
-    adapters: AdapterSet, rows: int | None, samples: Sequence[str] | None, tasks: Tensor | Sequence[int] | None
-) -> None:
-    """Refuses names and tasks that do not fit a batch of so many rows (``None`` if nobody knows)."""
+def _checked(
+    adapters: AdapterSet,
+    function: Callable[..., R],
+    samples: Sequence[str] | None,
+    tasks: Tensor | Sequence[int] | None,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> R:
+    """Calls the function, once names and tasks fit: within the call, where a change by another thread is noticed."""
+    rows = _rows(args, kwargs)
     # Layers may see a multiple of the samples (beams), so they do not notice every wrong number.
     for what, of, given in (("adapter_names", "name", samples), ("task_ids", "task", tasks)):
         if given is not None and rows is not None and len(given) != rows:
@@ -81,6 +93,7 @@ def _check(
                 "an unmerged model",
                 "call unmerge_adapter() first",
             )
+    return function(*args, **kwargs)
 
 
 def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

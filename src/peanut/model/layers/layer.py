@@ -15,8 +15,9 @@ from ...operators.delta import product_dtype
 from ...protocols import Change, PeftConfig, Values, WeightMethod
 from ...weights import FrozenLayer, LayerKind, kind_of
 from .adapted import Adapted
+from .calls import BASE, CallState, scattered
 from .plan import Plan, for_samples
-from .state import BASE, AdapterState, CallState, scattered
+from .state import AdapterState
 
 __all__ = ["BIAS", "AdaptedLayer"]
 
@@ -220,8 +221,8 @@ class AdaptedLayer(Adapted):
 
         Args:
             names: the adapters that act.
-            tasks: the task of each row that goes through them.
-            index: these rows, ``None`` for all.
+            tasks: the task of each row.
+            index: the rows that go through them, ``None`` for all.
         """
         merged = self.state.merged
         each = {name: self._changes_of(call, name, x, tasks, index) for name in names if name not in merged}
@@ -240,16 +241,15 @@ class AdaptedLayer(Adapted):
         """The changes that adapter ``name``, or each expert of a mixture of that name, makes here."""
         sample = self.training or call.sampling
         if name in self.adapters:
-            return [self.change(name, sample=sample, tasks=tasks)]
+            return [self.change(name, sample=sample, tasks=tasks if tasks is None or index is None else tasks[index])]
         changes = []
         for expert, gate in call.running.gates.get(name, {}).get(self.path, []):
             if expert not in self.adapters:
                 continue
-            own = gate if index is None else gate[index]
             change = self._expert(call, expert, sample)
             assert change.delta is not None  # an expert only adds: the mixture has checked it
-            self._check_gate(x, own)
-            changes.append(replace(change, delta=gated(change.delta, own)))
+            self._check_gate(x, gate)
+            changes.append(replace(change, delta=gated(change.delta, gate if index is None else gate[index])))
         return changes
 
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
@@ -279,7 +279,10 @@ class AdaptedLayer(Adapted):
         if kept is not None and key in kept:
             return kept[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [
-            (index, [] if name == BASE else self._acting(call, x[index], [name], _at(tasks, index), index))
+            (
+                index,
+                [] if name == BASE else self._acting(call, x, [name], tasks, index),
+            )
             for name, index in placed.items()
         ]
         whole = for_samples(groups, x, training=self.training) if self.frozen.kind.takes_features else None
@@ -298,10 +301,6 @@ class AdaptedLayer(Adapted):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-
-def _at(tasks: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if tasks is None else tasks[index]
 
 
 def _rows(x: Tensor) -> int:

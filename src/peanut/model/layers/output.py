@@ -13,9 +13,10 @@ from ...errors import PeanutError
 from ...protocols import Call, OutputMethod, PeftConfig
 from ...weights import kind_of
 from .adapted import Adapted
+from .calls import BASE
 from .hooks import Hooking, names_of
 from .parameters import Parameters
-from .state import BASE, AdapterState
+from .state import AdapterState
 
 __all__ = ["AdaptedOutput", "Listener"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .calls import scattered
 from .parameters import NamedModules
-from .state import AdapterState, scattered
+from .state import AdapterState
 
 __all__ = ["SavedModule"]
 

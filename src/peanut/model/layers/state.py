@@ -4,119 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
+from .calls import BASE, PLAIN, Cache, CallState, Context
 from .hooks import Hooking
 
-__all__ = ["BASE", "AdapterState", "Cache", "CallState", "Context", "Running", "scattered"]
+__all__ = ["AdapterState"]
 
-BASE = "__base__"
-"""The name that stands for "no adapter" among per-sample names."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """What is known of the batch that runs through the model now.
-
-    Args:
-        prompt: (batch, tokens), which of the tokens that layers see belong to the user's prompt.
-        answering: whether they are generated text, of which no token belongs to the prompt.
-        prefix: keys and values that attention modules are to see first, where the model's own cache does not reach
-            them (under gradient checkpointing).
-        gates: for each mixture, its gates by the path of a layer, as (expert, gate (batch, tokens, 1)) pairs.
-    """
-
-    prompt: Tensor | None = None
-    answering: bool = False
-    prefix: Any = None
-    gates: dict[str, dict[str, list[tuple[str, Tensor]]]] = field(default_factory=dict)
-
-
-class Cache:
-    """What evaluation computes once for each layer, until the adapters change or the cache is closed."""
-
-    def __init__(self) -> None:
-        self._values: dict[int, dict[Hashable, Any]] | None = {}
-
-    def of(self, layer: object) -> dict[Hashable, Any] | None:
-        """The values of a layer, to be looked up before others are computed; ``None`` once the cache is closed."""
-        values = self._values  # read once: other threads use the cache too
-        return None if values is None else values.setdefault(id(layer), {})
-
-    def clear(self) -> None:
-        """Lets go of all values. What a call that runs now computes goes into the old dictionary, which nobody has."""
-        self._values = None if self._values is None else {}
-
-    def close(self) -> None:
-        """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
-        self._values = None
-
-
-class Context:
-    """What a ``with`` of the user's says of the calls in it, in every thread and task that has it, until it is left.
-
-    It may be left in another thread, or after one that was entered later, as generators do: it then ends there, and
-    what other threads have of it says nothing any more.
-    """
-
-    def __init__(self, *, disables: bool = False, cache: Cache | None = None) -> None:
-        self.disables, self.cache, self.open = disables, cache, True
-
-
-@dataclass(frozen=True, eq=False)
-class CallState:
-    """What holds for one call of the model, in the thread (or asyncio task) that makes it.
-
-    Args:
-        active: names of the adapters that act instead of the model's active ones.
-        off: whether the model computes what its base does, whatever ``contexts`` say.
-        sampling: whether methods with randomness of their own draw it outside training too.
-        penalising: whether penalties enter the loss that the model returns (else the caller adds them).
-        samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
-        tasks: (batch,), the task of each sample, for mixtures by task.
-        running: what is known of the batch that runs now.
-        contexts: the user's contexts that the call is made in.
-        again: whether a block runs again in the backward, under what held when it ran first.
-        indices: the rows of each adapter's samples, made once for all layers.
-    """
-
-    active: list[str] | None = None
-    off: bool = False
-    sampling: bool = False
-    penalising: bool = True
-    samples: list[str] | None = None
-    tasks: Tensor | None = None
-    running: Running = field(default_factory=Running)
-    contexts: tuple[Context, ...] = ()
-    again: bool = False
-    indices: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def disabled(self) -> bool:
-        """Whether the model computes what its base does."""
-        return self.off or any(context.disables and context.open for context in self.contexts)
-
-    @property
-    def cache(self) -> Cache | None:
-        """Where evaluation may cache what it computes."""
-        return next((each.cache for each in reversed(self.contexts) if each.open and each.cache is not None), None)
-
-    def lasting(self) -> CallState:
-        """The same call, also after the user has left a context in which adapters are disabled."""
-        return replace(self, off=self.disabled)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the call asks for nothing but what is set on the model."""
-        return not self.disabled and self.active is None and self.samples is None and self.tasks is None
+R = TypeVar("R")
 
 
 class _OfThread(threading.local):
@@ -139,7 +42,6 @@ class _Graph:
     version: int
 
 
-PLAIN = CallState()
 _CALLS: ContextVar[dict[AdapterState, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
 """The calls that are being made, by the state of the model: a thread and an asyncio task have their own."""
 
@@ -189,20 +91,29 @@ class AdapterState(Hooking):
                 self.version += outermost
                 self._changer = (threading.get_ident(), self._changer[1] - 1)
 
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Within the context the adapters stay what they are; a change that another thread has begun is waited for.
+    def called(
+        self, function: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> R:
+        """Calls a function of the model with other values of some fields of ``CallState``.
+
+        It is one function without a context manager: what a call costs is felt where a model generates.
 
         Raises:
-            PeanutError: another thread has changed the adapters: what was computed may be part before and part after.
+            PeanutError: another thread has changed the adapters: the call may have seen some of both.
         """
-        version = self._settled()
+        before, version = self.call, self._settled()
+        if changes:
+            self.call = replace(before, **{"indices": {}, **changes})
         try:
-            yield
+            answer = function(*args, **kwargs)
         except Exception as error:
             self._check_version(version, error)
             raise
+        finally:
+            if self.call is not before:  # a hook may have been broken off, too
+                self.call = before
         self._check_version(version, None)
+        return answer
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Hook before the model's forward, however it is called."""
@@ -286,7 +197,8 @@ class AdapterState(Hooking):
     def enter(self, context: Context) -> None:
         """From now on this thread's calls are made in ``context``."""
         if context.cache is not None:
-            self.caches.add(context.cache)
+            with self._lock:
+                self.caches.add(context.cache)
         call = self.call
         self.call = replace(call, contexts=(*(each for each in call.contexts if each.open), context))
 
@@ -364,26 +276,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (found for value in output for found in _tensors(value))
     elif hasattr(output, "__dict__"):
         yield from _tensors(vars(output))
-
-
-def scattered(parts: Iterable[tuple[Tensor, Tensor]], rows: int, path: str) -> Tensor:
-    """The rows of a batch put together from parts of it, each with its rows' numbers.
-
-    Raises:
-        PeanutError: the parts have different shapes.
-    """
-    y: Tensor | None = None
-    for index, part in parts:
-        y = part.new_empty(rows, *part.shape[1:]) if y is None else y
-        if part.shape[1:] != y.shape[1:]:
-            raise PeanutError(
-                f"the adapters at '{path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
-                "the same shape for every sample of a batch",
-                "run adapters with different heads in different batches",
-            )
-        y = y.index_copy(0, index, part)
-    assert y is not None  # groups() raises on an empty batch
-    return y
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:

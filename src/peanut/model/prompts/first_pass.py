@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
+from ..layers.calls import Running
 from ..layers.input import AdaptedMixture
-from ..layers.state import AdapterState, Running
+from ..layers.state import AdapterState
 from .prefix import check_grows, filled, length_of
 from .reader import Reader
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ..layers.state import AdapterState, Running
+from ..layers.calls import Running
+from ..layers.state import AdapterState
 from .prefix import PrefixView
 
 __all__ = ["restore_in_checkpoints", "restore_no_more"]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ..layers.adapted import walk
+from ..layers.calls import CallState, Running
 from ..layers.hooks import Hooking, hook, names_of, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture, Front
 from ..layers.output import AdaptedOutput
-from ..layers.state import AdapterState, CallState, Running
+from ..layers.state import AdapterState
 from ..targets.shape import reading_stack
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of

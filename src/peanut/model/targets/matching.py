@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -82,11 +83,7 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
             f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
         )
     if wrong is not None:
-        raise PeanutError(
-            f"target_modules names {wrong!r}, which no module of {type(model).__name__} is called",
-            "names of layers",
-            f"nearest: {nearest(wrong, _adaptable_names(modules, method))}",
-        )
+        raise _unknown("target_modules", wrong, model, _adaptable_names(modules, method))
     return hits
 
 
@@ -96,7 +93,7 @@ def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Mo
     Raises:
         PeanutError: an excluded name or an index names nothing, a module is never called, or nothing is left.
     """
-    left = _chosen(outside(paths, saved_paths(model, config)), config, modules)
+    left = _chosen(model, outside(paths, saved_paths(model, config)), config, modules)
     for path in left:
         if inside_attention(path, modules):
             raise PeanutError(
@@ -126,11 +123,7 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
         # Of a task's heads the end of the name counts, as in Hugging Face PEFT: DistilBERT's has a pre_classifier too.
         hits = [path for path in modules if path.endswith(name)] if name in heads else matched(modules, [name])
         if not hits and name not in heads:
-            raise PeanutError(
-                f"modules_to_save names {name!r}, which no module of {type(model).__name__} is called",
-                "names of modules",
-                f"nearest: {nearest(name, last_names(modules))}",
-            )
+            raise _unknown("modules_to_save", name, model, last_names(modules))
         found += [path for path in hits if path not in found]
     return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
 
@@ -156,6 +149,14 @@ def biased_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     return found
 
 
+def _unknown(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
+    return PeanutError(
+        f"{field} names {name!r}, which no module of {type(model).__name__} is called",
+        "names of modules",
+        f"nearest: {nearest(name, names)}",
+    )
+
+
 def _whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
     """The modules that a method which trains whole modules takes."""
     method = method_of(config.peft_type)
@@ -166,7 +167,7 @@ def _whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
                 "names of modules to train whole",
                 f"name some of {', '.join(sorted(last_names(modules))[:12])}",
             )
-        return _chosen(matching_paths(model, config, method, modules), config, modules)
+        return _chosen(model, matching_paths(model, config, method, modules), config, modules)
     if method.trains == "all":
         own = [name for name, _ in model.named_parameters(recurse=False)]
         if own:
@@ -230,18 +231,14 @@ def _all_linear(model: nn.Module, config: PeftConfig, modules: Modules) -> list[
     return [path for path in left if not inside_attention(path, modules)]
 
 
-def _chosen(paths: list[str], config: PeftConfig, modules: Modules) -> list[str]:
+def _chosen(model: nn.Module, paths: list[str], config: PeftConfig, modules: Modules) -> list[str]:
     """The paths that ``exclude_modules`` and ``layers_to_transform`` leave."""
     excluded = config.exclude_modules
     if excluded:
         hits = matched(modules, excluded)
         wrong = unmatched(hits, excluded)
         if wrong is not None:
-            raise PeanutError(
-                f"exclude_modules names {wrong!r}, which no module is called",
-                "names of modules",
-                f"nearest: {nearest(wrong, last_names(modules))}",
-            )
+            raise _unknown("exclude_modules", wrong, model, last_names(modules))
         taken = set(hits)
         paths = [path for path in paths if path not in taken]
     wanted = config.layers_to_transform

@@ -1,0 +1,137 @@
+"""``CallState``: what holds for one call of the model: adapters per sample, disabled adapters, what may be cached."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import PeanutError
+
+__all__ = ["BASE", "PLAIN", "Cache", "CallState", "Context", "Running", "scattered"]
+
+BASE = "__base__"
+"""The name that stands for "no adapter" among per-sample names."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What is known of the batch that runs through the model now.
+
+    Args:
+        prompt: (batch, tokens), which of the tokens that layers see belong to the user's prompt.
+        answering: whether they are generated text, of which no token belongs to the prompt.
+        prefix: keys and values that attention modules are to see first, where the model's own cache does not reach
+            them (under gradient checkpointing).
+        gates: for each mixture, its gates by the path of a layer, as (expert, gate (batch, tokens, 1)) pairs.
+    """
+
+    prompt: Tensor | None = None
+    answering: bool = False
+    prefix: Any = None
+    gates: dict[str, dict[str, list[tuple[str, Tensor]]]] = field(default_factory=dict)
+
+
+class Cache:
+    """What evaluation computes once for each layer, until the adapters change or the cache is closed."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, dict[Hashable, Any]] | None = {}
+
+    def of(self, layer: object) -> dict[Hashable, Any] | None:
+        """The values of a layer, to be looked up before others are computed; ``None`` once the cache is closed."""
+        values = self._values  # read once: other threads use the cache too
+        return None if values is None else values.setdefault(id(layer), {})
+
+    def clear(self) -> None:
+        """Lets go of all values. What a call that runs now computes goes into the old dictionary, which nobody has."""
+        self._values = None if self._values is None else {}
+
+    def close(self) -> None:
+        """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
+        self._values = None
+
+
+class Context:
+    """What a ``with`` of the user's says of the calls in it, in every thread and task that has it, until it is left.
+
+    It may be left in another thread, or after one that was entered later, as generators do: it then ends there, and
+    what other threads have of it says nothing any more.
+    """
+
+    def __init__(self, *, disables: bool = False, cache: Cache | None = None) -> None:
+        self.disables, self.cache, self.open = disables, cache, True
+
+
+@dataclass(frozen=True, eq=False)
+class CallState:
+    """What holds for one call of the model, in the thread (or asyncio task) that makes it.
+
+    Args:
+        active: names of the adapters that act instead of the model's active ones.
+        off: whether the model computes what its base does, whatever ``contexts`` say.
+        sampling: whether methods with randomness of their own draw it outside training too.
+        penalising: whether penalties enter the loss that the model returns (else the caller adds them).
+        samples: for each sample of the batch the one adapter that it goes through, or ``None`` if all go the same way.
+        tasks: (batch,), the task of each sample, for mixtures by task.
+        running: what is known of the batch that runs now.
+        contexts: the user's contexts that the call is made in.
+        again: whether a block runs again in the backward, under what held when it ran first.
+        indices: the rows of each adapter's samples, made once for all layers.
+    """
+
+    active: list[str] | None = None
+    off: bool = False
+    sampling: bool = False
+    penalising: bool = True
+    samples: list[str] | None = None
+    tasks: Tensor | None = None
+    running: Running = field(default_factory=Running)
+    contexts: tuple[Context, ...] = ()
+    again: bool = False
+    indices: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model computes what its base does."""
+        return self.off or any(context.disables and context.open for context in self.contexts)
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where evaluation may cache what it computes."""
+        return next((each.cache for each in reversed(self.contexts) if each.open and each.cache is not None), None)
+
+    def lasting(self) -> CallState:
+        """The same call, also after the user has left a context in which adapters are disabled."""
+        return replace(self, off=self.disabled)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the call asks for nothing but what is set on the model."""
+        return not self.disabled and self.active is None and self.samples is None and self.tasks is None
+
+
+PLAIN = CallState()
+"""What holds where nobody has asked for anything."""
+
+
+def scattered(parts: Iterable[tuple[Tensor, Tensor]], rows: int, path: str) -> Tensor:
+    """The rows of a batch put together from parts of it, each with its rows' numbers.
+
+    Raises:
+        PeanutError: the parts have different shapes.
+    """
+    y: Tensor | None = None
+    for index, part in parts:
+        y = part.new_empty(rows, *part.shape[1:]) if y is None else y
+        if part.shape[1:] != y.shape[1:]:
+            raise PeanutError(
+                f"the adapters at '{path}' give shapes {tuple(y.shape[1:])} and {tuple(part.shape[1:])}",
+                "the same shape for every sample of a batch",
+                "run adapters with different heads in different batches",
+            )
+        y = y.index_copy(0, index, part)
+    assert y is not None  # groups() raises on an empty batch
+    return y
