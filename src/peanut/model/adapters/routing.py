@@ -58,8 +58,8 @@ def called(
             return function(*args, **kwargs)
     if torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
-    if state.call.contexts:
-        changes["off"] = state.call.disabled  # also if a generator leaves the context meanwhile
+    if state.call.disabled:
+        changes["off"] = True  # also if a generator leaves the context meanwhile
     if keep and state.call.cache is None:
         with Inference(state):
             return state.called(function, args, kwargs, changes)

@@ -96,12 +96,18 @@ class CallState:
     @property
     def disabled(self) -> bool:
         """Whether the model computes what its base does."""
-        return self.off or any(context.disables and context.open for context in self.contexts)
+        for context in self.contexts:  # not any(): every layer asks, for every token
+            if context.disables and context.open:
+                return True
+        return self.off
 
     @property
     def cache(self) -> Cache | None:
         """Where evaluation may cache what it computes."""
-        return next((each.cache for each in reversed(self.contexts) if each.open and each.cache is not None), None)
+        for context in reversed(self.contexts):
+            if context.open and context.cache is not None:
+                return context.cache
+        return None
 
     def lasting(self) -> CallState:
         """The same call, also after the user has left a context in which adapters are disabled."""

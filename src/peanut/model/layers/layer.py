@@ -186,8 +186,8 @@ class AdaptedLayer(Adapted):
 
     def _plan(self, call: CallState, x: Tensor) -> Plan:
         """The computation of the adapters that act on a whole batch."""
-        tasks, names = self.state.tasks_of(_rows(x)), self.state.active
-        kept = self._kept(call)
+        tasks = None if call.tasks is None else self.state.tasks_of(_rows(x))
+        names, kept = self.state.active, self._kept(call)
         different = () if kept is None or tasks is None else tuple(set(tasks.tolist()))
         if kept is None or len(different) > 1 or any(name in call.running.gates for name in names):
             # With factors of each row, or gates of each token, there is nothing to keep.
