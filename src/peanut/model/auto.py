@@ -40,9 +40,6 @@ class AutoPeftModel:
     task: ClassVar[str | None] = None
     """The task, if it is not read off the adapter's config."""
 
-    def __init_subclass__(cls, task: str | None = None) -> None:
-        cls.task = task or cls.task
-
     @classmethod
     def from_pretrained(
         cls,
@@ -81,25 +78,14 @@ class AutoPeftModel:
         )
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel, task="CAUSAL_LM"):
-    """``AutoPeftModel`` whose base is a causal language model (``AutoModelForCausalLM``)."""
+def _for(task: str, name: str) -> type[AutoPeftModel]:
+    doc = f"``AutoPeftModel`` whose base is made by transformers' ``{_BASES[task]}``."
+    return type(name, (AutoPeftModel,), {"task": task, "__doc__": doc, "__module__": __name__})
 
 
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task="SEQ_2_SEQ_LM"):
-    """``AutoPeftModel`` whose base is an encoder-decoder language model (``AutoModelForSeq2SeqLM``)."""
-
-
-class AutoPeftModelForSequenceClassification(AutoPeftModel, task="SEQ_CLS"):
-    """``AutoPeftModel`` whose base is a classifier of texts (``AutoModelForSequenceClassification``)."""
-
-
-class AutoPeftModelForTokenClassification(AutoPeftModel, task="TOKEN_CLS"):
-    """``AutoPeftModel`` whose base is a classifier of tokens (``AutoModelForTokenClassification``)."""
-
-
-class AutoPeftModelForQuestionAnswering(AutoPeftModel, task="QUESTION_ANS"):
-    """``AutoPeftModel`` whose base is a model for extractive question answering (``AutoModelForQuestionAnswering``)."""
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel, task="FEATURE_EXTRACTION"):
-    """``AutoPeftModel`` whose base is a model without a head (``AutoModel``)."""
+AutoPeftModelForCausalLM = _for("CAUSAL_LM", "AutoPeftModelForCausalLM")
+AutoPeftModelForFeatureExtraction = _for("FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction")
+AutoPeftModelForQuestionAnswering = _for("QUESTION_ANS", "AutoPeftModelForQuestionAnswering")
+AutoPeftModelForSeq2SeqLM = _for("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM")
+AutoPeftModelForSequenceClassification = _for("SEQ_CLS", "AutoPeftModelForSequenceClassification")
+AutoPeftModelForTokenClassification = _for("TOKEN_CLS", "AutoPeftModelForTokenClassification")

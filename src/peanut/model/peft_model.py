@@ -184,6 +184,7 @@ class PeftModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
         """Writes adapters (default: the active ones) into the weights; the others stay as they are.
 
+        What is written to a merged weight afterwards is lost when it is unmerged, which restores what was there before.
         ``safe_merge`` is accepted for scripts: a merge that is not finite is always refused and undone.
         """
         self.adapters.merge(adapter_names)
