@@ -8,7 +8,8 @@ from torch import Tensor
 
 from peanut import PeanutError
 from peanut.lab.measure import saved_bytes
-from peanut.operators import LowRank, Sum
+from peanut.operators import LowRank
+from peanut.operators.compose import Sum
 from peanut.operators.per_sample import PerSample
 
 from ..support import distance, one_thread  # noqa: F401

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from peanut import PeanutConfig, get_peft_model
 from peanut.lab.measure import saved_bytes
+from peanut.operators.delta import recomputed
 from peanut.weights.frozen import product
-from peanut.weights.kind import recomputed
 
 from ..support import directed, distance, one_thread, randomised  # noqa: F401
 

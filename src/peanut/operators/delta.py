@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import PeanutError
 from .operator import Operator
 
-__all__ = ["Delta", "applied", "product_dtype", "shaped"]
+__all__ = ["Delta", "applied", "product_dtype", "recomputed", "shaped"]
 
 
 class Delta(Operator, ABC):
@@ -102,6 +103,14 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
             "use torch.autograd.grad, with torch.func.functional_call if parameters are given",
         )
     return function.apply(*arguments)  # type: ignore[no-any-return]
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of which only x is saved: the backward runs it again. It must not be random."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

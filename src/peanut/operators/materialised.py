@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, applied, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, recomputed, shaped
 from .inference import WrittenOut
 
 __all__ = ["Materialised"]
@@ -60,6 +60,9 @@ class Materialised(Delta):
         if torch.finfo(weight.dtype).bits < 32:
             return F.linear(x, weight, bias) + self.apply(x)
         return self._product(x, weight, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return recomputed(lambda ids: self.dense().T[ids], ids)
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
         return WrittenOut(self.to(dtype))

@@ -40,7 +40,10 @@ class Rows(Delta):
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b; on a head the scores of its tokens alone are added to, in place."""
         y = F.linear(x, weight, bias)
-        return y.index_add_(-1, self.ids, F.linear(x, self.vectors)) if self.head else y + self.apply(x)
+        if not self.head:
+            return y + self.apply(x)
+        y[..., self.ids] += F.linear(x, self.vectors)  # unlike index_add_, it saves nothing of the scores
+        return y
 
     def rows(self, ids: Tensor) -> Tensor:
         if self.head:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Delta
-from .kind import LayerKind, recomputed
+from ..operators.delta import recomputed
+from .kind import LayerKind
 
 __all__ = ["Conv2dKind"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from .kind import LayerKind, recomputed
+from ..operators.delta import recomputed
+from .kind import LayerKind
 
 __all__ = ["FrozenLayer", "product"]
 

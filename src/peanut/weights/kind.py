@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..operators import Delta
 
-__all__ = ["LayerKind", "recomputed", "unhooked", "with_tensors"]
+__all__ = ["LayerKind", "unhooked", "with_tensors"]
 
 
 class LayerKind(ABC):
@@ -86,14 +85,6 @@ class LayerKind(ABC):
     def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)
-
-
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, of which only x is saved: the backward runs it again. It must not be random."""
-    if not torch.is_grad_enabled():
-        return function(x)
-    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-    return y
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

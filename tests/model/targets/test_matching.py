@@ -157,7 +157,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target_modules": ["q_proj"], "exclude_modules": ".*zz"},
-        r"^exclude_modules names '\.\*zz', which no module is ",
+        r"^exclude_modules names '\.\*zz', which no module of LlamaForCausalLM is ",
     ),
     ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves no layer once modules_to_save, "),
     (

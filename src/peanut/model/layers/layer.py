@@ -187,20 +187,20 @@ class AdaptedLayer(Adapted):
     def _plan(self, call: CallState, x: Tensor) -> Plan:
         """The computation of the adapters that act on a whole batch."""
         tasks = None if call.tasks is None else self.state.tasks_of(_rows(x))
-        names, kept = self.state.active, self._kept(call)
-        different = () if kept is None or tasks is None else tuple(set(tasks.tolist()))
-        if kept is None or len(different) > 1 or any(name in call.running.gates for name in names):
+        names, cached = self.state.active, self._cached(call)
+        different = () if cached is None or tasks is None else tuple(set(tasks.tolist()))
+        if cached is None or len(different) > 1 or any(name in call.running.gates for name in names):
             # With factors of each row, or gates of each token, there is nothing to keep.
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         dtype = product_dtype(x)
         key = ("plan", dtype, tuple(names), different)
-        if key not in kept:
+        if key not in cached:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
-            kept[key] = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
-        return kept[key]  # type: ignore[no-any-return]
+            cached[key] = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
+        return cached[key]  # type: ignore[no-any-return]
 
-    def _kept(self, call: CallState) -> dict[Hashable, Any] | None:
-        """What evaluation has kept for this layer; ``None`` where nothing may be kept.
+    def _cached(self, call: CallState) -> dict[Hashable, Any] | None:
+        """What evaluation has cached for this layer; ``None`` where nothing may be cached.
 
         It may where the caller has said so, and only in evaluation. After a change of the adapters it is empty.
         """
@@ -254,12 +254,12 @@ class AdaptedLayer(Adapted):
 
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
         """The change of an expert of a mixture."""
-        kept, key = self._kept(call), ("expert", name)
-        if kept is None:
+        cached, key = self._cached(call), ("expert", name)
+        if cached is None:
             return self.change(name, sample=sample)
-        if key not in kept:
-            kept[key] = self.change(name)
-        return kept[key]  # type: ignore[no-any-return]
+        if key not in cached:
+            cached[key] = self.change(name)
+        return cached[key]  # type: ignore[no-any-return]
 
     def _check_gate(self, x: Tensor, gate: Tensor) -> None:
         tokens = x.shape if not self.frozen.kind.takes_activations else x.shape[:-1]
@@ -274,10 +274,10 @@ class AdaptedLayer(Adapted):
     def _per_sample(self, call: CallState, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
         tasks, placed = self.state.tasks_of(x.shape[0]), self.state.groups(x.shape[0], x.device)
-        kept = self._kept(call) if tasks is None and not call.running.gates else None
+        cached = self._cached(call) if tasks is None and not call.running.gates else None
         key = ("samples", x.dtype, x.shape[:-1], tuple(call.samples or ()))
-        if kept is not None and key in kept:
-            return kept[key](x, *args, **kwargs)  # type: ignore[no-any-return]
+        if cached is not None and key in cached:
+            return cached[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [
             (
                 index,
@@ -288,8 +288,8 @@ class AdaptedLayer(Adapted):
         whole = for_samples(groups, x, training=self.training) if self.frozen.kind.takes_features else None
         if whole is not None:
             plan = Plan(self.frozen, whole)
-            if kept is not None:
-                kept[key] = plan
+            if cached is not None:
+                cached[key] = plan
             return plan(x, *args, **kwargs)
         plans = ((index, Plan.of(self.frozen, changes, training=self.training)) for index, changes in groups)
         return scattered(((index, plan(x[index], *args, **kwargs)) for index, plan in plans), len(x), self.path)

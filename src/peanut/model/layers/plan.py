@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...operators import Between, Delta, LowRank
-from ...operators.delta import product_dtype
+from ...operators.delta import product_dtype, recomputed
 from ...operators.inference import FEW
 from ...protocols import Change
 from ...weights import FrozenLayer, LayerKind, with_tensors
-from ...weights.kind import recomputed
 
 __all__ = ["Plan", "for_samples"]
 

@@ -101,7 +101,7 @@ class AdapterState(Hooking):
         Raises:
             PeanutError: another thread has changed the adapters: the call may have seen some of both.
         """
-        before, version = self.call, self._settled()
+        before, version = self.call, self._version_at_rest()
         if changes:
             self.call = replace(before, **{"indices": {}, **changes})
         try:
@@ -118,7 +118,7 @@ class AdapterState(Hooking):
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Hook before the model's forward, however it is called."""
         if not torch.compiler.is_compiling():
-            self._thread.begun = self._settled()
+            self._thread.begun = self._version_at_rest()
 
     def end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Hook after it: refuses what was computed while another thread changed the adapters; remembers the graph."""
@@ -134,7 +134,7 @@ class AdapterState(Hooking):
                     with self._lock:
                         self._graphs.add(graph)
 
-    def _settled(self) -> int:
+    def _version_at_rest(self) -> int:
         """The version of the adapters, once a change that another thread has begun is done."""
         if self.version % 2:
             with self._lock:
