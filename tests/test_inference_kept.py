@@ -7,6 +7,7 @@ do not compute it again.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peanut import PeftModel
+from peanut.model.layers.layer import MOST
 
 from .calls import Mlp, X, mlp, run
 from .operations import Operations
@@ -179,3 +181,19 @@ def test_so_do_batches_of_plain_calls_and_of_names() -> None:
     steady, first = ([own for turn, own in counts if turn == wanted] for wanted in (3, 0))
     assert all(one < other for one, other in zip(steady, first, strict=True))
     assert isinstance(model.get_base_model(), Mlp)
+
+
+@torch.no_grad()
+def test_mixed_batches_of_every_length_and_mix_are_cached_within_bounds() -> None:
+    model = mlp()
+    names = ["a", "b", "__base__"]
+    with model.inference():
+        for length in range(2, 12):
+            model(X[:, :1].repeat(1, length, 1), adapter_names=MIXED[0])
+        cache = model.adapters.state.call.cache
+        sizes = [len(cache.of(layer)) for _, layer in model.adapters.layers()]
+        assert max(sizes) <= 4
+        for mix in itertools.product(names, repeat=4):
+            model(X[:, :2], adapter_names=list(mix))
+        sizes = [len(cache.of(layer)) for _, layer in model.adapters.layers()]
+        assert max(sizes) <= MOST

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peanut import PeftModel
+from peanut import PeftModel, PromptTuningConfig, get_peft_model
 
-from .support import FIRST_CASES, one_thread, same_bits  # noqa: F401
+from .support import FIRST_CASES, one_thread, randomised, same_bits  # noqa: F401
 
 CASE = next(case for case in FIRST_CASES if (case.method, case.kind) == ("PEANUT", "linear"))
 CONTEXTS: dict[str, Callable[[PeftModel], AbstractContextManager[Any]]] = {
@@ -151,3 +151,32 @@ def test_nothing_grows_by_contexts_that_were_left(context: Callable[..., Any]) -
     assert variables() <= before + 1
     assert len(model.adapters.state.call.contexts) <= 1
     assert plain_is_right(model)
+
+
+def test_one_context_object_on_two_threads_and_left_on_a_third() -> None:
+    """Nobody knows which entry is meant, so nothing is cached any more."""
+    model = CASE.adapted()
+    inference = model.inference()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second, ThreadPoolExecutor(1) as third:
+        for thread in (first, second):
+            thread.submit(inference.__enter__).result()
+            thread.submit(answer, model).result()
+        third.submit(inference.__exit__, None, None, None).result()
+        for thread in (first, second, third):
+            assert thread.submit(plain_is_right, model).result()
+
+
+@pytest.mark.parametrize("context", [lambda model: model.inference(), lambda model: model.disable_adapter()])
+def test_a_forward_that_breaks_off_in_a_context_leaves_nothing_of_its_batch(
+    tiny_llama: Callable[..., Any], context: Callable[..., Any]
+) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = randomised(get_peft_model(tiny_llama(), config)).eval()
+    base, ids = model.get_base_model(), torch.arange(3, 17).reshape(2, 7)
+    expected = base(ids).logits
+    breaks = base.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), context(model):
+        base(ids)
+    breaks.remove()
+    assert same_bits(base(ids).logits, expected)
+    assert model.adapters.state.call.running.prompt is None

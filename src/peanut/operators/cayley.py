@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import applied
+from .delta import applied, wide
 
-__all__ = ["cayley", "cayley_neumann", "in_full", "wide"]
+__all__ = ["cayley", "cayley_neumann", "in_full"]
 
 
 class _Cayley(torch.autograd.Function):
@@ -70,8 +70,3 @@ def in_full(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: rotations are made in 32 bits or more, or they would not be orthogonal."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def wide(values: Tensor) -> Tensor:
-    """In 32 bits or more: torch neither factorises nor solves in 16."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

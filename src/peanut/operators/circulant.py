@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, wide
 from .inference import Evaluated
 from .materialised import Materialised
 
@@ -79,8 +79,7 @@ class Circulant(Materialised):
 
     def for_inference(self, dtype: torch.dtype) -> Delta:
         cast = self.to(dtype)
-        wide = cast.kernel.to(torch.promote_types(dtype, torch.float32))  # there is no Fourier transform in 16 bits
-        return _EvaluatedCirculant(cast, (self.scaling * torch.fft.rfft(wide)).conj_physical())
+        return _EvaluatedCirculant(cast, (self.scaling * torch.fft.rfft(wide(cast.kernel))).conj_physical())
 
     def _blocks(self) -> Tensor:
         """Δ as (out/b, b, in/b, b): a kernel b times in line, read in rows that begin b − 1 apart."""
@@ -98,6 +97,6 @@ class _EvaluatedCirculant(Evaluated):
 
     def answer(self, tokens: Tensor) -> Tensor:
         rows, columns, b = self.origin.kernel.shape
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        y: Tensor = torch.fft.irfft((torch.fft.rfft(wide.view(-1, 1, columns, b)) * self.waves).sum(2), n=b)
+        each = wide(tokens).view(-1, 1, columns, b)
+        y: Tensor = torch.fft.irfft((torch.fft.rfft(each) * self.waves).sum(2), n=b)
         return y.reshape(-1, rows * b).to(tokens.dtype)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import PeanutError
 from .operator import Operator
 
-__all__ = ["Delta", "applied", "product_dtype", "recomputed", "shaped"]
+__all__ = ["Delta", "applied", "autocasts", "product_dtype", "recomputed", "shaped", "wide"]
 
 
 class Delta(Operator, ABC):
@@ -100,7 +100,7 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
         raise PeanutError(
             "adapters within a transform of torch.func (grad, vmap, jacrev, …)",
             "gradients of torch.autograd",
-            "use torch.autograd.grad, with torch.func.functional_call if parameters are given",
+            "use torch.autograd, or no transform; torch.func.functional_call itself is fine",
         )
     return function.apply(*arguments)  # type: ignore[no-any-return]
 
@@ -113,9 +113,17 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product with ``x``: its own, or the one that autocast has products computed in now."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
+    wide = x.dtype == torch.float64 or not autocasts(x.device)
+    return x.dtype if wide else torch.get_autocast_dtype(x.device.type)
+
+
+def wide(values: Tensor) -> Tensor:
+    """In 32 bits or more: torch neither factorises, nor solves, nor transforms in 16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -21,8 +21,5 @@ class Dense(Delta):
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.matrix.T)
-
     def dense(self) -> Tensor:
         return self.matrix

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, wide
 from .inference import Evaluated
 from .materialised import Materialised
 
@@ -43,7 +43,7 @@ class Fourier(Materialised):
         rows, columns = self._folded()
         # A column of the half other than the first and (for even sizes) the last has a mirror in the other half.
         paired = (columns != 0) & (2 * columns != inputs)
-        values = _wide(self.spectrum) * torch.where(paired, 0.5, 1.0) * (self.scaling / out)
+        values = wide(self.spectrum) * torch.where(paired, 0.5, 1.0) * (self.scaling / out)
         entries = values.new_zeros(inputs // 2 + 1, out).index_put((columns, rows), values, accumulate=True)
         # Δ[−j, −k] = Δ[j, k]: the entries are real. So half the rows are transformed and mirrored.
         upper = torch.fft.irfft(torch.fft.rfft(entries).conj().T, n=inputs)
@@ -56,7 +56,7 @@ class Fourier(Materialised):
 
     def pull(self, grad: Tensor) -> tuple[Tensor, ...]:
         out, inputs = self.size
-        transform = torch.fft.rfft2(_wide(grad)).real
+        transform = torch.fft.rfft2(wide(grad)).real
         entries = transform[self._folded()] * (self.scaling / (out * inputs))
         return (entries.to(self.spectrum.dtype),)
 
@@ -81,7 +81,7 @@ class Fourier(Materialised):
         rows, columns = self.places.long()
         lower = rows > out // 2  # such a place is replaced by its mirror, and a row that is its own counts once
         rows, columns = torch.where(lower, out - rows, rows), torch.where(lower, columns, -columns % inputs)
-        values = _wide(self.spectrum.to(dtype)) * torch.where((rows == 0) | (2 * rows == out), 1.0, 0.5)
+        values = wide(self.spectrum.to(dtype)) * torch.where((rows == 0) | (2 * rows == out), 1.0, 0.5)
         return _EvaluatedFourier(self.to(dtype), rows, columns, values * (self.scaling / inputs))
 
     def _folded(self) -> tuple[Tensor, Tensor]:
@@ -117,12 +117,7 @@ class _EvaluatedFourier(Evaluated):
 
     def answer(self, tokens: Tensor) -> Tensor:
         out, count = self.origin.size[0], len(tokens)
-        shares = torch.fft.fft(_wide(tokens)).gather(1, self.columns.expand(count, -1)).mul_(self.values)
+        shares = torch.fft.fft(wide(tokens)).gather(1, self.columns.expand(count, -1)).mul_(self.values)
         sums = shares.new_zeros(count, out // 2 + 1).scatter_add_(1, self.rows_of.expand(count, -1), shares)
         y: Tensor = torch.fft.irfft(sums, n=out)
         return y.to(tokens.dtype)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In at least 32 bits: there is no Fourier transform in 16."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

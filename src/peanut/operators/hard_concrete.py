@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .materialised import Materialised
 
-__all__ = ["HardConcrete", "gate", "logistic"]
+__all__ = ["HardConcrete", "logistic"]
 
 SPAN = 1 << 19
 """About how many entries are processed together on a CPU, so that intermediate results stay in its caches."""
@@ -71,7 +71,7 @@ class HardConcrete(Materialised):
     def _joined(self, weight: Tensor | None, opening: Tensor) -> Tensor:
         """W + Δ, or Δ alone, from the gates of the entries, which are overwritten if they are not needed again."""
         if self.group is not None:
-            opening = gate(self.group, self.low, self.high) * opening
+            opening = self._opened(self.group)[0] * opening
         if weight is None or weight.dtype != self.values.dtype:
             delta = opening * self.values
             delta = delta if self.dtype is None else delta.to(self.dtype)
@@ -81,7 +81,7 @@ class HardConcrete(Materialised):
 
     def _opening(self) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return gate(self._noisy(), self.low, self.high)
+            return self._opened(self._noisy())[0]
         return self._stretched().clamp_(0, 1)
 
     def _noisy(self) -> Tensor:
@@ -138,11 +138,6 @@ class HardConcrete(Materialised):
             rest = self.high - slope
             slope.sub_(self.low).mul_(rest).mul_(uncut).mul_(through).mul_(scale)
         return (grad, stretched) if rise is None else (grad, stretched, own * rise)
-
-
-def gate(logits: Tensor, low: float, high: float) -> Tensor:
-    """σ(α) stretched to (low, high) and cut to [0, 1]."""
-    return torch.clamp(low + (high - low) * torch.sigmoid(logits), 0, 1)
 
 
 def logistic(like: Tensor, draws: np.random.Generator | torch.Generator) -> Tensor:

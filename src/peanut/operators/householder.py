@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cayley import in_full, wide
-from .delta import product_dtype, shaped
+from .cayley import in_full
+from .delta import product_dtype, shaped, wide
 from .low_rank import LowRank
 from .rotation import Rotation
 

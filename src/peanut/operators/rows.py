@@ -39,11 +39,11 @@ class Rows(Delta):
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b; on a head the scores of its tokens alone are added to, in place."""
-        y = F.linear(x, weight, bias)
         if not self.head:
-            return y + self.apply(x)
-        y[..., self.ids] += F.linear(x, self.vectors)  # unlike index_add_, it saves nothing of the scores
-        return y
+            return F.linear(x, weight, bias) + self.apply(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = F.linear(tokens, weight, bias).index_add_(-1, self.ids, F.linear(tokens, self.vectors))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def rows(self, ids: Tensor) -> Tensor:
         if self.head:

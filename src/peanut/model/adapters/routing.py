@@ -126,8 +126,9 @@ class Inference(AbstractContextManager["Inference"]):
             if not self._entered:  # it was left already
                 return
             own = [context for context in self._state.call.contexts if context in self._entered]
-            context = (own or self._entered)[-1]  # left in another thread than it was entered in, any of them ends
-            self._entered.remove(context)
-            self._state.leave(context)
+            # Left in another thread than entered: nobody knows which entry is meant, so all end; that is only slower.
+            for context in own[-1:] or list(self._entered):
+                self._entered.remove(context)
+                self._state.leave(context)
             if not self._entered:
                 self._cache.close()

@@ -14,7 +14,6 @@ __all__ = ["follow", "unfollow"]
 
 _FOLLOWED: weakref.WeakSet[Any] = weakref.WeakSet()
 """The sets of adapters (``AdapterSet``) whose methods have penalties or schedules."""
-_HOOKED: list[Any] = []
 
 
 def follow(adapters: Any) -> None:
@@ -23,7 +22,7 @@ def follow(adapters: Any) -> None:
     The loss is the one that the model returns in training, so that any loop that uses it (transformers' Trainer,
     accelerate, one's own) has the penalty in it. Schedules run in torch's hook after each optimizer step.
     """
-    _watch(adapters)
+    _FOLLOWED.add(adapters)
     if _before_loss_leaves not in adapters.model._forward_hooks.values():
         adapters.model.register_forward_hook(_before_loss_leaves)
 
@@ -34,12 +33,6 @@ def unfollow(adapters: Any) -> None:
     hooks = adapters.model._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _before_loss_leaves]:
         del hooks[key]
-
-
-def _watch(adapters: Any) -> None:
-    if not _HOOKED:
-        _HOOKED.append(register_optimizer_step_post_hook(_after_step))
-    _FOLLOWED.add(adapters)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -54,7 +47,7 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
     if adapters is None or not model.training or not torch.is_grad_enabled():
         return output
     if not torch.compiler.is_compiling():
-        _watch(adapters)  # a copied model has this hook, but its adapters are not registered yet
+        _FOLLOWED.add(adapters)  # a copied model has this hook, but its adapters are not registered yet
     if not adapters.state.call.penalising:
         return output
     penalty = adapters.penalty()
@@ -71,3 +64,6 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
             stacklevel=2,
         )
     return output
+
+
+register_optimizer_step_post_hook(_after_step)

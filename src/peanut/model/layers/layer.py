@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from ...operators import Diagonal, gated
 from ...operators.delta import product_dtype
+from ...operators.inference import few_tokens
 from ...protocols import Change, PeftConfig, Values, WeightMethod
 from ...weights import FrozenLayer, LayerKind, kind_of
 from .adapted import Adapted
@@ -20,6 +21,9 @@ from .plan import Plan, for_samples
 from .state import AdapterState
 
 __all__ = ["BIAS", "AdaptedLayer"]
+
+MOST = 32
+"""How many values a layer caches at most."""
 
 BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
@@ -186,7 +190,7 @@ class AdaptedLayer(Adapted):
 
     def _plan(self, call: CallState, x: Tensor) -> Plan:
         """The computation of the adapters that act on a whole batch."""
-        tasks = None if call.tasks is None else self.state.tasks_of(_rows(x))
+        tasks = None if call.tasks is None else self.state.tasks_of(x.shape[0] if x.dim() else 1)
         names, cached = self.state.active, self._cached(call)
         different = () if cached is None or tasks is None else tuple(set(tasks.tolist()))
         if cached is None or len(different) > 1 or any(name in call.running.gates for name in names):
@@ -241,7 +245,8 @@ class AdaptedLayer(Adapted):
         """The changes that adapter ``name``, or each expert of a mixture of that name, makes here."""
         sample = self.training or call.sampling
         if name in self.adapters:
-            return [self.change(name, sample=sample, tasks=tasks if tasks is None or index is None else tasks[index])]
+            own = tasks if tasks is None or index is None else tasks[index.to(tasks.device)]
+            return [self.change(name, sample=sample, tasks=own)]
         changes = []
         for expert, gate in call.running.gates.get(name, {}).get(self.path, []):
             if expert not in self.adapters:
@@ -275,7 +280,7 @@ class AdaptedLayer(Adapted):
         """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
         tasks, placed = self.state.tasks_of(x.shape[0]), self.state.groups(x.shape[0], x.device)
         cached = self._cached(call) if tasks is None and not call.running.gates else None
-        key = ("samples", x.dtype, x.shape[:-1], tuple(call.samples or ()))
+        key = ("samples", x.dtype, len(x), x.dim(), few_tokens(x), tuple(call.samples or ()))
         if cached is not None and key in cached:
             return cached[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [
@@ -289,6 +294,8 @@ class AdaptedLayer(Adapted):
         if whole is not None:
             plan = Plan(self.frozen, whole)
             if cached is not None:
+                if len(cached) >= MOST:  # every mix of names has a plan of its own
+                    cached.clear()
                 cached[key] = plan
             return plan(x, *args, **kwargs)
         plans = ((index, Plan.of(self.frozen, changes, training=self.training)) for index, changes in groups)
@@ -301,10 +308,6 @@ class AdaptedLayer(Adapted):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-
-def _rows(x: Tensor) -> int:
-    return x.shape[0] if x.dim() else 1
 
 
 def _save_unmerged(layer: AdaptedLayer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

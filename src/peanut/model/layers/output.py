@@ -154,9 +154,9 @@ class AdaptedOutput(Adapted, Hooking):
 
 def _where(rows: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:
     """Some rows of a batch changed, ``None`` for all, the others unchanged bit for bit."""
-    return (
-        changed if rows is None else torch.where(rows.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), changed, kept)
-    )
+    if rows is None:
+        return changed
+    return torch.where(rows.to(kept.device).view(-1, *[1] * (kept.dim() - 1)), changed, kept)
 
 
 def _tensor_of(path: str, first: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...operators import Between, Delta, LowRank
-from ...operators.delta import product_dtype, recomputed
-from ...operators.inference import FEW
+from ...operators.delta import autocasts, product_dtype, recomputed
+from ...operators.inference import few_tokens
+from ...operators.random_bases import RandomBases
 from ...protocols import Change
 from ...weights import FrozenLayer, LayerKind, with_tensors
 
@@ -66,8 +67,9 @@ class Plan:
     def _with_bias(self, change: Change, dtype: torch.dtype) -> tuple[Change, Tensor, Tensor | None]:
         """Of a plain linear layer: the change, its matrix and its bias, which takes in a shift where it can."""
         kind, module = self.frozen.kind, self.frozen.module
-        weight, bias = kind.matrix(module, module.weight).to(dtype), module.bias
-        bias = None if bias is None else bias.to(dtype)
+        weight, bias = kind.matrix(module, module.weight), module.bias
+        if autocasts(weight.device):  # else other dtypes are an error, as in the layer itself
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if change.left is None and change.shift is not None and not self.dropped:
             bias, change = change.offset(bias), replace(change, shift=None)
         return change, weight, bias
@@ -158,11 +160,11 @@ def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *,
     found = [(rows, change) for rows, own in groups for change in own]
     if not found or not all(each.adds and each.shift is None and not (training and each.dropout) for _, each in found):
         return None
-    factors = [None if change.delta is None else change.delta.factors() for _, change in found]
-    low = [LowRank(*each) for each in factors if each is not None]
-    if len(low) < len(found) or (
-        x.numel() > FEW * x.shape[-1] and SHARE * sum(delta.rank for delta in low) > min(low[0].shape)
-    ):
+    deltas = [change.delta for _, change in found]
+    if not torch.is_grad_enabled():
+        deltas = [each.for_inference(x.dtype) if isinstance(each, RandomBases) else each for each in deltas]
+    low = [delta for delta in deltas if isinstance(delta, LowRank) and delta.gate is None]
+    if len(low) < len(found) or (not few_tokens(x) and SHARE * sum(delta.rank for delta in low) > min(low[0].shape)):
         return None
     seen = x.new_zeros(len(x), *(1,) * (x.dim() - 2), len(low))
     for number, (rows, _) in enumerate(found):

@@ -66,12 +66,11 @@ class SavedModule(nn.Module):
 
     def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample's rows through its own adapter's copy."""
-        copies = self.modules_to_save._modules
-        modules = (
-            (index, copies.get(name) or self.original_module)
+        copies: dict[str, Any] = self.modules_to_save._modules
+        parts = (
+            (index, self._answer(copies.get(name, self.original_module), x[index], *args, **kwargs))
             for name, index in self.state.groups(x.shape[0], x.device).items()
         )
-        parts = ((index, self._answer(module, x[index], *args, **kwargs)) for index, module in modules)
         return scattered(parts, len(x), self.path)
 
     def _answer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

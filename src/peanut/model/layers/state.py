@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,13 +25,13 @@ R = TypeVar("R")
 class _OfThread(threading.local):
     """A thread's call where a compiled graph finds it, as it knows no context variables; whether one put it there.
 
-    And the version of the adapters when the thread's last forward of the model began.
+    And the versions of the adapters when the forwards of the model that the thread is in began.
     """
 
     def __init__(self) -> None:
         self.call = PLAIN
         self.compiled = False
-        self.begun = 0
+        self.begun: list[int] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class _Graph:
     """Under what a graph was made; the graph holds it, so that it lives as long."""
 
     call: CallState
-    version: int
+    acting: tuple[tuple[str, ...], tuple[str, ...]]
 
 
 _CALLS: ContextVar[dict[AdapterState, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
@@ -118,21 +118,26 @@ class AdapterState(Hooking):
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Hook before the model's forward, however it is called."""
         if not torch.compiler.is_compiling():
-            self._thread.begun = self._version_at_rest()
+            del self._thread.begun[:-16]  # those of forwards that were broken off
+            self._thread.begun.append(self._version_at_rest())
 
     def end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Hook after it: refuses what was computed while another thread changed the adapters; remembers the graph."""
         if torch.compiler.is_compiling():
             return
-        self._check_version(self._thread.begun, None)
+        self._check_version(self._thread.begun.pop(), None)
         if torch.is_grad_enabled():
-            graph = _Graph(self.call.lasting(), self.version)
+            graph = _Graph(self.call.lasting(), self.acting_now())
             for value in _tensors(output):
                 node: Any = value.grad_fn
                 if node is not None:
                     node.metadata[self] = graph
                     with self._lock:
                         self._graphs.add(graph)
+
+    def acting_now(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a block that is run again has to find as it was: the names of the active and of the merged adapters."""
+        return tuple(self._active), tuple(self.merged)
 
     def _version_at_rest(self) -> int:
         """The version of the adapters, once a change that another thread has begun is done."""
@@ -166,7 +171,8 @@ class AdapterState(Hooking):
         if torch._C._current_graph_task_id() == -1 or call.again:
             return
         with self._lock:
-            known = call.plain and all(then.call.plain and then.version == self.version for then in self._graphs)
+            now = self.acting_now()
+            known = call.plain and all(then.call.plain and then.acting == now for then in self._graphs)
         if not known:
             raise PeanutError(
                 "a block is run again in a backward, and a call was under others than the adapters that act now "
@@ -267,15 +273,21 @@ class AdapterState(Hooking):
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output, of whatever class it is."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from (found for value in output.values() for found in _tensors(value))
-    elif isinstance(output, (list, tuple)):
-        yield from (found for value in output for found in _tensors(value))
-    elif hasattr(output, "__dict__"):
-        yield from _tensors(vars(output))
+    """The tensors in a model's output: in lists, tuples, mappings and dataclasses."""
+    waiting, seen = [output], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif is_dataclass(value):
+            waiting += vars(value).values()
 
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:

@@ -55,19 +55,18 @@ class _Restoring:
     state: AdapterState
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call, version = self.state.call.lasting(), self.state.version
+        call, acting = self.state.call.lasting(), self.state.acting_now()
         if torch.compiler.is_compiling() and call.plain:
             return self.checkpoint(block, *args, **kwargs)
         # What is computed once and read by every block is an argument of each: a reentrant checkpoint sees no others.
         read = list(_read(call.running))
 
         def run(*inputs: Any, **options: Any) -> Any:
-            if self.state.version != version:
+            if self.state.acting_now() != acting:
                 raise PeanutError(
-                    "the adapters were changed (added, activated, merged, …) between a forward with gradient "
-                    "checkpointing and its backward",
-                    "a backward before the change",
-                    "call backward() first",
+                    "other adapters are active or merged in a backward than in its forward with gradient checkpointing",
+                    "the same ones",
+                    "call backward() before you change them, or change them back",
                 )
             running = _reading(call.running, iter(inputs[: len(read)]))
             with self.state.under(replace(call, running=running, again=True)):

@@ -265,8 +265,10 @@ class Runner(Hooking):
     def _leave(self, module: nn.Module) -> None:
         """Restores the call from before the module's forward, unless an exception handler has done so."""
         before, entered = self._now.entered.pop(id(module), (None, None))
-        if before is not None and self.state.call is entered:
-            self.state.call = before
+        call = self.state.call
+        if before is not None and entered is not None and call.running is entered.running:
+            # A context may have been left meanwhile: then the rest of the call stays as it is.
+            self.state.call = before if call is entered else replace(call, running=before.running)
 
     def _front(self, kind: str, rows: int) -> Front | None:
         inputs = self._inputs()
