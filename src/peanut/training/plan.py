@@ -135,7 +135,8 @@ def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         if config.training.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         inputs = {name: torch.empty_like(value, device="cpu") for name, value in batch.items()}
         dtype = precision(config)

@@ -145,12 +145,21 @@ def _config(config: Source) -> RunConfig:
     return config if isinstance(config, RunConfig) else load_config(config)
 
 
+_CHECKPOINTING: Any = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The name of the option in the installed transformers: the second before it was renamed."""
+
+
 def _arguments(config: RunConfig, task: Task, *, evaluates: bool) -> TrainingArguments:
     """The run's settings in transformers' words."""
     training = config.training
     metric = best_metric(config, task)
     when = "epoch" if training.eval_every == "epoch" else "steps"
     every = 0 if training.eval_every == "epoch" else training.eval_every
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
     return TrainingArguments(
         output_dir=config.output,
         num_train_epochs=training.epochs,
@@ -167,7 +176,7 @@ def _arguments(config: RunConfig, task: Task, *, evaluates: bool) -> TrainingArg
         use_cpu=not torch.accelerator.is_available(),  # else transformers refuses bfloat16 there
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
-        activation_checkpointing=training.gradient_checkpointing,
+        **checkpointing,
         eval_strategy=when if evaluates else "no",
         eval_steps=every or None,
         save_strategy=when,
