@@ -17,6 +17,10 @@ from peanut.lab.assets import fetch
 
 torch.set_num_threads(2)
 
+if not hasattr(hf.PreTrainedModel, "activation_checkpointing_enable"):  # the oldest versions call it otherwise
+    hf.PreTrainedModel.activation_checkpointing_enable = hf.PreTrainedModel.gradient_checkpointing_enable
+    hf.PreTrainedModel.is_activation_checkpointing = hf.PreTrainedModel.is_gradient_checkpointing
+
 Builder = Callable[..., hf.PreTrainedModel]
 """``tiny_bert(model_class=BertForSequenceClassification, **config)``: a small model, in eval mode, float32.
 
