@@ -69,51 +69,49 @@ def as_a_task(model: PeftModel, x: Tensor, write: Callable[[], None]) -> list[Te
     return asyncio.run(main())
 
 
+def twice(context: contextvars.Context, model: PeftModel, x: Tensor) -> list[Tensor]:
+    return [context.run(answered, model, x) for _ in range(2)]
+
+
 def in_a_copied_context(model: PeftModel, x: Tensor, write: Callable[[], None]) -> list[Tensor]:
-    found: list[Tensor] = []
     with model.inference():
         context = contextvars.copy_context()
-        found += [context.run(answered, model, x), context.run(answered, model, x)]
+        found = twice(context, model, x)
     write()
-    return [*found, context.run(answered, model, x), context.run(answered, model, x)]
+    return [*found, *twice(context, model, x)]
 
 
 def in_a_thread_with_a_copied_context(model: PeftModel, x: Tensor, write: Callable[[], None]) -> list[Tensor]:
     found: list[Tensor] = []
 
-    def twice(context: contextvars.Context) -> None:
-        in_threads([lambda: found.extend(context.run(answered, model, x) for _ in range(2))])
-
     with model.inference():
         context = contextvars.copy_context()
-        twice(context)
+        in_threads([lambda: found.extend(twice(context, model, x))])
     write()
-    twice(context)
+    in_threads([lambda: found.extend(twice(context, model, x))])
     return found
 
 
 def within_an_outer_block(model: PeftModel, x: Tensor, write: Callable[[], None]) -> list[Tensor]:
     """The inner block is left inside of an outer one, and then that one, too."""
-    found: list[Tensor] = []
     with model.inference():
         answered(model, x)
         with model.inference():
             context = contextvars.copy_context()
-            found += [context.run(answered, model, x), context.run(answered, model, x)]
+            found = twice(context, model, x)
     write()
-    return [*found, context.run(answered, model, x), context.run(answered, model, x)]
+    return [*found, *twice(context, model, x)]
 
 
 def while_another_block_is_open(model: PeftModel, x: Tensor, write: Callable[[], None]) -> list[Tensor]:
     """A block that is entered later has values of its own."""
-    found: list[Tensor] = []
     with model.inference():
         context = contextvars.copy_context()
-        found += [context.run(answered, model, x), context.run(answered, model, x)]
+        found = twice(context, model, x)
     write()
     with model.inference():
         answered(model, x)
-        return [*found, context.run(answered, model, x), context.run(answered, model, x)]
+        return [*found, *twice(context, model, x)]
 
 
 BEGUN = [

@@ -120,8 +120,8 @@ def autocasts(device: torch.device) -> bool:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product with ``x``: its own, or the one that autocast has products computed in now."""
-    wide = x.dtype == torch.float64 or not autocasts(x.device)
-    return x.dtype if wide else torch.get_autocast_dtype(x.device.type)
+    own = x.dtype == torch.float64 or not autocasts(x.device)
+    return x.dtype if own else torch.get_autocast_dtype(x.device.type)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -93,5 +93,4 @@ class Householder(Rotation):
         return Householder(self.vectors, self.core.T).apply(weight)
 
     def dense(self) -> Tensor:
-        eye = torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device)
-        return eye - self.vectors @ self.core @ self.vectors.T
+        return self.times(torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device))

@@ -100,11 +100,11 @@ class Change(Operator):
         shift = whole.shift
         if merged.shift is not None and shift is not None:  # what is merged goes through the others' L
             shift = shift - (merged.shift if rest.left is None else rest.left.apply(merged.shift))
-        left = [replace(change, shift=None) for change in changes]
+        others = [replace(change, shift=None) for change in changes]
         if not (merged.left is None and merged.in_scale is None):
             around = partial(Between, left=merged.left, in_scale=merged.in_scale)
-            left = [each if each.delta is None else replace(each, delta=around(inner=each.delta)) for each in left]
-        return [*left, Change(shift=shift)]
+            others = [each if each.delta is None else replace(each, delta=around(inner=each.delta)) for each in others]
+        return [*others, Change(shift=shift)]
 
     def matrix(self, weight: Tensor) -> Tensor:
         """W' as a matrix, (out, in), for W (out, in): for merging, and where a layer has no cheaper way."""

@@ -395,3 +395,15 @@ def test_tokens_of_another_dtype_are_an_error_as_in_the_layer_itself(weights: to
         model(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
+
+
+def test_hooks_leave_with_the_last_adapter_that_is_deleted() -> None:
+    net = Net(nn.Linear(6, 5))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["layer"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["layer"]))
+    model.delete_adapter("a")
+    assert net._forward_pre_hooks
+    model.delete_adapter("b")
+    assert not net._forward_pre_hooks
+    assert not net._forward_hooks
+    assert isinstance(net.layer, nn.Linear)

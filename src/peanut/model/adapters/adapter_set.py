@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
+from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, unhook
@@ -21,7 +21,7 @@ from ..layers.state import AdapterState
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
-from .adding import add_changes, add_input, add_mixture, add_outputs
+from .adding import put
 from .starting import New
 from .surgery import SHARED, Surgery, key_of
 from .training_hooks import follow, unfollow
@@ -154,14 +154,7 @@ class AdapterSet(Surgery):
             self.check_whole(path)
         try:
             new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
-            if isinstance(method, WeightMethod):
-                add_changes(self, new, method, config, given)
-            elif isinstance(method, OutputMethod):
-                add_outputs(self, new, method, config)
-            elif isinstance(method, InputMethod):
-                config = add_input(self, new, method, config)
-            elif isinstance(method, MixtureMethod):
-                config = add_mixture(self, new, method, config)
+            config = put(self, new, method, config, given)
             memo: dict[int, Any] = {}
             for path in heads:
                 if copies:
@@ -206,6 +199,8 @@ class AdapterSet(Surgery):
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
+        if not self.configs:
+            unhook(self.model, self.state)
 
     def _take_out(self, name: str) -> None:
         """Takes what there is of an adapter out of the model's modules."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import PeanutError, nearest
-from ...protocols import InputMethod, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
+from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
 from ..layers.input import AdaptedInput, AdaptedMixture
@@ -22,10 +22,23 @@ from ..targets.shape import reading_stack, shape_of
 from .starting import New, Target
 from .surgery import Surgery
 
-__all__ = ["add_changes", "add_input", "add_mixture", "add_outputs"]
+__all__ = ["put"]
 
 
-def add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
+def put(on: Surgery, new: New, method: Method[Any], config: PeftConfig, given: PeftConfig) -> PeftConfig:
+    """Puts a new adapter where its method acts; returns its config, with the model's sizes filled in."""
+    if isinstance(method, WeightMethod):
+        _add_changes(on, new, method, config, given)
+    elif isinstance(method, OutputMethod):
+        _add_outputs(on, new, method, config)
+    elif isinstance(method, InputMethod):
+        return _add_input(on, new, method, config)
+    elif isinstance(method, MixtureMethod):
+        return _add_mixture(on, new, method, config)
+    return config
+
+
+def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
     """Puts an adapter into the layers whose weight it changes; ``given`` is its config as the user gave it."""
     targets = _planned(on, config, method)
     if not config.inference_mode:  # a file may name layers that its writer never had
@@ -101,7 +114,7 @@ def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
                 )
 
 
-def add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
+def _add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
     """Puts an adapter behind the modules whose output it changes."""
     found, made = sites(on.model, config, method), []
     for site in found:
@@ -116,7 +129,7 @@ def add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftCo
         on.output(site.path).put(new.name, method, resolved, parameters, on.listener(site.path, site.source))
 
 
-def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfig) -> PeftConfig:
+def _add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfig) -> PeftConfig:
     """Puts an adapter before the model; returns its config with the model's sizes filled in."""
     shape = shape_of(on.model)
     fitted: PeftConfig = method.fitted(config, shape)
@@ -135,7 +148,7 @@ def add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConfi
     return fitted
 
 
-def add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
+def _add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: PeftConfig) -> PeftConfig:
     """Puts a gate over adapters that are in the model; returns its config with the model's sizes filled in.
 
     Raises:

@@ -36,6 +36,8 @@ def unfollow(adapters: Any) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _FOLLOWED:
+        return
     updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for adapters in list(_FOLLOWED):
         adapters.after_step(updated)

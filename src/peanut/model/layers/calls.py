@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -108,10 +108,6 @@ class CallState:
             if context.open and context.cache is not None:
                 return context.cache
         return None
-
-    def lasting(self) -> CallState:
-        """The same call, also after the user has left a context in which adapters are disabled."""
-        return replace(self, off=self.disabled)
 
     @property
     def plain(self) -> bool:

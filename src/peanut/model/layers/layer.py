@@ -23,7 +23,7 @@ from .state import AdapterState
 __all__ = ["BIAS", "AdaptedLayer"]
 
 MOST = 32
-"""How many values a layer caches at most."""
+"""A layer that has cached as many values begins anew with the next mix of names."""
 
 BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
@@ -284,17 +284,14 @@ class AdaptedLayer(Adapted):
         if cached is not None and key in cached:
             return cached[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [
-            (
-                index,
-                [] if name == BASE else self._acting(call, x, [name], tasks, index),
-            )
+            (index, [] if name == BASE else self._acting(call, x, [name], tasks, index))
             for name, index in placed.items()
         ]
         whole = for_samples(groups, x, training=self.training) if self.frozen.kind.takes_features else None
         if whole is not None:
             plan = Plan(self.frozen, whole)
             if cached is not None:
-                if len(cached) >= MOST:  # every mix of names has a plan of its own
+                if len(cached) >= MOST:
                     cached.clear()
                 cached[key] = plan
             return plan(x, *args, **kwargs)

@@ -161,7 +161,7 @@ def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *,
     if not found or not all(each.adds and each.shift is None and not (training and each.dropout) for _, each in found):
         return None
     deltas = [change.delta for _, change in found]
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # no backward has to save memory: VeRA's factors may be made
         deltas = [each.for_inference(x.dtype) if isinstance(each, RandomBases) else each for each in deltas]
     low = [delta for delta in deltas if isinstance(delta, LowRank) and delta.gate is None]
     if len(low) < len(found) or (not few_tokens(x) and SHARE * sum(delta.rank for delta in low) > min(low[0].shape)):

@@ -36,9 +36,9 @@ class _OfThread(threading.local):
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """Under what a graph was made; the graph holds it, so that it lives as long."""
+    """What held when a graph was made; the graph holds it, so that it lives as long."""
 
-    call: CallState
+    plain: bool
     acting: tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -125,9 +125,10 @@ class AdapterState(Hooking):
         """Hook after it: refuses what was computed while another thread changed the adapters; remembers the graph."""
         if torch.compiler.is_compiling():
             return
-        self._check_version(self._thread.begun.pop(), None)
+        if self._thread.begun:  # a compiled graph may have begun the forward
+            self._check_version(self._thread.begun.pop(), None)
         if torch.is_grad_enabled():
-            graph = _Graph(self.call.lasting(), self.acting_now())
+            graph = _Graph(self.call.plain, self.acting_now())
             for value in _tensors(output):
                 node: Any = value.grad_fn
                 if node is not None:
@@ -172,7 +173,7 @@ class AdapterState(Hooking):
             return
         with self._lock:
             now = self.acting_now()
-            known = call.plain and all(then.call.plain and then.acting == now for then in self._graphs)
+            known = call.plain and all(then.plain and then.acting == now for then in self._graphs)
         if not known:
             raise PeanutError(
                 "a block is run again in a backward, and a call was under others than the adapters that act now "

@@ -55,9 +55,10 @@ class _Restoring:
     state: AdapterState
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call, acting = self.state.call.lasting(), self.state.acting_now()
+        call, acting = self.state.call, self.state.acting_now()
         if torch.compiler.is_compiling() and call.plain:
             return self.checkpoint(block, *args, **kwargs)
+        off = call.disabled  # also once the user has left the context in which it is
         # What is computed once and read by every block is an argument of each: a reentrant checkpoint sees no others.
         read = list(_read(call.running))
 
@@ -69,7 +70,7 @@ class _Restoring:
                     "call backward() before you change them, or change them back",
                 )
             running = _reading(call.running, iter(inputs[: len(read)]))
-            with self.state.under(replace(call, running=running, again=True)):
+            with self.state.under(replace(call, off=off, running=running, again=True)):
                 return block(*inputs[len(read) :], **options)
 
         return self.checkpoint(run, *read, *args, **kwargs)
