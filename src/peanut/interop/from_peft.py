@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
@@ -59,6 +60,14 @@ def from_peft(model: nn.Module) -> Any:
     """
     base, theirs = _opened(model)
     places = wrapped_in(base)
+    counts = Counter(id(module) for _, module in base.named_modules(remove_duplicate=False))
+    for place in places:
+        if counts[id(place.bare)] > 1:
+            raise PeanutError(
+                f"the module at '{place.path}' stands elsewhere in the model too, where PEFT has not adapted it",
+                "a module in one place, as ours adapts it in all of them",
+                "train that adapter where it was begun",
+            )
     configs = {name: _our_config(name, config, places) for name, config in theirs.items()}
     for place in places:
         for name, config in configs.items():

@@ -59,6 +59,12 @@ def to_peft(model: nn.Module) -> Any:
     if not adapters.state.active:
         raise PeanutError("no adapter is active", "an active adapter", "call set_adapter(name)")
     for path, layer in adapters.layers():
+        if path in adapters.elsewhere:
+            raise PeanutError(
+                f"the layer at '{path}' stands at '{adapters.elsewhere[path][0]}' too, where PEFT would not adapt it",
+                "a layer in one place",
+                "merge the adapter, or go on with it here",
+            )
         for name in layer.adapters:
             check_alike(path, layer.base_layer, adapters.configs[name])
         check_together(path, {name: adapters.configs[name] for name in layer.active_adapters})

@@ -149,6 +149,7 @@ class AdapterSet(Surgery):
         method, given = method_of(config.peft_type), config
         config = method.completed(config, architecture_of(self.model))
         fix_storage(self.model)
+        self.find_elsewhere()
         heads = saved_paths(self.model, config)
         for path in heads:
             self.check_whole(path)

@@ -16,7 +16,7 @@ from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..prompts.prefix import takes_prefix
 from ..targets.matching import biased_paths, target_paths
-from ..targets.paths import bare, modules_by_path
+from ..targets.paths import bare, each_once, modules_by_path
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
 from .starting import New, Target
@@ -93,11 +93,14 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
 
 def _tied_to(on: Surgery, path: str) -> list[str]:
     """The paths of the other layers that share the weight of the layer at ``path``."""
-    weight = on.frozen(path).weight
+    own = on.frozen(path)
+    modules = modules_by_path(on.model)
     return [
         other
-        for other, module in modules_by_path(on.model).items()
-        if other != path and getattr(module, "weight", None) is weight and kind_of(bare(module)) is not None
+        for other in each_once(modules, modules)
+        if (there := bare(modules[other])) is not own.module
+        and getattr(there, "weight", None) is own.weight
+        and kind_of(there) is not None
     ]
 
 

@@ -17,7 +17,7 @@ from ..layers.layer import AdaptedLayer
 from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..targets.paths import bare
+from ..targets.paths import bare, first_paths, modules_by_path
 
 H = TypeVar("H", AdaptedInput, AdaptedMixture)
 
@@ -39,6 +39,7 @@ class Surgery:
         self.model = model
         self.state = AdapterState()
         self.configs: dict[str, PeftConfig] = {}
+        self.elsewhere: dict[str, list[str]] = {}
 
     def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
         """The adapted layers with their paths, all or those that have adapter ``name``."""
@@ -146,10 +147,18 @@ class Surgery:
             del self.model._modules[place.name]
 
     def put(self, path: str, module: nn.Module) -> None:
-        """Replaces the module at ``path``; this library's hooks move to the new one."""
-        parent, _, name = path.rpartition(".")
+        """Replaces the module at ``path`` wherever it stands; this library's hooks move to the new one."""
         move_hooks(self.at(path), module)
-        setattr(self.own(self.at(parent)), name, module)
+        for place in [path, *self.elsewhere.get(path, ())]:
+            parent, _, name = place.rpartition(".")
+            setattr(self.own(self.at(parent)), name, module)
+
+    def find_elsewhere(self) -> None:
+        """Looks which modules stand in several places of the model."""
+        self.elsewhere = {}
+        for path, first in first_paths(modules_by_path(self.model)).items():
+            if path != first:
+                self.elsewhere.setdefault(first, []).append(path)
 
     def at(self, path: str) -> nn.Module:
         """The module at ``path`` in the base model; inside a module that is trained whole, that of the original."""

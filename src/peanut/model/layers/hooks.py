@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Hooking", "hook", "move_hooks", "names_of", "unhook"]
+__all__ = ["Hooking", "hook", "input_of", "move_hooks", "names_of", "unhook"]
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
     """The names of the parameters of a module's forward, for arguments that are given by position."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def input_of(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+    """The first argument of a module's forward, given by position or by name, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = names_of(module)[0]
+    if name not in kwargs:
+        raise TypeError(f"{type(module).__name__} is called without {name!r}")
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 class Hooking:

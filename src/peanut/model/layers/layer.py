@@ -15,6 +15,7 @@ from ...operators.delta import product_dtype
 from ...operators.inference import few_tokens
 from ...protocols import Change
 from .calls import BASE, CallState, scattered
+from .hooks import input_of
 from .plan import Plan, for_samples
 from .weight import BIAS, AdaptedWeight
 
@@ -31,7 +32,8 @@ class AdaptedLayer(AdaptedWeight):
     operators apply them.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        x, args, kwargs = input_of(self.base_layer, given, named)
         call = self.state.call
         self.state.check(call)
         if call.disabled:

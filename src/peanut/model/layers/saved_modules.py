@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ...errors import PeanutError
 from .calls import scattered
+from .hooks import input_of
 from .parameters import NamedModules
+from .reading import Reading, in_a_forward
 from .state import AdapterState
 
 __all__ = ["SavedModule"]
@@ -64,14 +67,27 @@ class SavedModule(nn.Module):
             return self._answer(self.acting(), *args, **kwargs)
         return self._forward_per_sample(*args, **kwargs)
 
-    def _forward_per_sample(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Each sample's rows through its own adapter's copy."""
+    def _forward_per_sample(self, *given: Any, **named: Any) -> Tensor:
+        """Each sample's rows through its own adapter's copy, and with them those of the other tensors of the batch."""
         copies: dict[str, Any] = self.modules_to_save._modules
+        x, args, kwargs = input_of(self.original_module, given, named)
+
+        def answer(module: nn.Module, index: Tensor) -> Any:
+            own_args, own_kwargs = tree_map(lambda value: _rows(value, index, len(x)), (args, kwargs))
+            return self._answer(module, x[index], *own_args, **own_kwargs)
+
         parts = (
-            (index, self._answer(copies.get(name, self.original_module), x[index], *args, **kwargs))
+            (index, answer(copies.get(name, self.original_module), index))
             for name, index in self.state.groups(x.shape[0], x.device).items()
         )
         return scattered(parts, len(x), self.path)
+
+    def _differs(self) -> Tensor:
+        raise PeanutError(
+            f"a module reads what belongs to '{self.path}', which is trained whole and differs between the samples",
+            "a module that is called",
+            "give all samples of a batch one adapter",
+        )
 
     def _answer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of ``module`` for inputs of the base's dtype, in the base's dtype."""
@@ -87,12 +103,20 @@ class SavedModule(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.acting(), name)
+            found = getattr(self.acting(), name)
+            apart = isinstance(found, nn.Parameter) and self.state.call.samples is not None and in_a_forward()
+            return Reading(found, self._differs, self.path) if apart else found
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of a module's first floating-point parameter."""
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
+
+
+def _rows(value: Any, index: Tensor, count: int) -> Any:
+    """The rows of a tensor that has one for each of ``count`` samples."""
+    whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+    return value[index.to(value.device)] if whole else value
 
 
 def _cast(value: Any, found: torch.dtype, wanted: torch.dtype) -> Any:

@@ -11,7 +11,19 @@ from torch import nn
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
 from .architectures import architecture_of, model_type_of
-from .paths import Modules, bare, inside_attention, kind_name, last_names, matched, modules_by_path, outside, unmatched
+from .paths import (
+    Modules,
+    bare,
+    each_once,
+    first_paths,
+    inside_attention,
+    kind_name,
+    last_names,
+    matched,
+    modules_by_path,
+    outside,
+    unmatched,
+)
 from .shape import is_pretrained
 from .tree import module_tree
 
@@ -90,10 +102,25 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
 def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Modules) -> list[str]:
     """The paths that exclude_modules, layers_to_transform and the modules that are trained whole leave.
 
+    A module that stands in several places has one weight, so it is adapted in all of them; its first path is given.
+
     Raises:
-        PeanutError: an excluded name or an index names nothing, a module is never called, or nothing is left.
+        PeanutError: an excluded name or an index names nothing, a module is never called or to be adapted in one of its
+            places only, or nothing is left.
     """
-    left = _chosen(model, outside(paths, saved_paths(model, config)), config, modules)
+    firsts = first_paths(modules)
+    apart = set(outside(each_once(paths, modules), saved_paths(model, config)))
+    there = [path for path in paths if firsts[path] in apart]
+    left = _chosen(model, there, config, modules)
+    chosen = set(left)
+    for path in there:
+        if (path in chosen) != (firsts[path] in chosen):
+            raise PeanutError(
+                f"'{path}' is the same module as '{firsts[path]}', and one of them is to be adapted",
+                "both or neither, as they have one weight",
+                "name both, or exclude both",
+            )
+    left = [path for path in left if firsts[path] == path]
     for path in left:
         if inside_attention(path, modules):
             raise PeanutError(
@@ -125,6 +152,7 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
         if not hits and name not in heads:
             raise _unknown("modules_to_save", name, model, last_names(modules))
         found += [path for path in hits if path not in found]
+    found = each_once(found, modules)
     return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
 
 
@@ -135,7 +163,7 @@ def biased_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
         PeanutError: something else than a layer that ``method`` knows has a bias.
     """
     modules, found = modules_by_path(model), []
-    for path in outside(modules, saved_paths(model, config)):
+    for path in outside(each_once(modules, modules), saved_paths(model, config)):
         if not isinstance(bare(modules[path])._parameters.get("bias"), nn.Parameter):
             continue
         if kind_name(modules[path]) not in method.kinds:

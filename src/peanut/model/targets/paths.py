@@ -14,6 +14,8 @@ from ..layers.saved_modules import SavedModule
 __all__ = [
     "Modules",
     "bare",
+    "each_once",
+    "first_paths",
     "inside_attention",
     "kind_name",
     "last_names",
@@ -30,7 +32,10 @@ _HOLDERS = ("adapted_output", "adapted_input", "adapted_mixture")
 
 
 def modules_by_path(model: nn.Module) -> Modules:
-    """The base model's modules by path; of an adapted layer only the layer, not what is inside."""
+    """The base model's modules by path, a module that stands in several places by each of them.
+
+    Of an adapted layer only the layer is there, not what is inside.
+    """
     found: Modules = {}
 
     def visit(module: nn.Module, path: str) -> None:
@@ -39,12 +44,24 @@ def modules_by_path(model: nn.Module) -> Modules:
         if isinstance(module, AdaptedLayer):
             return
         inner = module.original_module if isinstance(module, SavedModule) else module
-        for name, child in inner.named_children():
-            if name not in _HOLDERS:
+        for name, child in inner._modules.items():
+            if child is not None and name not in _HOLDERS:
                 visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")
     return found
+
+
+def first_paths(modules: Modules) -> dict[str, str]:
+    """For every path the first one of the same module: another where it stands in several places."""
+    firsts: dict[int, str] = {}
+    return {path: firsts.setdefault(id(module), path) for path, module in modules.items()}
+
+
+def each_once(paths: Iterable[str], modules: Modules) -> list[str]:
+    """The first paths of the modules that ``paths`` lead to."""
+    firsts = first_paths(modules)
+    return list(dict.fromkeys(firsts[path] for path in paths))
 
 
 def bare(module: nn.Module) -> nn.Module:

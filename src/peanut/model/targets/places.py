@@ -12,7 +12,7 @@ from ...protocols import OutputMethod, PeftConfig, Site, Stack
 from ...weights import FrozenLayer, kind_of
 from .architectures import architecture_of, model_type_of
 from .matching import matching_paths, narrowed
-from .paths import Modules, bare, modules_by_path
+from .paths import Modules, bare, each_once, modules_by_path
 from .shape import reading_stack
 from .tree import module_tree
 
@@ -37,7 +37,7 @@ def sites(model: nn.Module, config: PeftConfig, method: OutputMethod[Any]) -> li
                 "path that ends so) or a regular expression for whole paths, out of this tree:",
                 detail=module_tree(model),
             )
-        found = _default_paths(modules, stacks, method, config)
+        found = each_once(_default_paths(modules, stacks, method, config), modules)
         left = narrowed(model, found, config, modules) if found else []
     else:
         found = left = narrowed(model, matching_paths(model, config, method, modules), config, modules)
