@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from ..operators import Delta
 
@@ -95,9 +97,25 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     """
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
-    twin = type(module).__new__(type(module))
-    twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **tensors}}
+    # Whatever puts tensors of these names into the module otherwise stays outside: FSDP, which keeps views of its own
+    # among the attributes, parametrisations, which are a class, and hooks that make them (weight_norm, pruning).
+    kind = type(module)
+    if "parametrizations" in module._modules:
+        kind = parametrize.type_before_parametrizations(module)
+    twin = kind.__new__(kind)
+    twin.__dict__ = {
+        **{name: value for name, value in module.__dict__.items() if name not in tensors},
+        "_parameters": {**module._parameters, **tensors},
+        "_forward_pre_hooks": {
+            key: hook for key, hook in module._forward_pre_hooks.items() if tensor_made_by(hook) not in tensors
+        },
+    }
     return twin(*args, **kwargs)
+
+
+def tensor_made_by(hook: Any) -> str | None:
+    """The name of the tensor that a hook of torch makes: of ``weight_norm`` and ``spectral_norm``, or of pruning."""
+    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)
 
 
 def unhooked(module: nn.Module, forward: Any) -> bool:

@@ -1,0 +1,48 @@
+"""FSDP keeps the tensors of the modules that it wraps among their attributes: adapters act there as without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ...support import FIRST_CASES, Case, change_in_output, directed, distance, gradients, one_thread  # noqa: F401
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*returned no loss"),
+    pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`"),  # one process has nothing to share
+    pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*FSDP.* is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+SOME = [case for case in FIRST_CASES if case.kind in ("conv2d", "norm") or case.method in ("LORA", "PEANUT", "OFT")]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_an_adapted_model_computes_the_same_under_fsdp(case: Case) -> None:
+    model, x = case.adapted(dtype=torch.float32), case.input(torch.float32)
+    assert change_in_output(model, case.net(torch.float32), x) > 0.01
+    y = model(x)
+    directed(y).backward()
+    wanted = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    found = wrapped(x)
+    directed(found).backward()
+    assert distance(found, y) < 1e-6
+    own = {name.removeprefix("_fsdp_wrapped_module."): grad for name, grad in gradients(wrapped).items()}
+    assert wanted
+    assert all(distance(own.pop(name), grad) < 1e-5 for name, grad in wanted.items())
+    assert not any(grad.any() for grad in own.values())  # of what this forward has no use for
