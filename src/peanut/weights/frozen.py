@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.delta import recomputed
 from .kind import LayerKind
+from .made import changes_in_training, current
 
 __all__ = ["FrozenLayer", "product"]
 
@@ -49,19 +50,23 @@ class FrozenLayer:
     def weight(self) -> Tensor:
         """The weight before any merge, as the layer stores it."""
         if self._weight is None:
-            return self.module.weight  # type: ignore[no-any-return]
+            return current(self.module, "weight")  # type: ignore[no-any-return]
         return self._weight if self.kind.quantised else self._weight.to(self.module.weight.device)
 
     def matrix(self) -> Tensor:
-        """W before any merge, (out, in)."""
-        return self.kind.matrix(self.module, self.weight)
+        """W before any merge, (out, in).
+
+        Raises:
+            PeanutError: it is another one in each forward of training.
+        """
+        return self.kind.matrix(self.module, self._readable())
 
     def product(self, A: Tensor, *, transposed: bool = False) -> Tensor:
         """W Aᵀ for A (r, in), or transposed Wᵀ Aᵀ for A (r, out): (out, r) or (in, r) in A's dtype.
 
         W is read in its own dtype and never copied to another.
         """
-        module, kind, weight = self.module, self.kind, self.weight
+        module, kind, weight = self.module, self.kind, self._readable()
 
         def times(A: Tensor) -> Tensor:
             matrix = kind.matrix(module, weight)
@@ -69,9 +74,18 @@ class FrozenLayer:
 
         return recomputed(times, A) if kind.quantised else times(A)  # the backward makes the matrix of its codes again
 
+    def _readable(self) -> Tensor:
+        if changes_in_training(self.module, "weight"):
+            raise PeanutError(
+                "the weight changes in each forward of training, by torch.nn.utils.spectral_norm",
+                "a weight that can be read before the layer is called",
+                "use torch.nn.utils.parametrizations.spectral_norm, or call eval() on that layer",
+            )
+        return self.weight
+
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
+        bias: Tensor | None = current(self.module, "bias")
         return bias if bias is None or self._bias is None else self._bias.to(bias.device)
 
     def down_shape(self, r: int) -> tuple[int, ...]:

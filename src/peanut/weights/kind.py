@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 
 from ..operators import Delta
+from .made import made_by
 
 __all__ = ["LayerKind", "unhooked", "with_tensors"]
 
@@ -107,15 +107,10 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
         **{name: value for name, value in module.__dict__.items() if name not in tensors},
         "_parameters": {**module._parameters, **tensors},
         "_forward_pre_hooks": {
-            key: hook for key, hook in module._forward_pre_hooks.items() if tensor_made_by(hook) not in tensors
+            key: hook for key, hook in module._forward_pre_hooks.items() if made_by(hook) not in tensors
         },
     }
     return twin(*args, **kwargs)
-
-
-def tensor_made_by(hook: Any) -> str | None:
-    """The name of the tensor that a hook of torch makes: of ``weight_norm`` and ``spectral_norm``, or of pruning."""
-    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)
 
 
 def unhooked(module: nn.Module, forward: Any) -> bool:

@@ -26,10 +26,10 @@ def fingerprint(adapters: AdapterSet, name: str) -> str | None:
     step = max(1, len(layers) // _LAYERS)
     samples: dict[str, list[float]] = {}
     for path, layer in layers[::step][:_LAYERS]:
-        matrix = layer.frozen.matrix()
-        if matrix.device.type == "meta" or layer.frozen.kind.quantised:
+        weight = layer.frozen.weight
+        if weight.device.type == "meta" or layer.frozen.kind.quantised:
             return None
-        flat = layer.frozen.weight.reshape(-1)
+        flat = weight.reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()
         samples[path] = [float(f"{value:.6g}") for value in flat[places.to(flat.device)].double().tolist()]
     return json.dumps(samples, sort_keys=True) if samples else None

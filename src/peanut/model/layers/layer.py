@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ...errors import PeanutError
 from ...operators import gated
@@ -33,6 +34,15 @@ class AdaptedLayer(AdaptedWeight):
     """
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
+        made: Any = self.base_layer._modules.get("parametrizations")
+        if made is not None:
+            with parametrize.cached():  # what is read is what the layer computes with
+                for name in made:
+                    getattr(self.base_layer, name)
+                return self._computed(*given, **named)
+        return self._computed(*given, **named)
+
+    def _computed(self, *given: Any, **named: Any) -> Tensor:
         x, args, kwargs = input_of(self.base_layer, given, named)
         call = self.state.call
         self.state.check(call)

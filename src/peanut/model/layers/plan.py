@@ -16,6 +16,7 @@ from ...operators.inference import few_tokens
 from ...operators.random_bases import RandomBases
 from ...protocols import Change
 from ...weights import FrozenLayer, LayerKind, with_tensors
+from ...weights.made import current
 
 __all__ = ["Plan", "for_samples"]
 
@@ -129,7 +130,7 @@ class Plan:
         W' is made again in the backward rather than kept.
         """
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
-        weight, bias = module.weight, getattr(module, "bias", None)  # in the backward the module may have others
+        weight, bias = current(module, "weight"), current(module, "bias")  # in the backward the module may have others
 
         def run(x: Tensor) -> Tensor:
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -40,6 +40,9 @@ class SavedModule(nn.Module):
             wide: store the copy in float32 at least.
             memo: what has been copied for the same adapter already: what was tied stays so.
         """
+        memo = {} if memo is None else memo
+        for part in self.original_module.modules():  # what hooks made of parameters is made again
+            memo |= {id(x): x.detach().clone() for x in vars(part).values() if isinstance(x, Tensor) and not x.is_leaf}
         own = copy.deepcopy(self.original_module, memo)
         dtype = _dtype(own)
         if wide and dtype is not None:

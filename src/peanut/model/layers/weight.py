@@ -14,6 +14,7 @@ from ...errors import PeanutError
 from ...operators import Diagonal
 from ...protocols import Change, PeftConfig, Values, WeightMethod
 from ...weights import FrozenLayer, LayerKind, kind_of
+from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
 from .reading import Reading, in_a_forward
@@ -148,6 +149,14 @@ class AdaptedWeight(Adapted):
         change = Change.together([self.change(name) for name in names])
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
+        for name in ("weight", "bias") if offset is not None else ("weight",):
+            if is_made(self.base_layer, name):
+                raise PeanutError(
+                    f"'{self.path}' makes its {name} anew in each forward, so what is merged into it would be lost",
+                    "a parameter",
+                    f"use it unmerged, or make it one first: parametrize.remove_parametrizations(layer, {name!r}), "
+                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
+                )
         try:
             self.frozen.write(self._written(change, self._wide_matrix()), offset, shared=shared)
         except PeanutError as error:

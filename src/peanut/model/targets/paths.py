@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...weights import kind_of
 from ..layers.layer import AdaptedLayer
@@ -45,7 +46,11 @@ def modules_by_path(model: nn.Module) -> Modules:
             return
         inner = module.original_module if isinstance(module, SavedModule) else module
         for name, child in inner._modules.items():
-            if child is not None and name not in _HOLDERS:
+            if (
+                child is not None
+                and name not in _HOLDERS
+                and not (name == "parametrizations" and is_parametrized(inner))
+            ):
                 visit(child, f"{path}.{name}" if path else name)
 
     visit(model, "")

@@ -1,0 +1,202 @@
+"""Weights that a parametrisation or a hook makes in each forward: read as they are made, and not merged into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
+
+from ..dense import layer_of, written_out
+from ..support import (  # noqa: F401
+    FIRST_CASES,
+    Case,
+    Net,
+    directed,
+    distance,
+    gradients,
+    one_thread,
+    randomised,
+    refused,
+    same_bits,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*returned no loss"),
+    pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated"),
+]
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": old_weight_norm,
+    "old spectral_norm": old_spectral_norm,
+    "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "two prunings": lambda layer: prune.l1_unstructured(prune.random_unstructured(layer, "weight", 0.3), "weight", 0.3),
+}
+REMOVED: dict[str, Callable[[Any], Any]] = {
+    "weight_norm": lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+    "old weight_norm": nn.utils.remove_weight_norm,
+    "old spectral_norm": nn.utils.remove_spectral_norm,
+    "pruning": lambda layer: prune.remove(layer, "weight"),
+}
+CASES = [case for case in FIRST_CASES if case.kind in ("linear", "conv2d")]
+
+
+def made(case: Case, way: str) -> Net:
+    net = case.net()
+    torch.manual_seed(2)  # of pruning and of the first vectors of spectral_norm
+    net.layer = WAYS[way](net.layer)
+    return net.eval()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_adapter_acts_on_the_weight_that_is_made(case: Case) -> None:
+    for way in ("weight_norm", "old spectral_norm", "pruning"):
+        base, x = made(case, way), case.input()
+        plain = base(x)
+        model = randomised(get_peft_model(made(case, way), case.config())).eval()
+        y = model(x)
+        # The dense form: the same adapter on a plain layer that has what is made as its weight.
+        still = Net(case.net().layer)
+        with torch.no_grad():
+            still.layer.weight.copy_(base.layer.weight)
+        torch.manual_seed(0)
+        dense = get_peft_model(still, case.config()).eval()
+        for (_, own), (_, other) in zip(
+            dense.adapters.parameters("default"), model.adapters.parameters("default"), strict=True
+        ):
+            with torch.no_grad():
+                own.copy_(other)
+        wanted = written_out(case, layer_of(dense), ["default"], x)
+        assert distance(wanted, plain) > 1e-3
+        assert distance(y, wanted) < 1e-10
+        with model.disable_adapter():
+            assert same_bits(model(x), plain)
+
+
+def net(way: str, kind: str = "linear") -> Net:
+    torch.manual_seed(1)
+    layer = nn.Linear(6, 6) if kind == "linear" else nn.Conv2d(3, 6, 2)
+    return Net(WAYS[way](layer)).double()
+
+
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+PEANUT = PeanutConfig(r=2, depth=1, target_modules=["layer"])
+
+
+def adapted(way: str, config: Any = PEANUT) -> PeftModel:
+    base = net(way)
+    torch.manual_seed(3)
+    return randomised(get_peft_model(base, config)).eval()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_saved_loaded_and_taken_out_as_any_other(way: str, tmp_path: Path) -> None:
+    plain = net(way).eval()(X)
+    model = adapted(way)
+    y = model(X)
+    assert distance(y, plain) > 0.01
+    layer = layer_of(model)
+    assert distance(y, X @ (layer.frozen.matrix() + layer.delta("default")).T + layer.frozen.bias()) < 1e-12
+    model.save_pretrained(tmp_path)
+    assert same_bits(PeftModel.from_pretrained(net(way), tmp_path)(X), y)
+    assert same_bits(model.unload()(X), plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_merge_that_the_next_forward_would_lose_is_refused(way: str) -> None:
+    model = adapted(way)
+    y = model(X)
+    with refused(
+        model, r"'layer' makes its weight anew in each forward.*would be lost; expected a parameter; .*remove_"
+    ):
+        model.merge_adapter()
+    assert same_bits(model(X), y)
+    with refused(model, r"makes its weight anew"):
+        model.merge_and_unload()
+    assert same_bits(model(X), y)
+
+
+@pytest.mark.parametrize("way", REMOVED)
+def test_a_weight_that_was_made_a_parameter_is_merged_into(way: str) -> None:
+    model = adapted(way)
+    y = model(X)
+    REMOVED[way](layer_of(model).base_layer)
+    assert distance(model(X), y) < 1e-12
+    model.merge_adapter()
+    assert distance(model(X), y) < 1e-12
+    model.unmerge_adapter()
+    assert distance(model(X), y) < 1e-12
+
+
+@pytest.mark.parametrize("config", [PEANUT, LoraConfig(r=2, target_modules=["layer"])], ids=["PEANUT", "LORA"])
+@pytest.mark.parametrize("way", WAYS)
+def test_in_training_the_weight_that_is_read_is_the_one_of_that_forward(way: str, config: Any) -> None:
+    model = adapted(way, config).train()
+    layer = layer_of(model)
+    if way == "old spectral_norm" and config is PEANUT:
+        with pytest.raises(PeanutError, match=r"weight changes in each forward of training.*spectral_norm"):
+            model(X)
+        layer.base_layer.eval()
+    for _ in range(3):
+        y = model(X)
+        directed(y).backward()
+        with torch.no_grad():
+            state = {key: value.clone() for key, value in layer.base_layer.state_dict().items()}
+            layer.base_layer.eval()  # what was made last is made again, and not the next
+            wanted = X @ (layer.frozen.matrix() + layer.delta("default")).T + layer.frozen.bias()
+            layer.base_layer.train()
+            assert all(same_bits(value, state[key]) for key, value in layer.base_layer.state_dict().items())
+        assert distance(y, wanted) < 1e-12
+        if way == "old spectral_norm" and config is PEANUT:
+            layer.base_layer.eval()
+    assert gradients(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_module_with_made_weights_is_trained_whole(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+
+    def base() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 6), WAYS[way](nn.Linear(6, 6))).double()
+
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    model = get_peft_model(base(), config)
+    assert distance(model.eval()(X), base().eval()(X)) < 1e-12
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    directed(model(X)).backward()
+    optimizer.step()
+    y = model(X)
+    assert distance(y, base().eval()(X)) > 0.01
+    with model.disable_adapter():
+        assert same_bits(model(X), base().eval()(X))
+    model.save_pretrained(tmp_path)
+    assert same_bits(PeftModel.from_pretrained(base(), tmp_path)(X), y)
+
+
+def test_a_bias_that_is_pruned_is_moved_but_not_merged_into() -> None:
+    def base() -> Net:
+        torch.manual_seed(1)
+        return Net(prune.random_unstructured(nn.Linear(6, 6), "bias", 0.5)).double()
+
+    lora = randomised(get_peft_model(base(), LoraConfig(r=2, target_modules=["layer"], bias="lora_only"))).eval()
+    y = lora(X)
+    with refused(lora, r"'layer' makes its bias anew"):
+        lora.merge_adapter()
+    assert same_bits(lora(X), y)
+    still = randomised(get_peft_model(base(), LoraConfig(r=2, target_modules=["layer"]))).eval()
+    y = still(X)
+    still.merge_adapter()  # which leaves the bias alone
+    assert distance(still(X), y) < 1e-12
