@@ -69,7 +69,8 @@ class BlockFactors(Rotation):
         return self._product(x, None, None)
 
     def turned(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(self.apply(x), weight, bias) if self._at_once(x) else self._product(x, weight, bias)
+        apart = self._at_once(x) or (weight.requires_grad and torch.is_grad_enabled())  # the backward knows a frozen W
+        return F.linear(self.apply(x), weight, bias) if apart else self._product(x, weight, bias)
 
     def times(self, weight: Tensor) -> Tensor:
         """W R for W (…, in), R never written out."""

@@ -131,7 +131,7 @@ class BlockAffine(Materialised):
 
     Args:
         block: B, (out/r, r, r).
-        weight: W, (out, in), read and not trained.
+        weight: W, (out, in), read and mostly not trained.
     """
 
     trained = ("block",)

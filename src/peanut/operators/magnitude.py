@@ -25,7 +25,7 @@ class MagnitudeDirection(Delta):
     A gain of one over a product of zero so changes nothing, exactly.
 
     Args:
-        weight: the frozen W, in its own dtype, or a function that dequantises it; nothing flows back to it.
+        weight: the frozen W, in its own dtype, or a function that dequantises it.
         up: the second factor.
         down: the first factor.
         scaling: s.
@@ -112,7 +112,7 @@ def _gained(tokens: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, dow
 
 
 class _GainedProduct(torch.autograd.Function):
-    """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what this adds to x Wᵀ + b; W frozen.
+    """y = g ⊙ (x Wᵀ + s (x downᵀ) upᵀ) + b, or without ``whole`` what this adds to x Wᵀ + b.
 
     Saves x. The gain's gradient follows from y, or from the gradient of W', which costs a product as large as x Wᵀ but
     then gives the factors' gradients without further products over tokens. So y is saved where that is cheap.
@@ -139,10 +139,12 @@ class _GainedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down, gain, bias, kept = ctx.saved_tensors
-        need_x, _, need_bias, *need_parts = ctx.needs_input_grad[:6]
+        need_x, need_weight, need_bias, *need_parts = ctx.needs_input_grad[:6]
         grads, tokens = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         gained_up = (gain[:, None] * up * ctx.scaling).to(up.dtype)
-        grad_x = grad_bias = grad_up = grad_down = grad_gain = None
+        grad_x = grad_weight = grad_bias = grad_up = grad_down = grad_gain = None
+        if need_weight:  # somebody trains the base as well
+            grad_weight = (grads * (gain if ctx.whole else gain - 1).to(grads.dtype)).T @ tokens
         if need_bias:
             grad_bias = grads.sum(0)
         if any(need_parts):
@@ -161,7 +163,7 @@ class _GainedProduct(torch.autograd.Function):
             less_one = (gain - 1).to(x.dtype)
             through = torch.addcmul(grads, grads, less_one) if ctx.whole else grads * less_one
             grad_x = (through @ weight).addmm_(grads @ gained_up, down).view(x.shape)
-        return grad_x, None, grad_bias, grad_up, grad_down, grad_gain, None, None
+        return grad_x, grad_weight, grad_bias, grad_up, grad_down, grad_gain, None, None
 
 
 def _changed(weight: Tensor, gain: Tensor, up: Tensor, down: Tensor) -> Tensor:

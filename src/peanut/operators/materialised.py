@@ -74,6 +74,9 @@ class Materialised(Delta):
         if not torch.is_grad_enabled():
             return F.linear(x, operator.matrix(weight), bias)
         tensors = {name: value for name, value in vars(operator).items() if isinstance(value, Tensor)}
+        if any(value.requires_grad for name, value in tensors.items() if name not in self.trained):
+            # Somebody trains what Δ is made of as well (the base's weight).
+            return recomputed(lambda x: F.linear(x, operator.matrix(weight), bias), x)
         plain = tuple((name, value) for name, value in vars(operator).items() if name not in tensors)
         return applied(_Product, x, weight, bias, type(self), plain, tuple(tensors), *tensors.values())
 
