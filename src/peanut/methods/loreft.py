@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Call, OutputMethod, PlaceName, Site, Values, register
+from ..weights.stored import some_tensor
 from .reft import B, R, ReftFields, W, applied, at_the_ends, basis, orthonormal, random_start
 
 __all__ = ["Loreft", "LoreftConfig"]
@@ -39,8 +40,9 @@ class Loreft(OutputMethod[LoreftConfig]):
         values = random_start(config, site, generator)
         if config.init_weights:
             rows = values[R]
-            if not rows.is_meta:
-                rows = rows.to(next(site.module.parameters()).device)  # as there, so that W is R bit for bit
+            beside = some_tensor(site.module)
+            if beside is not None and not rows.is_meta:
+                rows = rows.to(beside.device)  # as there, so that W is R bit for bit
             values |= {W: orthonormal(rows) if config.orthogonality else rows, B: torch.zeros_like(values[B])}
         return values
 

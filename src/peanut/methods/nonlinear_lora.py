@@ -60,7 +60,7 @@ class NonlinearLora(WeightMethod[NonlinearLoraConfig]):
     size = "r * (d_in + d_out)"
 
     def start(self, config: NonlinearLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        activation(config.act_fn, layer.weight.device)  # made now, as torch.compile cannot make one with parameters
+        activation(config.act_fn, layer.beside.device)  # made now, as torch.compile cannot make one with parameters
         # Drawn as (r, out), so that their spread goes by the layer's width, as in LoRA, and not by r.
         A = nn.init.kaiming_uniform_(torch.empty(config.r, layer.out_features), a=math.sqrt(5), generator=generator)
         B = torch.zeros(config.r, layer.in_features)

@@ -73,7 +73,7 @@ class Peanut(WeightMethod[PeanutConfig]):
     size = "2 * r * d_out + 2 * depth * r**2"
 
     def start(self, config: PeanutConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        activation(config.act_fn, layer.weight.device)  # made now, as torch.compile cannot make one with parameters
+        activation(config.act_fn, layer.beside.device)  # made now, as torch.compile cannot make one with parameters
         width = layer.out_features if reads_out(config, layer) else layer.in_features
         shapes = {"peanut_A.weight": (config.r, width), "peanut_B.weight": (width, config.r)}
         for level in range(config.depth):

@@ -74,7 +74,8 @@ class TrainableTokens(WeightMethod[TrainableTokensConfig]):
         return Change(delta=Rows(moved, ids, table.shape[0], head=layer.kind.name == "linear"))
 
     def check(self, config: TrainableTokensConfig, layer: FrozenLayer, path: str) -> None:
-        vocabulary, tokens = by_token(layer).shape[0], config.token_indices
+        vocabulary = layer.out_features if layer.kind.name == "linear" else layer.in_features
+        tokens = config.token_indices
         outside = [token for token in tokens if token >= vocabulary]
         repeated = sorted({token for token in tokens if tokens.count(token) > 1})
         if outside:

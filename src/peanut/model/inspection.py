@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..operators import Dense
+from ..weights import FrozenLayer
 from .adapters.adapter_set import AdapterSet
 from .layers.layer import AdaptedLayer
 
@@ -95,12 +97,18 @@ def inspect_adapter(model: nn.Module, name: str = "default") -> list[LayerReport
                 kind=layer.frozen.kind.name,
                 shape=(layer.frozen.out_features, layer.frozen.in_features),
                 parameters=sum(parameter.numel() for parameter in layer.adapters[name].parameters()),
-                weight_norm=float(layer.frozen.weight.double().norm()),
+                weight_norm=_norm(layer.frozen),
                 delta_norm=float(values.norm()),
                 effective_rank=effective_rank(values),
             )
         )
     return reports
+
+
+def _norm(layer: FrozenLayer) -> float:
+    """‖W‖, not a number where W cannot be read."""
+    unread = layer.unreadable(layer.weight) is not None
+    return math.nan if unread else float(layer.matrix().double().norm())
 
 
 def effective_rank(values: Tensor) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,13 +20,20 @@ class Conv2dKind(LayerKind):
     """Each output pixel is the matrix times a patch; a low-rank change is an r-channel convolution, then a 1×1 one."""
 
     name = "conv2d"
+    dims = 4
 
     def matches(self, module: object) -> bool:
         return isinstance(module, nn.Conv2d)
 
     def shape(self, module: nn.Conv2d) -> tuple[int, int]:
-        out, *patch = module.weight.shape
-        return out, patch[0] * patch[1] * patch[2]
+        return module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
+
+    def usual(self, module: nn.Conv2d) -> bool:
+        return type(module).forward is nn.Conv2d.forward
+
+    def trial(self, module: nn.Conv2d, generator: torch.Generator) -> Tensor:
+        sizes = (2 * d * (k - 1) + 3 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return torch.randn(1, module.in_channels, *sizes, generator=generator)
 
     def matrix(self, module: nn.Conv2d, weight: Tensor) -> Tensor:
         return weight.flatten(1)

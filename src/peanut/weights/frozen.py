@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.delta import recomputed
-from .kind import LayerKind
-from .made import changes_in_training, current
+from .kind import LayerKind, is_plain
+from .made import changes_in_training
+from .readable import check_layer, unreadable
+from .stored import device_of, keeper, some_tensor, store, stored
 
 __all__ = ["FrozenLayer", "product"]
 
@@ -19,7 +21,7 @@ class FrozenLayer:
     """One frozen layer seen as y = W x + b, W of shape (out, in).
 
     ``matrix()`` and ``bias()`` are those before any merge, also while something is merged: a weight-aware method
-    reads the weight that it was trained on.
+    reads the weight that it was trained on. What accelerate has offloaded is read and written where it is.
     """
 
     def __init__(self, module: nn.Module, kind: LayerKind) -> None:
@@ -28,6 +30,8 @@ class FrozenLayer:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._shared: nn.Parameter | None = None
+        self._tied: nn.Parameter | None = None
+        self._seen: tuple[Any, str | None] = None, None
 
     @property
     def out_features(self) -> int:
@@ -44,29 +48,90 @@ class FrozenLayer:
     @property
     def untied_from(self) -> nn.Parameter | None:
         """The weight that the layer had shared with another, if a merge gave it one of its own."""
-        return None if self.kind.quantised else self._shared
+        return self._tied
+
+    @property
+    def away(self) -> bool:
+        """Whether the weight is offloaded."""
+        own = getattr(self.module, "weight", None)
+        return isinstance(own, Tensor) and own.is_meta and keeper(self.module) is not None
+
+    @property
+    def without_storage(self) -> bool:
+        """Whether the weight is nowhere."""
+        own = self.module._parameters.get("weight")
+        return own is not None and own.is_meta and keeper(self.module) is None
 
     @property
     def weight(self) -> Tensor:
         """The weight before any merge, as the layer stores it."""
         if self._weight is None:
-            return current(self.module, "weight")  # type: ignore[no-any-return]
-        return self._weight if self.kind.quantised else self._weight.to(self.module.weight.device)
+            return stored(self.module, "weight")  # type: ignore[no-any-return]
+        return self._weight if self.kind.quantised else self._weight.to(device_of(self.module, "weight"))
+
+    @property
+    def beside(self) -> Tensor:
+        """A tensor of the layer, its weight if it has one: adapters' tensors are on its device."""
+        weight: Any = self.weight
+        found = weight if isinstance(weight, Tensor) else some_tensor(self.module)
+        if found is None:
+            raise PeanutError(f"a {type(self.module).__name__} without tensors", "a layer with a weight")
+        return found
 
     def matrix(self) -> Tensor:
         """W before any merge, (out, in).
 
         Raises:
-            PeanutError: it is another one in each forward of training.
+            PeanutError: the layer does not compute its output with a weight that can be read.
         """
-        return self.kind.matrix(self.module, self._readable())
+        return self.kind.matrix(self.module, self.readable(self.weight))
+
+    def readable(self, weight: Tensor) -> Tensor:
+        """``weight``, the layer's, if its numbers are what the layer computes with.
+
+        Raises:
+            PeanutError: they are not.
+        """
+        reason = None if torch.compiler.is_compiling() else self.unreadable(weight)
+        if reason is not None:
+            raise PeanutError(
+                reason,
+                "a weight that can be read as a matrix",
+                "leave this layer out, or use a method that does not read weights (LoRA) and do not merge it",
+            )
+        return weight
+
+    def unreadable(self, weight: Any) -> str | None:
+        """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
+        kind, module = self.kind, self.module
+        if changes_in_training(module, "weight"):
+            return (
+                "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
+                "parametrizations, or eval() of the layer, would do)"
+            )
+        if kind.quantised:
+            return "codes of a quantised weight that is offloaded" if self.away else None
+        if is_plain(weight) and kind.usual(module) and kind.fits(module, weight):
+            return None
+        seen = type(weight), *(getattr(weight, name, None) for name in ("dtype", "shape", "is_meta"))
+        if self._seen[0] != seen:
+            self._seen = seen, unreadable(module, kind, weight)
+        return self._seen[1]
+
+    def check(self) -> None:
+        """Refuses a layer that no adapter can act on.
+
+        Raises:
+            PeanutError: its weight has no shape yet, is complex, or is spread over several processes.
+        """
+        check_layer(self.module)
 
     def product(self, A: Tensor, *, transposed: bool = False) -> Tensor:
         """W Aᵀ for A (r, in), or transposed Wᵀ Aᵀ for A (r, out): (out, r) or (in, r) in A's dtype.
 
         W is read in its own dtype and never copied to another.
         """
-        module, kind, weight = self.module, self.kind, self._readable()
+        module, kind, weight = self.module, self.kind, self.readable(self.weight)
 
         def times(A: Tensor) -> Tensor:
             matrix = kind.matrix(module, weight)
@@ -74,18 +139,9 @@ class FrozenLayer:
 
         return recomputed(times, A) if kind.quantised else times(A)  # the backward makes the matrix of its codes again
 
-    def _readable(self) -> Tensor:
-        if changes_in_training(self.module, "weight"):
-            raise PeanutError(
-                "the weight changes in each forward of training, by torch.nn.utils.spectral_norm",
-                "a weight that can be read before the layer is called",
-                "use torch.nn.utils.parametrizations.spectral_norm, or call eval() on that layer",
-            )
-        return self.weight
-
     def bias(self) -> Tensor | None:
         """b before any merge, (out), or ``None``."""
-        bias: Tensor | None = current(self.module, "bias")
+        bias: Tensor | None = stored(self.module, "bias")
         return bias if bias is None or self._bias is None else self._bias.to(bias.device)
 
     def down_shape(self, r: int) -> tuple[int, ...]:
@@ -107,7 +163,7 @@ class FrozenLayer:
         Raises:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
         """
-        weight = self.module.weight
+        weight = stored(self.module, "weight")
         merged = self.kind.layout(self.module, matrix)
         merged = merged if self.kind.quantised else merged.to(weight.dtype)
         if not torch.isfinite(merged).all() or (bias is not None and not torch.isfinite(bias).all()):
@@ -123,16 +179,18 @@ class FrozenLayer:
             self._weight = weight if self.kind.quantised else weight.detach().to("cpu", copy=True)
             own_bias = self.bias()
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
-            if self.kind.quantised or shared:
-                self._shared = weight
             if shared and not self.kind.quantised:
+                self._tied = self.module.weight
+            if self.kind.quantised or (shared and not self.away):
+                self._shared = weight
+            if self._shared is not None and not self.kind.quantised:
                 self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))
         else:
-            self.module.weight.copy_(merged)
+            store(self.module, "weight", merged)
         if bias is not None:
-            self.module.bias.copy_(bias)
+            store(self.module, "bias", bias)
 
     def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its original weight, bit for bit; the merged weight stays where others read it."""
@@ -149,15 +207,15 @@ class FrozenLayer:
         if self._shared is not None:
             self.kind.install(self.module, self._shared)
         else:
-            self.module.weight.copy_(self._weight)
+            store(self.module, "weight", self._weight)
         if self._bias is not None:
-            self.module.bias.copy_(self._bias)
+            store(self.module, "bias", self._bias)
         self.forget()
 
     def forget(self) -> None:
         """Makes the merge permanent: the saved originals are discarded."""
         self._weight = self._bias = None
-        self._shared = None
+        self._shared = self._tied = None
 
 
 def product(matrix: Tensor, A: Tensor) -> Tensor:

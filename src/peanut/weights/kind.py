@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -12,8 +13,14 @@ from torch.nn.utils import parametrize
 
 from ..operators import Delta
 from .made import made_by
+from .stored import called_present, keeper
 
-__all__ = ["LayerKind", "unhooked", "with_tensors"]
+__all__ = ["DTYPES", "LayerKind", "is_plain", "unhooked", "with_tensors"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a weight's numbers may be stored in to be read as they are."""
+
+_CLASSES = (nn.Parameter, Tensor)
 
 
 class LayerKind(ABC):
@@ -30,6 +37,8 @@ class LayerKind(ABC):
     """Whether the input is activations (dropout makes sense), not ids."""
     takes_features: ClassVar[bool] = False
     """Whether the columns of the matrix are the last dimension of the input, which can be rotated and scaled."""
+    dims: ClassVar[int | None] = 2
+    """How many dimensions the weight has as it is stored; ``None`` for any number."""
     multiplies: ClassVar[bool] = True
     """Whether the output is the matrix applied to the input, so that changes of the matrix are changes of it."""
 
@@ -48,6 +57,18 @@ class LayerKind(ABC):
     @abstractmethod
     def layout(self, module: Any, matrix: Tensor) -> Tensor:
         """The matrix (out, in) as the layer stores it."""
+
+    def fits(self, module: Any, weight: Tensor) -> bool:
+        """Whether ``weight`` has the shape of the layer's weight."""
+        return (self.dims is None or weight.dim() == self.dims) and weight.numel() == math.prod(self.shape(module))
+
+    def usual(self, module: Any) -> bool:
+        """Whether the layer's class computes what is said above, without looking at what it computes."""
+        return True
+
+    def trial(self, module: Any, generator: torch.Generator) -> Tensor:
+        """A small input that shows what a layer computes whose class has a forward of its own."""
+        return torch.randn(2, self.shape(module)[1], generator=generator)
 
     def fix_storage(self, module: Any) -> None:  # noqa: B027 - most layers do nothing of the kind
         """Prevents the layer from changing how it stores its weight while adapters read it."""
@@ -93,8 +114,11 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     """The output of ``module`` with other tensors in the place of its parameters.
 
     The module itself is left alone, as another thread may be calling it. Only a compiled graph, and a forward that was
-    put on the module itself (by accelerate, where weights are offloaded), need the tensors in the module.
+    put on the module itself, need the tensors in the module; and where accelerate has offloaded the module's own, they
+    are brought for the call.
     """
+    if keeper(module) is not None:
+        return called_present(module, tensors, *args, **kwargs)
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
     # Whatever puts tensors of these names into the module otherwise stays outside: FSDP, which keeps views of its own
@@ -111,6 +135,11 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
         },
     }
     return twin(*args, **kwargs)
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a tensor of numbers like any other."""
+    return type(weight) in _CLASSES and weight.layout is torch.strided and weight.dtype in DTYPES
 
 
 def unhooked(module: nn.Module, forward: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..operators import Delta
-from .kind import LayerKind, unhooked
+from .kind import LayerKind, is_plain, unhooked
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,9 @@ class LinearKind(LayerKind):
     def matches(self, module: object) -> bool:
         return isinstance(module, nn.Linear)
 
+    def usual(self, module: Any) -> bool:
+        return type(module).forward is nn.Linear.forward
+
     def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 
@@ -38,7 +41,7 @@ class LinearKind(LayerKind):
         return delta.apply(x)
 
     def fused(self, module: nn.Module) -> bool:
-        return unhooked(module, nn.Linear.forward)
+        return unhooked(module, nn.Linear.forward) and is_plain(module.weight)
 
 
 class Conv1DKind(LinearKind):
@@ -49,6 +52,10 @@ class Conv1DKind(LinearKind):
     def matches(self, module: object) -> bool:
         made = _conv1d()
         return made is not None and isinstance(module, made)
+
+    def usual(self, module: Any) -> bool:
+        made = _conv1d()
+        return made is not None and type(module).forward is made.forward
 
     def shape(self, module: Conv1D) -> tuple[int, int]:
         inputs, outputs = module.weight.shape
@@ -62,7 +69,7 @@ class Conv1DKind(LinearKind):
 
     def fused(self, module: nn.Module) -> bool:
         made = _conv1d()
-        return made is not None and unhooked(module, made.forward)
+        return made is not None and unhooked(module, made.forward) and is_plain(module.weight)
 
 
 def _conv1d() -> Any:

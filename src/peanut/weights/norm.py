@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..operators import Delta
 from .kind import LayerKind, with_tensors
+from .stored import stored
 
 __all__ = ["NormKind"]
 
@@ -20,6 +21,7 @@ class NormKind(LayerKind):
 
     name = "norm"
     multiplies = False
+    dims = None
 
     def matches(self, module: object) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
@@ -38,6 +40,7 @@ class NormKind(LayerKind):
         return matrix.reshape(module.weight.shape)
 
     def respond(self, module: Any, x: Tensor, delta: Delta) -> Tensor:
-        changed = self.layout(module, self.matrix(module, module.weight) + delta.dense().to(module.weight.dtype))
+        weight = stored(module, "weight")
+        changed = self.layout(module, self.matrix(module, weight) + delta.dense().to(weight.dtype))
         difference: Tensor = with_tensors(module, {"weight": changed}, x) - module(x)
         return difference

@@ -11,6 +11,7 @@ from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import matching_pattern
 from ...weights import kind_of
+from ...weights.stored import check_by_layer, same_weight, some_tensor, stored
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
@@ -19,7 +20,7 @@ from ..targets.matching import biased_paths, target_paths
 from ..targets.paths import bare, each_once, modules_by_path
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
-from .starting import New, Target
+from .starting import New, Target, naming
 from .surgery import Surgery
 
 __all__ = ["put"]
@@ -40,26 +41,41 @@ def put(on: Surgery, new: New, method: Method[Any], config: PeftConfig, given: P
 
 def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftConfig, given: PeftConfig) -> None:
     """Puts an adapter into the layers whose weight it changes; ``given`` is its config as the user gave it."""
+    check_by_layer(on.model)
     targets = _planned(on, config, method)
     if not config.inference_mode:  # a file may name layers that its writer never had
         _check_patterns(given, [target.path for target in targets])
     frozen = [target.frozen for target in targets if target.method == method]
     bank = Parameters({})
     if frozen:
-        bank = new.tensors(method, config, "", frozen[0].weight, partial(method.shared, config, frozen))
+        bank = new.tensors(method, config, "", frozen[0].beside, partial(method.shared, config, frozen))
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
-    keys = [id(target.frozen.weight if target.method.follows_ties else target) for target in targets]
+    keys = [next(id(other) for other in targets if other is target or _follow(other, target)) for target in targets]
     made: dict[int, Parameters] = {}
     alike: dict[Any, dict[str, torch.Tensor]] = {}
     for key, target in zip(keys, targets, strict=True):
         if key not in made:
             made[key] = new.in_layer(target, alike)
+    for key, target in zip(keys, targets, strict=True):
+        _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
     holder = next((target for target in targets if target.method == method), None)
     for key, target in zip(keys, targets, strict=True):
         shared = bank if bank.suffixes and target.method == method else None
         layer = on.wrapped(target.path)
         layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
+
+
+@torch.no_grad()
+def _check_reads(target: Target, values: dict[str, torch.Tensor]) -> None:
+    """Refuses a method that reads the weight of a layer whose weight cannot be read.
+
+    Raises:
+        PeanutError: it does, there.
+    """
+    if target.frozen.unreadable(target.frozen.weight) is not None:
+        with naming(f"{target.method.name} at '{target.path}'"):
+            target.method.change(target.config, values, target.frozen)
 
 
 def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list[Target]:
@@ -80,8 +96,11 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
                         "take it out of one of them, or use two adapters",
                     )
                 resolved = own.for_layer(place)
-                part.check(resolved, on.frozen(place), place)
-                planned[place] = Target(place, on.frozen(place), part, resolved)
+                frozen = on.frozen(place)
+                with naming(f"'{place}'"):
+                    frozen.check()
+                part.check(resolved, frozen, place)
+                planned[place] = Target(place, frozen, part, resolved)
     if getattr(config, "bias", "none") == "all":
         biases = method_of("BITFIT")
         assert isinstance(biases, WeightMethod)
@@ -93,15 +112,19 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
 
 def _tied_to(on: Surgery, path: str) -> list[str]:
     """The paths of the other layers that share the weight of the layer at ``path``."""
-    own = on.frozen(path)
+    own = on.frozen(path).module
     modules = modules_by_path(on.model)
     return [
         other
         for other in each_once(modules, modules)
-        if (there := bare(modules[other])) is not own.module
-        and getattr(there, "weight", None) is own.weight
-        and kind_of(there) is not None
+        if (there := bare(modules[other])) is not own and same_weight(own, there) and kind_of(there) is not None
     ]
+
+
+def _follow(one: Target, other: Target) -> bool:
+    """Whether two layers are tied and have one set of tensors."""
+    follows = one.method.follows_ties and other.method.follows_ties
+    return follows and same_weight(one.frozen.module, other.frozen.module)
 
 
 def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
@@ -119,11 +142,12 @@ def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
 
 def _add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:
     """Puts an adapter behind the modules whose output it changes."""
+    check_by_layer(on.model)
     found, made = sites(on.model, config, method), []
     for site in found:
         resolved = config.for_layer(site.path)
         method.check(resolved, site)
-        beside = next(site.module.parameters(), None)
+        beside = some_tensor(site.module)
         if beside is None:
             raise PeanutError(f"'{site.path}', a {type(site.module).__name__}, has no weights", "a module with weights")
         start = partial(method.start, resolved, site)
@@ -145,7 +169,7 @@ def _add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConf
                 "a model that can be: a language model, BERT, RoBERTa, T5",
                 "use prompt tuning or P-tuning",
             )
-    beside: Any = stack.get_input_embeddings().weight
+    beside: Any = stored(stack.get_input_embeddings(), "weight")
     made = new.tensors(method, fitted, "", beside, partial(method.start, fitted, shape))
     on.holder(AdaptedInput).add(new.name, method, fitted, made)
     return fitted
@@ -177,7 +201,7 @@ def _add_mixture(on: Surgery, new: New, method: MixtureMethod[Any], config: Peft
             f"a mixture on {type(on.model).__name__}, an encoder and a decoder", "one stack", "use another method"
         )
     settings = stack.config.get_text_config(decoder=True)
-    beside: Any = stack.get_input_embeddings().weight
+    beside: Any = stored(stack.get_input_embeddings(), "weight")
     fitted: PeftConfig = method.fitted(config, settings.hidden_size)
     start = partial(method.start, fitted, settings.hidden_size, len(experts), len(layers))
     mixture = on.holder(AdaptedMixture)

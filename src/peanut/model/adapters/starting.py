@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import PeanutError
 from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
 from ..layers.layer import BIAS
 from ..layers.parameters import Parameters
 
-__all__ = ["New", "Target"]
+__all__ = ["New", "Target", "naming"]
 
 Values = dict[str, Tensor]
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Within the context an error says where it happened."""
+    try:
+        yield
+    except PeanutError as error:
+        raise PeanutError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,12 @@ class New:
         meta = self.waits(method, config)
         digest = hashlib.sha256(f"{self.seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        with torch.no_grad(), torch.device("meta" if meta or beside.is_meta else "cpu"):
+        where = f"{method.name} at '{path}'" if path else method.name
+        with naming(where), torch.no_grad(), torch.device("meta" if meta or beside.is_meta else "cpu"):
             values = start(generator)
-        dtype = torch.promote_types(beside.dtype, torch.float32) if self.wide else beside.dtype
-        if not dtype.is_floating_point:  # codes of a quantised weight
-            dtype = torch.float32
+        coded = not beside.is_floating_point() or beside.dtype.itemsize < 2  # a quantised weight
+        dtype = torch.float32 if coded else beside.dtype
+        dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
         rebuilt, device = method.rebuilt(config), torch.device("meta") if meta else beside.device
         return Parameters(
             {
@@ -85,8 +97,8 @@ class New:
     def in_layer(self, target: Target, alike: dict[Any, Values]) -> Parameters:
         """Its tensors in a layer; without storage they are the same for layers that look ``alike``."""
         method, config, frozen = target.method, target.config, target.frozen
-        module, weight = frozen.module, frozen.weight
-        look = (method, id(config), type(module), module.extra_repr(), weight.shape, weight.dtype)
+        module, beside = frozen.module, frozen.beside
+        look = (method, id(config), type(module), module.extra_repr(), beside.shape, beside.dtype)
 
         def start(generator: torch.Generator) -> Values:
             if look in alike:
@@ -99,4 +111,4 @@ class New:
                 alike[look] = values
             return values
 
-        return self.tensors(method, config, target.path, weight, start)
+        return self.tensors(method, config, target.path, beside, start)

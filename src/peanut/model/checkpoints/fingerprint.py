@@ -26,8 +26,8 @@ def fingerprint(adapters: AdapterSet, name: str) -> str | None:
     step = max(1, len(layers) // _LAYERS)
     samples: dict[str, list[float]] = {}
     for path, layer in layers[::step][:_LAYERS]:
-        weight = layer.frozen.weight
-        if weight.device.type == "meta" or layer.frozen.kind.quantised:
+        frozen, weight = layer.frozen, layer.frozen.weight
+        if frozen.kind.quantised or frozen.unreadable(weight) is not None or weight.is_meta:
             return None
         flat = weight.reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig
+from ...weights.stored import some_tensor
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..layers.layer import AdaptedLayer
@@ -178,7 +179,8 @@ _CIRCUMSTANCES = {
 
 def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Parameters, str, torch.device]]:
     """The tensors on the meta device by key: what holds them, under which suffix, and the device where they belong."""
-    first = next((parameter.device for parameter in adapters.model.parameters()), torch.device("cpu"))
+    some = some_tensor(adapters.model)
+    first = torch.device("cpu") if some is None else some.device
     held: list[tuple[str, Parameters, torch.device]] = []
     for place in adapters.places(name):
         near = (place.frozen.weight,) if isinstance(place, AdaptedLayer) else place.parameters()

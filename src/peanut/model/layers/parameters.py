@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ...weights.stored import bring_back
+
 __all__ = ["NamedModules", "Parameters", "Place"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -77,8 +79,11 @@ class Parameters(nn.Module):
             self.places[suffix] = (module._buffers if suffix in untrained else module._parameters, leaf)
 
     def values_by_suffix(self) -> dict[str, Tensor]:
-        """The tensors by suffix."""
-        return {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
+        """The tensors by suffix; those that accelerate has offloaded with the base are brought back for good."""
+        values = {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
+        if any(value.is_meta for value in values.values()):
+            bring_back(self)  # each stays the object that it is
+        return values
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         for owner, leaf in self.places.values():

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import PeanutError
 from ...operators import Between, Delta, LowRank
 from ...operators.delta import autocasts, product_dtype, recomputed
 from ...operators.inference import few_tokens
 from ...operators.random_bases import RandomBases
 from ...protocols import Change
 from ...weights import FrozenLayer, LayerKind, with_tensors
-from ...weights.made import current
+from ...weights.stored import stored
 
 __all__ = ["Plan", "for_samples"]
 
@@ -78,6 +79,14 @@ class Plan:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y for x; what else is given goes to the layer."""
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
+        # Of an adapter all tensors are there, or none.
+        one = change.delta or change.rotation or change.left or change.in_scale or change
+        if not x.is_meta and (one.is_meta or self.frozen.without_storage):
+            raise PeanutError(
+                "an input, and weights of the base or of an adapter that have no storage (on the meta device)",
+                "weights that are there",
+                "load them first",
+            )
         if self.ready is not None and not args and not kwargs and kind.fused(module):
             return self._fused(x, *self.ready, change)
         if not kind.multiplies or (
@@ -130,7 +139,8 @@ class Plan:
         W' is made again in the backward rather than kept.
         """
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
-        weight, bias = current(module, "weight"), current(module, "bias")  # in the backward the module may have others
+        # In the backward the module may have others.
+        weight, bias = self.frozen.readable(stored(module, "weight")), stored(module, "bias")
 
         def run(x: Tensor) -> Tensor:
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...errors import PeanutError
+from ...weights.stored import bring_back, copied
 from .calls import scattered
 from .hooks import input_of
 from .parameters import NamedModules
@@ -40,10 +40,7 @@ class SavedModule(nn.Module):
             wide: store the copy in float32 at least.
             memo: what has been copied for the same adapter already: what was tied stays so.
         """
-        memo = {} if memo is None else memo
-        for part in self.original_module.modules():  # what hooks made of parameters is made again
-            memo |= {id(x): x.detach().clone() for x in vars(part).values() if isinstance(x, Tensor) and not x.is_leaf}
-        own = copy.deepcopy(self.original_module, memo)
+        own = copied(self.original_module, memo)
         dtype = _dtype(own)
         if wide and dtype is not None:
             own = own.to(torch.promote_types(dtype, torch.float32))
@@ -58,7 +55,10 @@ class SavedModule(nn.Module):
         names = [name for name in self.state.active if name in self.modules_to_save]
         if self.state.call.disabled or not names:
             return self.original_module
-        return self.modules_to_save[names[0]]
+        own = self.modules_to_save[names[0]]
+        if any(value.is_meta for value in own.parameters()):
+            bring_back(own)  # what is trained is not offloaded with the base
+        return own
 
     def adopted(self) -> nn.Module:
         """The module that runs now, in the base's own dtype."""

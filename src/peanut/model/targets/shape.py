@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import ModelShape
+from ...weights.stored import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     size = getattr(settings, "head_dim", None) or getattr(settings, "d_kv", None) or settings.hidden_size // heads
 
     def embed(ids: Tensor) -> Tensor:
-        return embedding(ids.to(embedding.weight.device))  # type: ignore[no-any-return]
+        return embedding(ids.to(device_of(embedding, "weight")))  # type: ignore[no-any-return]
 
     return ModelShape(
         width=embedding.weight.shape[-1],
