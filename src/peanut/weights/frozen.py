@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.delta import recomputed
 from .kind import LayerKind, is_plain
-from .made import changes_in_training
+from .made import about_to_change
 from .readable import check_layer, unreadable
 from .stored import device_of, keeper, some_tensor, store, stored
 
@@ -53,7 +53,7 @@ class FrozenLayer:
     @property
     def away(self) -> bool:
         """Whether the weight is offloaded."""
-        own = getattr(self.module, "weight", None)
+        own = self.module._parameters.get("weight")
         return isinstance(own, Tensor) and own.is_meta and keeper(self.module) is not None
 
     @property
@@ -104,7 +104,7 @@ class FrozenLayer:
     def unreadable(self, weight: Any) -> str | None:
         """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
         kind, module = self.kind, self.module
-        if changes_in_training(module, "weight"):
+        if about_to_change(module, "weight"):
             return (
                 "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
                 "parametrizations, or eval() of the layer, would do)"

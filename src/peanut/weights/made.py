@@ -9,7 +9,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-__all__ = ["changes_in_training", "current", "is_made", "made_by"]
+from ..stack import in_a_forward
+
+__all__ = ["about_to_change", "current", "is_made", "made_by"]
 
 
 def made_by(hook: Any) -> str | None:
@@ -26,10 +28,10 @@ def is_made(module: nn.Module, name: str) -> bool:
     )
 
 
-def changes_in_training(module: nn.Module, name: str) -> bool:
-    """Whether the tensor is made by a hook that makes another one in each forward of training."""
+def about_to_change(module: nn.Module, name: str) -> bool:
+    """Whether a hook will make another tensor than the present one when the layer is called: in training."""
     hooks = () if name in module._parameters or not module.training else module._forward_pre_hooks.values()
-    return any(isinstance(hook, SpectralNorm) and hook.name == name for hook in hooks)
+    return any(isinstance(hook, SpectralNorm) and hook.name == name for hook in hooks) and in_a_forward()
 
 
 def current(module: nn.Module, name: str) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import PeanutError
 from ..operators import Dense
 from .kind import DTYPES, LayerKind, is_plain
+from .made import current
 
 __all__ = ["check_layer", "unreadable"]
 
@@ -26,7 +27,7 @@ def check_layer(module: Any) -> None:
     Raises:
         PeanutError: its weight has no shape yet, is complex, or is spread over several processes.
     """
-    weight = getattr(module, "weight", None)
+    weight = current(module, "weight")
     distributed = sys.modules.get("torch.distributed.tensor")
     if isinstance(weight, UninitializedParameter):
         raise PeanutError(

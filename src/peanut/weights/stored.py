@@ -58,7 +58,7 @@ def stored(module: nn.Module, name: str) -> Any:
 
 def device_of(module: nn.Module, name: str) -> torch.device:
     """Where ``stored`` finds the tensor."""
-    value: Tensor = getattr(module, name)
+    value: Tensor = current(module, name)
     hook = keeper(module) if value.is_meta else None
     return value.device if hook is None else torch.empty(0, device=hook.execution_device).device
 
@@ -70,7 +70,7 @@ def store(module: nn.Module, name: str, value: Tensor) -> None:
     Raises:
         PeanutError: it is away, and where it is nothing can be written.
     """
-    own: Tensor = getattr(module, name)
+    own: Tensor = current(module, name)
     hook = keeper(module) if own.is_meta else None
     if hook is None:
         own.copy_(value)
@@ -108,7 +108,7 @@ def check_by_layer(model: nn.Module) -> None:
 
 def same_weight(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules share their weight, also while it is away."""
-    a, b = getattr(one, "weight", None), getattr(other, "weight", None)
+    a, b = current(one, "weight"), current(other, "weight")
     if a is None or a is b:
         return a is b and a is not None
     away = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta and a.shape == b.shape

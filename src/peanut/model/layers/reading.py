@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ...errors import PeanutError
+from ...stack import in_a_function
 
-__all__ = ["Reading", "in_a_forward"]
+__all__ = ["Reading"]
 
-_CALL = nn.Module._call_impl.__code__
-_FUNCTION = torch.autograd.Function.apply.__code__
 _TOLD = frozenset(
     [
         *("__len__", "device", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous", "is_cpu"),
@@ -51,7 +49,7 @@ class Reading(Tensor):
             cls, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device, layout=weight.layout
         )
         made.weight, made.values, made.path, made.trains = weight, values, path, torch.is_grad_enabled()
-        made._is_param = True  # isinstance(…, nn.Parameter)
+        made._is_param = True  # isinstance(…, torch.nn.Parameter)
         return made
 
     def __init__(self, weight: Tensor, values: Callable[[], Tensor], path: str) -> None:
@@ -82,7 +80,7 @@ class Reading(Tensor):
 
     def _made(self) -> Tensor:
         """W'."""
-        if self.trains and _running(_FUNCTION):
+        if self.trains and in_a_function():
             raise self._refusal("read in a torch.autograd.Function, which would give the adapters no gradient")
         self.made = self.values()  # held, as a kernel may ask for its address
         return self.made
@@ -104,17 +102,3 @@ def _name(func: Any) -> str:
     """The name of a function of torch, or of the attribute that it reads."""
     name: str = getattr(func, "__name__", "")
     return func.__self__.__name__ if name == "__get__" else name
-
-
-def in_a_forward() -> bool:
-    """Whether a module is being called in this thread."""
-    return _running(_CALL)
-
-
-def _running(code: Any) -> bool:
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

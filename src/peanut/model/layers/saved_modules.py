@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...errors import PeanutError
+from ...stack import in_a_forward
 from ...weights.stored import bring_back, copied
 from .calls import scattered
 from .hooks import input_of
 from .parameters import NamedModules
-from .reading import Reading, in_a_forward
+from .reading import Reading
 from .state import AdapterState
 
 __all__ = ["SavedModule"]

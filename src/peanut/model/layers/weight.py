@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from ...operators import Diagonal
 from ...protocols import Change, PeftConfig, Values, WeightMethod
+from ...stack import in_a_forward
 from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
-from .reading import Reading, in_a_forward
+from .reading import Reading
 from .state import AdapterState
 
 __all__ = ["BIAS", "AdaptedWeight"]
