@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -314,6 +315,27 @@ class PeftModel(nn.Module):
             mode = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
 
+    # What Trainers ask
+
+    @property
+    def loss_type(self) -> Any:
+        """The base's, by which Trainers count the labels that a loss compares.
+
+        A causal loss has nothing that predicts the first label; behind virtual tokens it has, so all labels count.
+        """
+        methods = [method_of(self.peft_config[name].peft_type) for name in self.active_adapters]
+        virtual = [each for each in methods if isinstance(each, InputMethod) and each.prepends == "tokens"]
+        return "" if any(not each.own_loss for each in virtual) else getattr(self.get_base_model(), "loss_type", None)
+
+    def _get_name(self) -> str:
+        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels."""
+        base = self.get_base_model()
+        name: str = getattr(base, "_orig_mod", base)._get_name()
+        return name
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
         return made if self.shown is None else (_blank, self.shown, *made[2:])
@@ -369,7 +391,8 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
     forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
     forward.__doc__ = PeftModel.forward.__doc__
     parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
-    _SHOWN[own, base] = type(own.__name__, (own,), parts)
+    kind = re.search(r"For[A-Z].*", base.__name__)  # by it Trainers know the labels of question answering
+    _SHOWN[own, base] = type(own.__name__ + (kind[0] if kind else ""), (own,), parts)
     return _SHOWN[own, base]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from ..errors import PeanutError
 from ..files import write_files
+from .checkpoints import STATE_NAME, is_whole, whole_checkpoints
 from .config import RunConfig, differing_keys, load_config, to_yaml
-from .trainer import is_whole, whole_checkpoints
 
 __all__ = ["RunFolder"]
 
@@ -49,16 +50,34 @@ class RunFolder:
             )
 
     def begin(self, config: RunConfig, overwrite: bool) -> Path | None:
-        """Makes the folder ready for a run of ``config`` or the rest of it, and gives the checkpoint to go on from."""
+        """Makes the folder ready for a run of ``config`` or the rest of it, and gives the checkpoint to go on from.
+
+        It is called by the one process that has the folder, and removes what killed runs left half written.
+        """
         if overwrite:
             self._clear()
-        for folder in self._checkpoints():
-            if not is_whole(folder):
-                shutil.rmtree(folder)
+        for left in self._half_written():
+            if (left / STATE_NAME).is_file():  # it is no leftover: it was whole once
+                warnings.warn(f"'{left}' is damaged ({STATE_NAME}) and removed", stacklevel=2)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         if not self.config.is_file():
             write_files(self.path, {self.config.name: lambda path: path.write_text(to_yaml(config), encoding="utf-8")})
+        return self.latest()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
         whole = whole_checkpoints(self.path)
         return whole[-1] if whole else None
+
+    def _half_written(self) -> list[Path]:
+        """Checkpoints without an end, and the temporary files and folders in which ``files`` and others write."""
+        names = [own.name for own in (self.config, self.log, self.curve, self.adapter, self.metrics)]
+        patterns = [*(f".{name}.*" for name in names), "tmp-checkpoint-*"]
+        temporary = [left for pattern in patterns for left in self.path.glob(pattern)]
+        return [folder for folder in self._checkpoints() if not is_whole(folder)] + temporary
 
     def _check_same(self, config: RunConfig) -> None:
         keys = [key for key in differing_keys(load_config(self.config), config) if key != "output"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Sized
@@ -23,6 +22,16 @@ from transformers.utils.generic import can_return_loss, find_labels
 from ..errors import PeanutError
 from ..files import told
 from ..model.peft_model import PeftModel
+from .checkpoints import (
+    check_complete,
+    check_optimizer,
+    check_scheduler,
+    is_whole,
+    reading,
+    refused,
+    restore_best,
+    whole_checkpoints,
+)
 
 __all__ = ["AdapterTrainerMixin", "Trainer", "is_whole", "whole_checkpoints"]
 
@@ -69,9 +78,8 @@ class AdapterTrainerMixin(_Base):
             any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) if accepts is None else accepts
         )
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        self._loss_shifts_labels = shifts and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-        if self.label_smoother is not None and self._loss_shifts_labels:
-            self.label_smoother = partial(self.label_smoother, shift_labels=True)  # type: ignore[assignment]
+        if self.label_smoother is not None and shifts and not getattr(base.config, "is_encoder_decoder", False):
+            self.label_smoother = partial(_smoothed, self.label_smoother)  # type: ignore[assignment]
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss; where it is not the model's own, the active adapters' penalties are added here."""
@@ -158,8 +166,45 @@ class AdapterTrainerMixin(_Base):
         adapted = self._adapted()
         if adapted is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            _load_adapters(adapted, resume_from_checkpoint)
+            return
+        if not self._sharded:
+            check_complete(
+                Path(resume_from_checkpoint), processes=self.args.world_size, model_only=self.args.save_only_model
+            )
+        _load_adapters(adapted, resume_from_checkpoint)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether checkpoints have the files of DeepSpeed or FSDP for the optimiser."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _init_training_state(self, *args: Any) -> Any:
+        if args[3] is None or self._adapted() is None:
+            return super()._init_training_state(*args)
+        checkpoint = Path(args[3])
+        with reading(checkpoint, "trainer_state.json"):
+            found = super()._init_training_state(*args)
+        restore_best(self.state, checkpoint, Path(str(self.args.output_dir)))
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            read = checkpoint is not None and all(
+                Path(checkpoint, name).is_file() for name in ("optimizer.pt", "scheduler.pt")
+            )
+            if read and not self._sharded and self._adapted() is not None:
+                assert self.optimizer is not None
+                check_optimizer(self.optimizer)
+                check_scheduler(self.lr_scheduler, self.state.global_step, len(self.optimizer.param_groups))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "its random state"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         adapted, best = self._adapted(), self.state.best_model_checkpoint
@@ -188,29 +233,24 @@ class Trainer(AdapterTrainerMixin, transformers.Trainer):
     """
 
 
-def whole_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a run that were written to their end, oldest first."""
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {
-        int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.name.rpartition("-")[2].isdigit()
-    }
-    return [folder for _, folder in sorted(steps.items()) if is_whole(folder)]
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes ``trainer_state.json`` last."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and checkpoint.name == f"{PREFIX_CHECKPOINT_DIR}-{state.get('global_step')}"
+def _smoothed(
+    smoother: Any, outputs: Any, labels: torch.Tensor, shift_labels: bool = True, **more: Any
+) -> torch.Tensor:
+    """The smoothed loss of a causal model, also if it is compiled or has virtual tokens, which have no labels."""
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    labels = nn.functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=smoother.ignore_index)
+    loss: torch.Tensor = smoother(outputs, labels, shift_labels=True, **more)
+    return loss
 
 
 def _load_adapters(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Gives every adapter of the model the values in ``folder``, where ``save_pretrained`` put them."""
     for name in model.peft_config:
         source = Path(folder) if name == "default" else Path(folder) / name
-        model.load_adapter(source, name, is_trainable=True)
+        try:
+            model.load_adapter(source, name, is_trainable=True)
+        except PeanutError as error:
+            raise refused(Path(folder), error.found) from error
 
 
 def _is_failed_write(error: BaseException) -> bool:

@@ -1,0 +1,28 @@
+"""What other libraries raise over a damaged file, as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import PeanutError
+
+__all__ = ["told_as"]
+
+
+@contextmanager
+def told_as(found: str, expected: str, do: str) -> Iterator[None]:
+    """Turns every error of another library into ``found``, its reason, ``expected`` and ``do``.
+
+    pickle, zip, JSON, tokenizers and configs fail in many types over content that they do not expect. A missing module
+    and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except (PeanutError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PeanutError(f"{found}: {reason}", expected, do) from error

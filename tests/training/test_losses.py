@@ -1,0 +1,128 @@
+"""What transformers' own Trainer makes of our models: the loss, smoothed or not, and the labels are the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from peanut import LoraConfig, PeftModel, get_peft_model
+from peanut.methods.prompt_tuning import PromptTuningConfig
+from peanut.training.trainer import Trainer
+
+Builder = Callable[..., hf.PreTrainedModel]
+Batch = dict[str, Tensor]
+
+X = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(0))
+PADDED = X.masked_fill(torch.arange(8) > 5, -100)
+KINDS: dict[str, tuple[str, type[hf.PreTrainedModel], str, Batch]] = {
+    "causal": ("tiny_llama", hf.LlamaForCausalLM, "CAUSAL_LM", {"input_ids": X, "labels": PADDED}),
+    "old causal": ("tiny_gpt2", hf.GPT2LMHeadModel, "CAUSAL_LM", {"input_ids": X, "labels": PADDED}),
+    "encoder-decoder": (
+        "tiny_t5",
+        hf.T5ForConditionalGeneration,
+        "SEQ_2_SEQ_LM",
+        {"input_ids": X, "labels": PADDED, "decoder_input_ids": X},
+    ),
+    "classes": ("tiny_bert", hf.BertForSequenceClassification, "SEQ_CLS", {"input_ids": X, "labels": X[:, 0] % 2}),
+    "tokens": ("tiny_bert", hf.BertForTokenClassification, "TOKEN_CLS", {"input_ids": X, "labels": X % 2}),
+    "questions": (
+        "tiny_bert",
+        hf.BertForQuestionAnswering,
+        "QUESTION_ANS",
+        {"input_ids": X, "start_positions": X[:, 0] % 8, "end_positions": X[:, 1] % 8},
+    ),
+}
+
+
+@pytest.fixture
+def tiny_t5() -> Builder:
+    sizes = {"vocab_size": 101, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    return lambda kind: kind(hf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+
+
+def trainer(model: nn.Module, folder: Path, smoothing: float = 0.0, kind: type[hf.Trainer] = hf.Trainer) -> hf.Trainer:
+    arguments = hf.Seq2SeqTrainingArguments if kind is hf.Seq2SeqTrainer else hf.TrainingArguments
+    options = {"label_smoothing_factor": smoothing, "use_cpu": True, "report_to": "none"}
+    return kind(model, arguments(str(folder), **options))  # type: ignore[arg-type]
+
+
+def losses(of: hf.Trainer, batch: Batch) -> list[Tensor]:
+    """The loss of a training step, of the half of a step of two batches, and of an evaluation."""
+    assert of.model is not None
+    of.model.eval()  # no dropout
+    found = [
+        of.compute_loss(
+            of.model, dict(batch), num_items_in_batch=of._get_num_items_in_batch(batches, torch.device("cpu"))
+        )
+        for batches in ([batch], [batch, batch])
+    ]
+    return [*found, of.prediction_step(of.model, dict(batch), prediction_loss_only=True)[0]]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [hf.Trainer, hf.Seq2SeqTrainer, Trainer])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_is_the_bases(
+    name: str, kind: type[hf.Trainer], smoothing: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    fixture, model_class, task, batch = KINDS[name]
+    build: Builder = request.getfixturevalue(fixture)
+    torch.manual_seed(0)
+    base = build(model_class)
+    plain = trainer(base, tmp_path, smoothing)
+    expected = losses(plain, batch)
+    ours = trainer(get_peft_model(base, LoraConfig(r=2, task_type=task)), tmp_path, smoothing, kind)
+    torch.testing.assert_close(losses(ours, batch), expected)
+    for what in ("label_names", "can_return_loss", "model_accepts_loss_kwargs", "_loss_shifts_labels"):
+        assert getattr(ours, what) == getattr(plain, what), what
+
+
+def test_a_smoothed_causal_loss_compares_each_logit_with_the_next_token(tiny_llama: Builder, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False)).eval()
+    logs = model(X).logits[:, :-1].log_softmax(-1)
+    kept = PADDED[:, 1:] != -100
+    nll = -logs.gather(-1, X[:, 1:, None])[..., 0][kept].mean()
+    expected = 0.9 * nll - 0.1 * logs.mean(-1)[kept].mean()
+    found = losses(trainer(model, tmp_path, 0.1), {"input_ids": X, "labels": PADDED})
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[2], expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_compiled_model_has_the_same_loss_in_our_trainer(
+    tiny_llama: Builder, tmp_path: Path, smoothing: float
+) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False))
+    batch = {"input_ids": X, "labels": PADDED}
+    expected = losses(trainer(model, tmp_path, smoothing, Trainer), batch)
+    compiled: Any = torch.compile(model, disable=True)  # the wrapper alone is what Trainers see
+    torch.testing.assert_close(losses(trainer(compiled, tmp_path, smoothing, Trainer), batch), expected)
+    model.compile(disable=True)  # in place: transformers' own Trainer sees what it is
+    torch.testing.assert_close(losses(trainer(model, tmp_path, smoothing), batch), expected)
+
+
+@pytest.mark.parametrize("kind", [hf.Trainer, Trainer])
+def test_behind_virtual_tokens_every_label_counts(tiny_llama: Builder, tmp_path: Path, kind: type[hf.Trainer]) -> None:
+    """The last virtual token predicts the first label, so a batch's loss is the mean over one more label a row."""
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3)).eval()
+    whole, half, seen = losses(trainer(model, tmp_path, 0.0, kind), {"input_ids": X, "labels": PADDED})
+    own = model(X, labels=PADDED).loss
+    torch.testing.assert_close([whole, half, seen], [own, own / 2, own])
+    logs = model(X).logits[:, 2:-1].log_softmax(-1)
+    torch.testing.assert_close(own, -logs.gather(-1, X[..., None])[..., 0][PADDED != -100].mean())
+    smoothed = losses(trainer(model, tmp_path, 0.1, Trainer), {"input_ids": X, "labels": PADDED})[0]
+    torch.testing.assert_close(smoothed, 0.9 * own - 0.1 * logs.mean(-1)[PADDED != -100].mean())
+
+
+def test_the_name_that_is_printed_is_ours(tiny_llama: Builder) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2))
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert isinstance(model, PeftModel)
+    assert repr(model).startswith("PeftModelForCausalLM(\n  (base_model): LoraModel(\n    (model): LlamaForCausalLM(")
+    assert repr(nn.Sequential(model)).startswith("Sequential(\n  (0): PeftModelForCausalLM(")
