@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peanut.errors import PeanutError, nearest
-from peanut.files import write_files, write_json
+from peanut.files import make_folder, write_files, write_json
 from peanut.lab.assets import fetch
 from peanut.lab.reviews import Contestant, Outcome, print_table, report, train_alone, write_rows
 from peanut.lab.settings import STACKS
 from peanut.protocols import METHODS
+from peanut.training.lock import alone
 from peanut.training.terminal import quiet
 
 from .calibration import compare_calibration, print_calibration
@@ -106,18 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in CONTESTANTS:
                 raise PeanutError(f"--only {name!r}", "names of the table", f"nearest: {nearest(name, CONTESTANTS)}")
         base, reviews = fetch("minilm"), fetch("movie-reviews")
-        write_rows(reviews, options.output / "data", options.rows, options.held_back)
-        with ThreadPoolExecutor(options.at_once) as pool:
-            outcomes = list(
-                pool.map(lambda name: train_alone(name, CONTESTANTS[name], base, options.output), options.only)
-            )
-        chosen = {name: CONTESTANTS[name] for name in options.only}
-        write_picture(options.output, outcomes)
-        found = report(chosen, outcomes, options.rows, options.held_back)
-        if {"LoRA", "variational LoRA"} <= chosen.keys():
-            found["calibration"] = compare_calibration(options.output)
-            print_calibration(found["calibration"])
-        write_json(options.output / "outcomes.json", found)
+        with alone(make_folder(options.output)):  # another run would change the rows under this one
+            write_rows(reviews, options.output / "data", options.rows, options.held_back)
+            with ThreadPoolExecutor(options.at_once) as pool:
+                outcomes = list(
+                    pool.map(lambda name: train_alone(name, CONTESTANTS[name], base, options.output), options.only)
+                )
+            chosen = {name: CONTESTANTS[name] for name in options.only}
+            write_picture(options.output, outcomes)
+            found = report(chosen, outcomes, options.rows, options.held_back)
+            if {"LoRA", "variational LoRA"} <= chosen.keys():
+                found["calibration"] = compare_calibration(options.output)
+                print_calibration(found["calibration"])
+            write_json(options.output / "outcomes.json", found)
     except PeanutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 
@@ -39,6 +40,7 @@ app.command(context_settings=FLAGS, add_help_option=False)(bench)
 
 def main() -> None:
     """Runs the command line; a wrong input is one line on standard error and the exit status 2."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
     except PeanutError as error:

