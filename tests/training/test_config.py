@@ -114,3 +114,63 @@ def test_refuses_a_file_that_is_no_config(tmp_path: Path, text: str, message: st
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(PeanutError, match=r"cannot read .*No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+ALIASES = "z0: &b0 [x, x, x]\n" + "".join(f"z{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("".join("  " * depth + "a:\n" for depth in range(1500)), "nested too deeply"),
+        (ALIASES, "more than 100,000 values"),
+        ("a: &a [*a]\n", "an alias stands within what it names"),
+        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands twice, in line 3"),
+        ("a: " + "9" * 6000, "limit"),
+        ("a: 2024-13-45\n", "month"),
+        ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("a:\n\tb: 1\n", "cannot start any token"),
+        ("a: 1\0\n", "special characters are not allowed"),
+        ("? [1]\n: 2\n", "unhashable key"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(PeanutError, match=message) as caught:
+        parse_yaml(text)
+    assert str(caught.value).startswith("not YAML: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_and_merges_are_read() -> None:
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n")["b"] == {"x": 1, "y": 3}
+
+
+def test_whole_numbers_are_those_of_yaml_1_2() -> None:
+    assert parse_yaml("[0, -7, +7, 1_000, 0x1F, 0o17]") == [0, -7, 7, 1000, 31, 15]
+    assert parse_yaml("[010, 1:30]") == ["010", "1:30"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("output", "a\0b", r"output is 'a\\x00b'; expected text that a file can hold"),
+        ("model.path", "a\ud800", r"model.path is 'a\\ud800'; expected text that a file can hold"),
+        ("training.epochs", True, "training.epochs is True; expected no boolean"),
+        ("training.seed", False, "training.seed is False; expected no boolean"),
+        ("training.epochs", float("inf"), "training.epochs is inf; expected a finite number"),
+        ("training.warmup", float("inf"), "training.warmup is inf; expected a finite number"),
+        pytest.param("training.steps", 16**6000, "training.steps is a number of thousands of digits", id="huge"),
+        ("training.batch_size", 2**63, "training.batch_size is 9223372036854775808; expected a number of at most"),
+    ],
+)
+def test_values_of_another_kind_are_refused(key: str, value: object, message: str) -> None:
+    with pytest.raises(PeanutError, match=message) as caught:
+        load_config(MINIMAL, {key: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{1: 2, **MINIMAL}, {**MINIMAL, "training": {3: 4}}, {**MINIMAL, "adapter": {3: 4}}])
+def test_keys_are_text(values: dict[Any, Any]) -> None:
+    with pytest.raises(PeanutError, match=r"has the key .*expected keys of text"):
+        load_config(values)

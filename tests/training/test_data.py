@@ -140,3 +140,22 @@ def test_columns_are_checked(tmp_path: Path) -> None:
         check_column(rows, "text", "data.text", "rows")
     with pytest.raises(PeanutError, match="column 'n' of 'rows' holds int64; expected text"):
         check_column(rows, "n", "data.text", "rows", kind="text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("deep.jsonl", '{"text": ' + "[" * 100_000, "line 1 of .* is not JSON: maximum recursion depth"),
+        ("deep.json", "[" * 100_000, "is not JSON: maximum recursion depth"),
+        ("nested.jsonl", '{"a":' * 900 + "1" + "}" * 900, "a value in .* is nested too deeply"),
+        ("digits.jsonl", '{"text": "a", "n": ' + "9" * 6000 + "}", "is not JSON: Exceeds the limit"),
+        ("big.jsonl", '{"n": ' + "9" * 40 + "}", "column 'n' of .*: Python int too large"),
+        ("half.jsonl", '{"text": "\\ud800"}', "column 'text' of .* surrogates not allowed"),
+        ("twice.csv", "text,text\na,b\n", "has the column 'text' twice"),
+    ],
+)
+def test_hostile_data_is_refused_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PeanutError, match=message) as caught:
+        read_rows(str(tmp_path / name))
+    assert "\n" not in str(caught.value)

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import PeanutError, nearest
-from .sections import RunConfig, TaskName
+from .sections import DataSection, RunConfig, TaskName
 
-__all__ = ["RunConfig", "differing_keys", "load_config", "parse_yaml", "to_yaml"]
+__all__ = ["RunConfig", "data_section", "differing_keys", "load_config", "parse_yaml", "to_yaml"]
 
 
 def load_config(
@@ -44,6 +44,19 @@ def load_config(
         raise _one_line(error.errors()[0], name) from None
 
 
+def data_section(values: Mapping[str, Any], name: str) -> DataSection:
+    """The data section that a file holds, less where its rows come from.
+
+    Raises:
+        PeanutError: a key is unknown, or a value is out of range.
+    """
+    try:
+        return DataSection.model_validate({**values, "train": ""})
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise _one_line({**found, "loc": ("data", *found["loc"])}, name) from None
+
+
 def to_yaml(config: RunConfig) -> str:
     """The run as YAML, every key with its value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -56,10 +69,19 @@ def parse_yaml(text: str) -> Any:
         PeanutError: it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise PeanutError(f"not YAML: {reason}", "key: value lines", "correct it") from None
+    except RecursionError:
+        reason = "nested too deeply"
+    except (ValueError, OverflowError) as error:  # a date or a number that cannot be
+        reason = next(iter(str(error).splitlines()), "")
+    raise PeanutError(f"not YAML: {reason}", "key: value lines", "correct it")
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
@@ -69,12 +91,51 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with YAML 1.2's floats: PyYAML alone reads 1e-3 as a string."""
+    """YAML with YAML 1.2's numbers: PyYAML alone reads 1e-3 as a string, 010 as 8 and 1:30 as 90."""
 
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag != _INT]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+|0o[0-7]+)$"), list("-+0123456789"))
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+
+
+_MOST = 100_000
+"""The most values of a file: a few lines of aliases of aliases stand for billions."""
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for, each alias counted with all that it repeats.
+
+    Raises:
+        yaml.YAMLError: too many, an alias within what it names, or a key that stands twice in a mapping.
+    """
+    if node in sizes:
+        if not sizes[node]:
+            raise yaml.YAMLError("an alias stands within what it names")
+        return sizes[node]
+    sizes[node] = 0
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[tuple[str, Any]] = set()
+        for key, value in node.value:
+            known = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else ("", id(key))
+            if known in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, in line {key.start_mark.line + 1}")
+            seen |= {known} if key.tag != "tag:yaml.org,2002:merge" else set()
+            inner += key, value
+    elif isinstance(node, yaml.SequenceNode):
+        inner += node.value
+    sizes[node] = 1 + sum(_size(each, sizes) for each in inner)
+    if sizes[node] > _MOST:
+        raise yaml.YAMLError(f"more than {_MOST:,} values")
+    return sizes[node]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -128,6 +189,8 @@ def _one_line(error: ErrorDetails, name: str) -> PeanutError:
         elsewhere = [f"{field}.{last}" for field, inner in sections.items() if inner and last in inner.model_fields]
         do = f"nearest: {nearest(elsewhere[0] if elsewhere else key, elsewhere or known)}"
         return PeanutError(f"{name} has the key {key!r}", "a known key", do)
+    if error["type"] == "invalid_key":
+        return PeanutError(f"{name} has the key {key}", "keys of text", "correct it, or write it in quotes")
     if error["type"] == "missing":
         inner = _section(section.model_fields[key.rpartition(".")[2]].annotation)
         if inner is not None:
@@ -138,10 +201,10 @@ def _one_line(error: ErrorDetails, name: str) -> PeanutError:
         expected = "a section with keys such as " + ", ".join(list(inner.model_fields)[:3]) if inner else expected
     elif key == "task":
         expected = "one of " + ", ".join(get_args(TaskName))
-        do = f"nearest: {nearest(str(error['input']), get_args(TaskName), 1)}"
+        do = f"nearest: {nearest(_shown(error['input']), get_args(TaskName), 1)}"
     elif key == "training.eval_every":
         expected = "a whole number of at least 1, or 'epoch'"
-    return PeanutError(f"{key} is {error['input']!r}", expected, do)
+    return PeanutError(f"{key} is {_shown(error['input'])}", expected, do)
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
@@ -159,3 +222,11 @@ def _place(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: Python refuses to write out an integer of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"

@@ -40,7 +40,14 @@ def read_rows(source: str, *, text_columns: Iterable[str] = (), subset: str | No
     if path.is_dir():
         rows = _read_image_folder(path)
     elif path.exists() or path.suffix.lower() in _READERS:
-        rows = datasets.Dataset(_read_file(path, tuple(text_columns)))
+        table = _read_file(path, tuple(text_columns))
+        twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+        if twice:
+            raise PeanutError(f"'{path}' has the column {twice[0]!r} twice", "each name once", "rename or remove one")
+        try:
+            rows = datasets.Dataset(table)
+        except RecursionError:
+            raise PeanutError(f"a value in '{path}' is nested too deeply", "lists and objects", "correct it") from None
     else:
         rows = _read_hub(source, subset)
     if len(rows) == 0:
@@ -122,7 +129,7 @@ def _read_json(path: Path, _: tuple[str, ...]) -> pa.Table:
     if text.lstrip().startswith("["):
         try:
             numbered = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise PeanutError(f"'{path}' is not JSON: {error}", "a list of objects", "correct it") from None
     else:
         # Not splitlines: JSON may hold U+2028 and its like, which that takes for ends of lines.
@@ -131,7 +138,7 @@ def _read_json(path: Path, _: tuple[str, ...]) -> pa.Table:
                 continue
             try:
                 numbered.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise PeanutError(
                     f"line {number} of '{path}' is not JSON: {error}", "one object a line", "correct it"
                 ) from None
@@ -145,7 +152,7 @@ def _read_json(path: Path, _: tuple[str, ...]) -> pa.Table:
 def _column(values: list[Any], name: str, path: Path) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PeanutError(
             f"column {name!r} of '{path}' mixes kinds of values: {next(iter(str(error).splitlines()), '')}",
             "one kind a column",

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeanutError
 from ..files import read_json, write_json
 from ..model.peft_model import PeftModel, get_peft_model
-from ..protocols import PeftConfig
+from ..protocols import PeftConfig, TaskType
 from ..protocols.config import CONFIG_NAME
+from .config import data_section
+from .foreign import told_as
 from .sections import AdapterSection, DataSection, RunConfig
 from .tasks import TASKS, CausalLM, Task, TextClassification
 
-__all__ = ["Trained", "build_model", "load_base", "load_trained", "model_config", "save_task"]
+__all__ = ["Trained", "build_model", "empty_base", "load_base", "load_trained", "model_config", "save_task"]
 
 TASK_NAME = "task.json"
 _WHERE = {"train", "eval", "subset", "eval_fraction", "limit", "eval_limit"}
@@ -57,6 +61,13 @@ def model_config(path: str, task: Task, processor: Any, revision: str | None = N
     return config
 
 
+def empty_base(task: Task, config: PreTrainedConfig, dtype: torch.dtype, path: str) -> PreTrainedModel:
+    """The base model of a config, without weights."""
+    with _loading(path), torch.device("meta"):
+        model: PreTrainedModel = getattr(transformers, task.model_class).from_config(config, dtype=dtype)
+    return model
+
+
 def load_base(
     path: str, task: Task, processor: Any, dtype: str = "auto", revision: str | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -67,7 +78,7 @@ def load_base(
     """
     config = model_config(path, task, processor, revision)
     model_class = getattr(transformers, task.model_class)
-    try:
+    with _loading(path):
         model, report = model_class.from_pretrained(
             path,
             config=config,
@@ -76,8 +87,6 @@ def load_base(
             ignore_mismatched_sizes=task.trains_head,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from None
     missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     heads = head_names(model) if task.trains_head else []
     # A pooler that the checkpoint lacks starts at random, so it is trained like the head.
@@ -154,10 +163,14 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
 def _task_of(folder: Path, config: PeftConfig, base: str) -> Task:
     """The task that a folder records or, for an adapter from elsewhere, that its config and its head imply."""
     if (folder / TASK_NAME).is_file():
-        stored = read_json(folder / TASK_NAME)
-        if not isinstance(stored, dict) or stored.get("task") not in TASKS:
-            raise PeanutError(f"'{folder / TASK_NAME}' names no task", f"one of {', '.join(TASKS)}", "train again")
-        return TASKS[stored["task"]](DataSection(train="", **stored["data"]), stored["labels"])
+        task, kind = _read_task(folder / TASK_NAME), config.task_type
+        if {task.task_type, kind} == {TaskType.CAUSAL_LM, TaskType.SEQ_CLS}:
+            raise PeanutError(
+                f"'{folder / TASK_NAME}' names the task {task.name} and {CONFIG_NAME} {TaskType(kind).value}",
+                "one adapter's files",
+                "copy them together, or train again",
+            )
+        return task
     kind = str(getattr(config.task_type, "value", config.task_type))
     if kind == "CAUSAL_LM":
         return CausalLM(_default_data(base))
@@ -170,6 +183,23 @@ def _task_of(folder: Path, config: PeftConfig, base: str) -> Task:
     )
 
 
+def _read_task(path: Path) -> Task:
+    """The task that ``save_task`` wrote; nothing in the file is believed."""
+    stored = read_json(path)
+    name = stored.get("task") if isinstance(stored, dict) else None
+    if not isinstance(name, str) or name not in TASKS:
+        raise PeanutError(f"'{path}' names no task", f"one of {', '.join(TASKS)}", "train again")
+    labels, data = stored.get("labels"), stored.get("data")
+    classes = TASKS[name].has_classes
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise PeanutError(f"'{path}' has no list of labels", "the names of the classes", "train again")
+    if classes != bool(labels) or len(set(labels)) < len(labels):
+        raise PeanutError(f"'{path}' has {len(labels)} labels for {name}", "each class once", "train again")
+    if not isinstance(data, dict):
+        raise PeanutError(f"'{path}' does not say how data is read", "its section data", "train again")
+    return TASKS[name](data_section(data, f"'{path}'"), labels)
+
+
 def _default_data(base: str) -> DataSection:
     """The data section's defaults, as far as the base model reaches."""
     data = DataSection(train="")
@@ -179,18 +209,21 @@ def _default_data(base: str) -> DataSection:
 
 def _classes(folder: Path) -> int:
     """How many classes the stored head tells apart."""
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".classifier." in key or ".score." in key]  # noqa: SIM118
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PeanutError(f"cannot read '{path}': {error}", "a whole safetensors file", "save it again") from None
+    rows = [shape[0] for key, shape in shapes.items() if shape and (".classifier." in key or ".score." in key)]
     if not rows:
         raise PeanutError(f"the adapter '{folder}' holds no classifier", "a trained head", "train one")
     return int(min(rows))
 
 
 def _read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
-    try:
+    with _loading(path):
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from None
     return config
 
 
@@ -198,6 +231,5 @@ def _inside(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
-def _no_model(path: str, error: Exception) -> PeanutError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return PeanutError(f"cannot load the model '{path}': {reason}", "a model's folder or a hub id", "check model.path")
+def _loading(path: str) -> AbstractContextManager[None]:
+    return told_as(f"cannot load the model '{path}'", "a model's folder or a hub id", "check model.path")

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..model.peft_model import PeftModel, get_peft_model
 from .config import RunConfig
-from .model import adapter_config, head_names, model_config
+from .model import adapter_config, empty_base, head_names, model_config
 from .tasks import Task
 
 __all__ = ["Memory", "Plan", "make_plan", "precision"]
@@ -81,10 +80,8 @@ def make_plan(config: RunConfig, task: Task, processor: Any, train_rows: int, ev
         train_rows, eval_rows: how many rows there are.
     """
     base = model_config(config.model.path, task, processor, config.model.revision)
-    dtype = base.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    model_class = getattr(transformers, task.model_class)
-    with torch.device("meta"):
-        model = model_class.from_config(base, dtype=dtype or torch.float32)
+    dtype: Any = base.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    model = empty_base(task, base, dtype or torch.float32, config.model.path)
     heads = head_names(model) if task.trains_head else []
     adapted = get_peft_model(model, adapter_config(config.adapter, task, config.model.path, heads))
     adapters = adapted.adapters

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 __all__ = [
     "AdapterSection",
@@ -29,6 +29,17 @@ class Section(BaseModel):
     """A part of the run's description; a key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("Input should be no boolean")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("Input should be a number of at most 18 digits")
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+            raise ValueError("Input should be text that a file can hold: no NUL, no half of a character")
+        return value
 
 
 class ModelSection(Section):
@@ -122,7 +133,7 @@ class TrainingSection(Section):
         patience: stop when the metric has not improved for so many evaluations.
     """
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
     eval_batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -130,7 +141,7 @@ class TrainingSection(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     head_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[float, Field(ge=0), AfterValidator(_part_or_whole)] = 0.06
+    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_part_or_whole)] = 0.06
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -24,6 +24,7 @@ class ClassTask(Task):
     """A task whose answer is a class: accuracy, F1, and for two classes Matthews' correlation."""
 
     metric_names = ("accuracy", "f1", "matthews", "loss")
+    has_classes = True
 
     @property
     def trains_head(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import PeanutError
 from ..data import check_column
+from ..foreign import told_as
 from .classes import ClassTask
 
 if TYPE_CHECKING:
@@ -47,16 +48,9 @@ class ImageClassification(ClassTask):
     def load_processor(self, path: str | Path, revision: str | None = None) -> Any:
         from transformers import AutoImageProcessor
 
-        try:
+        with told_as(f"'{path}' has no image processor", "a model's folder with one", "copy preprocessor_config.json"):
             # One backend, so that training and evaluation resize alike on every machine.
             return AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-        except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise PeanutError(
-                f"'{path}' has no image processor: {reason}",
-                "a model's folder with one",
-                "copy preprocessor_config.json",
-            ) from None
 
     def encode(self, rows: Dataset, processor: Any, source: str) -> Dataset:
         targets = self.targets(rows, source)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import PeanutError
 from ...protocols import TaskType
+from ..foreign import told_as
 from ..sections import DataSection
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Task(ABC):
     task_type: ClassVar[TaskType | None]
     metric_names: ClassVar[tuple[str, ...]]
     """The metrics; the first one decides which checkpoint is the best unless the config says otherwise."""
+
+    has_classes: ClassVar[bool] = False
+    """Whether the answer is a class, so that ``labels`` names all of them."""
 
     packs: ClassVar[bool] = False
     """Whether rows are joined and cut into pieces, so that splits and limits count pieces."""
@@ -107,11 +111,8 @@ class TextTask(Task):
     def load_processor(self, path: str | Path, revision: str | None = None) -> Any:
         from transformers import AutoTokenizer
 
-        try:
+        with told_as(f"'{path}' has no tokenizer", "a model's folder with one", "copy it"):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise PeanutError(f"'{path}' has no tokenizer: {reason}", "a model's folder with one", "copy it") from None
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise PeanutError(f"the tokenizer of '{path}' has no padding token", "one, or an end token", "set one")
