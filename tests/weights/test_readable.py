@@ -181,7 +181,7 @@ def test_real_input_and_a_weight_without_storage(what: str) -> None:
     model = get_peft_model(net, LoraConfig(target_modules=["layer"], r=2), low_cpu_mem_usage=what == "adapter")
     if what == "base":
         model.adapters.model.layer.adapters["default"].to_empty(device="cpu")
-    with pytest.raises(PeanutError, match=r"no storage \(on the meta device\); expected weights that are there"):
+    with pytest.raises(PeanutError, match=r"no storage .*on the meta device\); expected weights that are there"):
         model(torch.ones(2, 12))
     meta: Tensor = model.to("meta")(torch.ones(2, 12, device="meta"))
     assert meta.shape == (2, 20)

@@ -16,14 +16,6 @@ __all__ = ["Operator"]
 class Operator:
     """A frozen dataclass of tensors, other operators and plain values; two of them are equal if they are one."""
 
-    @property
-    def is_meta(self) -> bool:
-        """Whether a tensor of it has no storage."""
-        for value in self.__dict__.values():  # asked in every forward, so without a generator
-            if value is not None and isinstance(value, (Tensor, Operator)) and value.is_meta:
-                return True
-        return False
-
     def to(self, dtype: torch.dtype) -> Self:
         """The same with its floating-point tensors in ``dtype``; gradients flow back through the cast."""
         return type(self)(**{name: _cast(value, dtype, "to") for name, value in vars(self).items()})

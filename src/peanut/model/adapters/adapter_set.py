@@ -323,13 +323,17 @@ class AdapterSet(Surgery):
         for _, layer in self.layers():
             layer.check_merge(merged, active)
         tied = _shared_parameters(self.model)
+
+        def shares(layer: AdaptedLayer) -> bool:
+            return id(layer.base_layer._parameters.get("weight")) in tied
+
         try:
             for _, layer in self.layers():
-                layer.merge([name for name in active if name in merged], shared=id(layer.weight) in tied)
+                layer.merge([name for name in active if name in merged], shared=shares(layer))
         except BaseException:
             for _, layer in self.layers():
                 layer.unmerge()
-                layer.merge([name for name in active if name in before], shared=id(layer.weight) in tied)
+                layer.merge([name for name in active if name in before], shared=shares(layer))
             raise
         self.state.merged, self.state.active = merged, active
 

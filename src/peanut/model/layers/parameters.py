@@ -81,8 +81,10 @@ class Parameters(nn.Module):
     def values_by_suffix(self) -> dict[str, Tensor]:
         """The tensors by suffix; those that accelerate has offloaded with the base are brought back for good."""
         values = {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
-        if any(value.is_meta for value in values.values()):
-            bring_back(self)  # each stays the object that it is
+        for value in values.values():  # asked in every forward, so without a generator
+            if value.is_meta:
+                bring_back(self)  # each stays the object that it is
+                break
         return values
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

@@ -79,11 +79,9 @@ class Plan:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y for x; what else is given goes to the layer."""
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
-        # Of an adapter all tensors are there, or none.
-        one = change.delta or change.rotation or change.left or change.in_scale or change
-        if not x.is_meta and (one.is_meta or self.frozen.without_storage):
+        if self.frozen.without_storage and not x.is_meta:
             raise PeanutError(
-                "an input, and weights of the base or of an adapter that have no storage (on the meta device)",
+                "an input, and weights of the base that have no storage (on the meta device)",
                 "weights that are there",
                 "load them first",
             )
