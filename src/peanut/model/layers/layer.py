@@ -34,16 +34,16 @@ class AdaptedLayer(AdaptedWeight):
     """
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
-        made: Any = self.base_layer._modules.get("parametrizations")
-        if made is not None:
-            with parametrize.cached():  # what is read is what the layer computes with
-                for name in made:
-                    getattr(self.base_layer, name)
-                return self._computed(*given, **named)
-        return self._computed(*given, **named)
+        base: Any = self._modules["base_layer"]
+        x, args, kwargs = (given[0], given[1:], named) if given else input_of(base, given, named)
+        if "parametrizations" not in base._modules:
+            return self._computed(x, *args, **kwargs)
+        with parametrize.cached():  # what is read is what the layer computes with
+            for name in base.parametrizations:
+                getattr(base, name)
+            return self._computed(x, *args, **kwargs)
 
-    def _computed(self, *given: Any, **named: Any) -> Tensor:
-        x, args, kwargs = input_of(self.base_layer, given, named)
+    def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = self.state.call
         self.state.check(call)
         if call.disabled:

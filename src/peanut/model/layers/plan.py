@@ -79,14 +79,14 @@ class Plan:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y for x; what else is given goes to the layer."""
         kind, module, change = self.frozen.kind, self.frozen.module, self.change
+        if self.ready is not None and not args and not kwargs and kind.fused(module):
+            return self._fused(x, *self.ready, change)
         if self.frozen.without_storage and not x.is_meta:
             raise PeanutError(
                 "an input, and weights of the base that have no storage (on the meta device)",
                 "weights that are there",
                 "load them first",
             )
-        if self.ready is not None and not args and not kwargs and kind.fused(module):
-            return self._fused(x, *self.ready, change)
         if not kind.multiplies or (
             not kind.takes_features and (change.rotation is not None or change.in_scale is not None)
         ):
