@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import PeanutError
+from .errors import PeanutError, shown
 
-__all__ = ["check_new", "make_folder", "read_json", "told", "write_files", "write_folder", "write_json"]
+__all__ = ["check_new", "make_folder", "parse_json", "read_json", "told", "write_files", "write_folder", "write_json"]
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -102,12 +102,34 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         PeanutError: the file is missing, unreadable or not JSON.
     """
     target = Path(path)
-    if not target.is_file():
+    if not os.path.isfile(target):
         raise PeanutError(f"no file '{target}'", "a JSON file there", "check the path")
     try:
-        return json.loads(target.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse_json(target.read_text(encoding="utf-8-sig"), f"'{target}'")
+    except (OSError, UnicodeDecodeError) as error:
         raise PeanutError(f"cannot read '{target}': {error}", "a whole JSON file", "save it again") from error
+
+
+def parse_json(text: str, source: str) -> Any:
+    """What a JSON text says; a name that is there twice, or a value too deep or too long, is refused.
+
+    Raises:
+        PeanutError: it is not JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise PeanutError(f"cannot read {source}: {error}", "a whole JSON file", "save it again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
 
 
 def _flush(path: Path) -> None:

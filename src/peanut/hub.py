@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import PeanutError
 
-__all__ = ["locate"]
+__all__ = ["HUB_OPTIONS", "locate"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+HUB_OPTIONS = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "etag_timeout",
+    "endpoint",
+    "headers",
+)
+"""Where on the hub an adapter is, and how it is fetched: keywords of every function that reads one."""
 
 
 def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | None = None, **options: Any) -> Path:
@@ -22,16 +34,18 @@ def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | N
         source: a folder, or a hub id ``owner/name``; a folder of that name always wins.
         file_name: the file.
         subfolder: folder inside ``source``.
-        options: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only`` for the hub.
+        options: the others of ``HUB_OPTIONS``.
 
     Raises:
         PeanutError: the folder or the file is not there, or the hub does not give it.
     """
     folder = Path(source) / (subfolder or "")
-    if (folder / file_name).is_file():
+    if os.path.isfile(folder / file_name):
         return folder / file_name
-    if Path(source).exists():
-        held = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+    if os.path.exists(source):
+        held = list[str]()
+        with suppress(OSError):
+            held = sorted(os.listdir(folder))[:8]
         raise PeanutError(
             f"no '{file_name}' in '{folder}' (it holds {', '.join(held) or 'nothing'})",
             "the folder that save_pretrained wrote",
@@ -42,9 +56,8 @@ def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | N
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    given = {name: options[name] for name in _HUB_OPTIONS if name in options}
     try:
-        return Path(hf_hub_download(str(source), file_name, subfolder=subfolder, **given))
+        return Path(hf_hub_download(str(source), file_name, subfolder=subfolder, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PeanutError(

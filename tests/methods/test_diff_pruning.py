@@ -248,7 +248,7 @@ def test_a_price_closes_the_gates_of_what_is_not_needed() -> None:
     ("options", "message"),
     [
         ({"l0_weight": math.nan}, "l0_weight=nan; expected a finite number"),
-        ({"l0_weight": -1.0}, "l0_weight=-1.0; expected a number of at least 0"),
+        ({"l0_weight": -1.0}, "l0_weight=-1.0; expected a finite number of at least 0"),
         ({"init_log_alpha": math.inf}, "init_log_alpha=inf; expected a finite number"),
     ],
 )

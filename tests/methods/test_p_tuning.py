@@ -128,7 +128,7 @@ def test_layers_of_an_mlp_are_fixed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_reparameterization_type": "GRU"}, "'MLP' or 'LSTM'"),
+        ({"encoder_reparameterization_type": "GRU"}, "one of MLP, LSTM"),
         ({"encoder_hidden_size": 0}, "at least 1"),
         ({"encoder_num_layers": 0}, "at least 1"),
         ({"encoder_dropout": 1.0}, "below 1"),

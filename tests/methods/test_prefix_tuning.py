@@ -130,7 +130,7 @@ def test_sizes_are_those_of_keys_and_values() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init_weights": "one"}, "None or 'zero'"),
+        ({"init_weights": "one"}, "expected 'zero'"),
         ({"encoder_hidden_size": 0}, "at least 1"),
         ({"num_virtual_tokens": 2.5}, "whole number"),
         ({"layers_to_transform": [0]}, "changes no layer"),

@@ -103,7 +103,7 @@ def test_what_is_read_off_the_model() -> None:
     [
         ({}, "num_virtual_tokens is not given"),
         ({"num_virtual_tokens": 0}, "at least 1"),
-        ({"num_virtual_tokens": 3, "prompt_tuning_init": "ZEROS"}, "'TEXT', 'SAMPLE_VOCAB' or 'RANDOM'"),
+        ({"num_virtual_tokens": 3, "prompt_tuning_init": "ZEROS"}, "one of TEXT, SAMPLE_VOCAB, RANDOM"),
         ({"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT"}, "without prompt_tuning_init_text"),
         (
             {"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"},

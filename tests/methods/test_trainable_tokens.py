@@ -152,7 +152,7 @@ def test_tokens_that_do_not_fit(layer: nn.Module, tokens: list[int], message: st
 
 @pytest.mark.parametrize("token", [-1, 1.5, "a", True])
 def test_what_is_no_token(token: Any) -> None:
-    with pytest.raises(PeanutError, match=r"token_indices=.*; expected a whole number of at least 0"):
+    with pytest.raises(PeanutError, match=r"token_indices\[0\]=.*; expected a whole number of at least 0"):
         TrainableTokensConfig(token_indices=[token])
 
 

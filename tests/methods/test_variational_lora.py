@@ -183,9 +183,9 @@ def test_core_finds_the_penalty_of_all_layers() -> None:
     [
         ({"vb_r": 0}, "vb_r=0; expected a whole number of at least 1"),
         ({"vb_pi": 1.5}, "vb_pi=1.5; expected a share between 0 and 1"),
-        ({"vb_beta": -1}, "vb_beta=-1; expected at least 0"),
-        ({"prior_sigma_2": 0}, "prior_sigma_2=0; expected a deviation above 0"),
-        ({"init_sigma": math.inf}, "init_sigma=inf; expected a finite number"),
+        ({"vb_beta": -1}, "vb_beta=-1; expected a finite number of at least 0"),
+        ({"prior_sigma_2": 0}, "prior_sigma_2=0; expected a finite number above 0"),
+        ({"init_sigma": math.inf}, "init_sigma=inf; expected a finite number above 0"),
         ({"num_data": 0}, "num_data=0; expected a whole number of at least 1"),
         ({"rank_pattern": {"a": 0}}, r"rank_pattern\['a'\]=0; expected a whole number of at least 1"),
         ({"bias": "vb_only"}, "bias='vb_only'; expected 'none', 'all' or 'lora_only'"),

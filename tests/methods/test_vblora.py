@@ -132,7 +132,7 @@ def test_length_that_does_not_divide_is_refused_with_layer_and_size() -> None:
     [
         ({"vector_length": 0}, "vector_length=0; expected a whole number of at least 1"),
         ({"topk": 9, "num_vectors": 8}, "topk=9 of num_vectors=8; expected at most all of them"),
-        ({"init_logits_std": -1}, "init_logits_std=-1; expected at least 0"),
+        ({"init_logits_std": -1}, "init_logits_std=-1; expected a finite number of at least 0"),
         ({"vblora_dropout": 1.5}, "vblora_dropout=1.5; expected a probability"),
         ({"bias": "some"}, "bias='some'; expected 'none', 'all' or 'vblora_only'"),
     ],

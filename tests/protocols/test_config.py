@@ -52,7 +52,7 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
         r"^peft_type='PEANUT' in a LoraConfig; expected 'LORA'; use that method's own",
     ),
     (LoraConfig, {"task_type": "SEQ_CL"}, r"^task_type='SEQ_CL'; expected one of SEQ_CLS, .*; nearest: 'SEQ_CLS'$"),
-    (LoraConfig, {"target_modules": [1, "q"]}, r"^target_modules=\[1, 'q'\]; expected a list of names"),
+    (LoraConfig, {"target_modules": [1, "q"]}, r"^target_modules\[0\]=1; expected a string; change target_modules$"),
     (
         LoraConfig,
         {"target_modules": [""]},
@@ -62,8 +62,16 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
     (LoraConfig, {"target_modules": "q("}, r"^target_modules='q\(' is no regular expression \(.*\); correct it$"),
     (LoraConfig, {"exclude_modules": "*"}, r"^exclude_modules='\*' is no regular expression"),
     (LoraConfig, {"modules_to_save": "head"}, r"^modules_to_save='head'; expected a list of names; write \['head'\]$"),
-    (LoraConfig, {"layers_to_transform": [0, -1]}, r"^layers_to_transform=-1; expected a whole number of at least 0"),
-    (LoraConfig, {"layers_to_transform": True}, r"^layers_to_transform=True; expected a whole number"),
+    (
+        LoraConfig,
+        {"layers_to_transform": [0, -1]},
+        r"^layers_to_transform\[1\]=-1; expected a whole number of at least 0",
+    ),
+    (
+        LoraConfig,
+        {"layers_to_transform": True},
+        r"^layers_to_transform=True; expected a list of whole numbers or a whole number",
+    ),
     (LoraConfig, {"layers_pattern": "h"}, r"^layers_pattern='h' without layers_to_transform; expected both or neither"),
 ]
 

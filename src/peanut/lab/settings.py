@@ -11,7 +11,7 @@ import torch
 from .. import methods as _methods  # noqa: F401 - registers them
 from ..errors import PeanutError, nearest
 from ..protocols import METHODS, Method, MixtureMethod, Trial, WeightMethod, method_of
-from ..protocols.config import check_whole
+from ..protocols.values import Count, Whole, check_value
 
 __all__ = ["STACKS", "Settings", "Stack", "named", "settings_of"]
 
@@ -163,11 +163,11 @@ class Settings:
         for name, values in ordered.items():
             object.__setattr__(self, name, tuple(values))
         for name in ("tokens", "rank", "blocks", "repeats", "threads"):
-            check_whole(f"--{name}", getattr(self, name), least=1)
+            check_value(f"--{name}", Count, getattr(self, name))
         for width in self.dims:
-            check_whole("--dims", width, least=1)
+            check_value("--dims", Count, width)
         for depth in self.depth:
-            check_whole("--depth", depth, least=0)
+            check_value("--depth", Whole, depth)
         self._check_sizes()
         try:
             torch.empty(1, device=self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_whole
+from ..protocols.values import Bound, Count, NonNegative, Whole
 from ..weights import FrozenLayer
 from .lora_fields import LoraFields
 
 __all__ = ["AdaLora", "AdaLoraConfig", "budget"]
+
+
+_Decay = Annotated[float, Bound("a number between 0 and 1", lambda value: 0 < value < 1)]
 
 
 @dataclass(kw_only=True)
@@ -43,18 +46,18 @@ class AdaLoraConfig(LoraFields):
 
     method = "ADALORA"
 
-    target_r: int = 8
-    init_r: int = 12
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1  # noqa: N815 - Hugging Face PEFT's name
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    total_step: int | None = None
+    target_r: Count = 8
+    init_r: Count = 12
+    tinit: Whole = 0
+    tfinal: Whole = 0
+    deltaT: Count = 1  # noqa: N815 - Hugging Face PEFT's name
+    beta1: _Decay = 0.85
+    beta2: _Decay = 0.85
+    orth_reg_weight: NonNegative = 0.5
+    total_step: Count | None = None
     rank_pattern: dict[str, list[bool]] | None = None
     init_lora_weights: bool = True
-    r: int = 8
+    r: Whole = 8
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -62,35 +65,22 @@ class AdaLoraConfig(LoraFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.init_r = check_whole("init_r", self.init_r, least=1)
-        self.target_r = check_whole("target_r", self.target_r, least=1)
-        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("r", 0)):
-            setattr(self, name, check_whole(name, getattr(self, name), least=least))
-        for name in ("beta1", "beta2"):
-            if not 0 < check_finite(name, getattr(self, name)) < 1:
-                raise PeanutError(f"{name}={getattr(self, name)!r}", "a number between 0 and 1", f"change {name}")
-        if check_finite("orth_reg_weight", self.orth_reg_weight) < 0:
-            raise PeanutError(f"orth_reg_weight={self.orth_reg_weight!r}", "a number of at least 0", "change it")
         if self.target_r > self.init_r:
             raise PeanutError(
                 f"target_r={self.target_r} above init_r={self.init_r}", "a rank that falls", "raise init_r"
             )
-        if self.total_step is not None:
-            self.total_step = check_whole("total_step", self.total_step, least=1)
-            if self.tinit >= self.total_step - self.tfinal:
-                raise PeanutError(
-                    f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step} to share "
-                    "out the budget in",
-                    "tinit + tfinal below total_step",
-                    "lower tinit or tfinal",
-                )
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            raise PeanutError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step} to share "
+                "out the budget in",
+                "tinit + tfinal below total_step",
+                "lower tinit or tfinal",
+            )
         for name in ("use_rslora", "use_dora", "lora_bias", "alpha_pattern"):
             if getattr(self, name):
                 raise PeanutError(
                     f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: AdaLoRA has none"
                 )
-        if not isinstance(self.init_lora_weights, bool):
-            raise PeanutError(f"init_lora_weights={self.init_lora_weights!r}", "True or False", "change it")
 
     def for_layer(self, path: str) -> AdaLoraConfig:
         kept = (self.rank_pattern or {}).get(f"{path}.lora_E")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import Architecture, Call, OutputMethod, PeftConfig, PlaceName, Site, Trial, Values, register
-from ..protocols.config import check_whole
+from ..protocols.values import Count
 
 __all__ = ["AdaptionPrompt", "AdaptionPromptConfig"]
 
@@ -34,15 +34,14 @@ class AdaptionPromptConfig(PeftConfig):
     method = "ADAPTION_PROMPT"
     only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
-    adapter_len: int | None = None
-    adapter_layers: int | None = None
+    adapter_len: Count | None = None
+    adapter_layers: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("adapter_len", "adapter_layers"):
             if getattr(self, name) is None:
                 raise PeanutError(f"{name} is not given", "a whole number of at least 1", "set it")
-            check_whole(name, getattr(self, name), least=1)
         if self.layers_to_transform is not None:
             raise PeanutError(
                 f"layers_to_transform={self.layers_to_transform} for {self.method}",

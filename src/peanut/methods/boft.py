@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from ..operators import Diagonal
 from ..operators.block_factors import BlockFactors
 from ..operators.cayley import cayley
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_probability, check_whole
+from ..protocols.values import Bound, Probability, Whole
 from ..weights import FrozenLayer
 from .oft import nearest_divisors
 
 __all__ = ["BOFT", "BOFTConfig"]
+
+
+_Factors = Annotated[int, Bound("a whole number from 1 to 64", lambda value: 1 <= value <= 64)]
 
 
 @dataclass(kw_only=True)
@@ -38,27 +41,22 @@ class BOFTConfig(PeftConfig):
 
     method = "BOFT"
 
-    boft_block_size: int = 4
-    boft_block_num: int = 0
-    boft_n_butterfly_factor: int = 1
-    boft_dropout: float = 0.0
+    boft_block_size: Whole = 4
+    boft_block_num: Whole = 0
+    boft_n_butterfly_factor: _Factors = 1
+    boft_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("boft_block_size", self.boft_block_size, least=0)
-        check_whole("boft_block_num", self.boft_block_num, least=0)
         if bool(self.boft_block_size) == bool(self.boft_block_num):
             raise PeanutError(
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}",
                 "exactly one of them, the other 0",
                 "choose one",
             )
-        check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, least=1)
-        self.boft_dropout = check_probability("boft_dropout", self.boft_dropout)
-        check_bias(self.bias, "boft_only")
 
     def block_size(self, width: int) -> int:
         """The features of a block in a layer with ``width`` of them."""

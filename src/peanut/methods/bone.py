@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import PeanutError
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_whole
+from ..protocols.values import Count
 from ..weights import FrozenLayer
 from .miss import check_blocks, first_block, repeated
 
@@ -30,16 +29,9 @@ class BoneConfig(PeftConfig):
 
     method = "BONE"
 
-    r: int = 8
+    r: Count = 8
     init_weights: bool | Literal["bat"] = True
     bias: Literal["none", "all", "bone_only"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        check_bias(self.bias, "bone_only")
-        if self.init_weights not in (True, False, "bat"):
-            raise PeanutError(f"init_weights={self.init_weights!r}", "True, False or 'bat'", "change init_weights")
 
 
 @register

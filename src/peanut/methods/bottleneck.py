@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import Call, OutputMethod, PeftConfig, PlaceName, Site, Values, register
-from ..protocols.config import check_finite, check_probability, check_whole
+from ..protocols.values import Count, Positive, Probability
 from .peanut import activation, check_activation
 
 __all__ = ["Bottleneck", "BottleneckConfig"]
@@ -61,20 +61,17 @@ class BottleneckConfig(PeftConfig):
     method = "BOTTLENECK"
 
     style: Style = "houlsby"
-    bottleneck_size: int | None = None
-    reduction_factor: float | None = None
+    bottleneck_size: Count | None = None
+    reduction_factor: Positive | None = None
     act_fn: str | None = None
     scaling: float | None = None
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     init_weights: Start | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.style not in _STYLES:
-            raise PeanutError(f"style={self.style!r}", "'houlsby', 'pfeiffer' or 'parallel'", "change style")
         defaults = _STYLES[self.style]
         if self.bottleneck_size is not None:
-            check_whole("bottleneck_size", self.bottleneck_size, least=1)
             if self.reduction_factor is not None:
                 raise PeanutError(
                     f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor}",
@@ -83,17 +80,10 @@ class BottleneckConfig(PeftConfig):
                 )
         elif self.reduction_factor is None:
             self.reduction_factor = defaults.reduction_factor
-        if self.reduction_factor is not None and check_finite("reduction_factor", self.reduction_factor) <= 0:
-            raise PeanutError(f"reduction_factor={self.reduction_factor}", "a positive number", "change it")
         self.act_fn = defaults.act_fn if self.act_fn is None else self.act_fn
-        self.scaling = check_finite("scaling", defaults.scaling if self.scaling is None else self.scaling)
+        self.scaling = defaults.scaling if self.scaling is None else self.scaling
         self.init_weights = self.init_weights or defaults.init_weights
         check_activation(self.act_fn)
-        check_probability("dropout", self.dropout)
-        if self.init_weights not in (*_DEVIATIONS, "mam"):
-            raise PeanutError(
-                f"init_weights={self.init_weights!r}", "'near_identity', 'bert' or 'mam'", "change init_weights"
-            )
 
     def size_for(self, width: int) -> int:
         """r where the output has this width."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.circulant import Circulant
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_whole
+from ..protocols.values import Count
 from ..weights import FrozenLayer
 
 __all__ = ["C3A", "C3AConfig"]
@@ -34,22 +34,10 @@ class C3AConfig(PeftConfig):
     only_here = frozenset({"exclude_modules"})
     by_layer = (("block_size", "block_size_pattern"),)
 
-    block_size: int = 256
+    block_size: Count = 256
     bias: Literal["none", "all", "c3a_only"] = "none"
-    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    block_size_pattern: dict[str, Count] = field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.block_size = check_whole("block_size", self.block_size, least=1)
-        check_bias(self.bias, "c3a_only")
-        self.block_size_pattern = self.block_size_pattern or {}
-        if self.init_weights not in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"):
-            raise PeanutError(
-                f"init_weights={self.init_weights!r}",
-                "True, False, 'gaussian', 'kaiming_uniform' or 'xavier_uniform'",
-                "change init_weights",
-            )
 
 
 @register

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import PeanutError
 from ..protocols import InputMethod, ModelShape, PromptConfig, TaskType, Trial, Values, register
-from ..protocols.config import check_finite, check_whole
+from ..protocols.values import NonNegative, Whole, check_types
 
 __all__ = ["CPT", "CPTConfig"]
 
@@ -48,18 +48,19 @@ class CPTConfig(PromptConfig):
     only_here = PromptConfig.only_here | {"without_delta"}
 
     task_type: TaskType | str | None = TaskType.CAUSAL_LM
-    cpt_token_ids: list[int] | None = None
+    cpt_token_ids: list[Whole] | None = None
     cpt_mask: list[int] | None = None
-    cpt_tokens_type_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[Whole] | None = None
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
-    opt_loss_decay_factor: float | None = 1.0
-    opt_projection_epsilon: float | None = 0.1
-    opt_projection_format_epsilon: float | None = 0.1
+    opt_loss_decay_factor: NonNegative = 1.0
+    opt_projection_epsilon: NonNegative = 0.1
+    opt_projection_format_epsilon: NonNegative = 0.1
     tokenizer_name_or_path: str | None = None
     without_delta: bool = False
 
     def __post_init__(self) -> None:
-        ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else [int(token) for token in self.cpt_token_ids]
+        check_types(self)  # before they are counted
+        ids = self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
         if self.num_virtual_tokens not in (None, len(ids)):
             raise PeanutError(
                 f"num_virtual_tokens={self.num_virtual_tokens} with {len(ids)} cpt_token_ids",
@@ -71,23 +72,12 @@ class CPTConfig(PromptConfig):
         if self.task_type != TaskType.CAUSAL_LM:
             raise PeanutError(f"task_type={self.task_type!r} for CPT", "'CAUSAL_LM'", "use another prompt method")
         for name in ("cpt_mask", "cpt_tokens_type_mask"):
-            given = getattr(self, name)
-            values = [1] * len(ids) if given is None else [int(value) for value in given]
+            values = [1] * len(ids) if getattr(self, name) is None else getattr(self, name)
             setattr(self, name, values)
             if len(values) != len(ids):
                 raise PeanutError(f"{name} has {len(values)} entries", f"{len(ids)}, one for each of cpt_token_ids")
-        for name in ("cpt_token_ids", "cpt_tokens_type_mask"):
-            for value in getattr(self, name):
-                check_whole(f"an entry of {name}", value, least=0)
         if not self.inference_mode and not all(self.cpt_mask or ()):
             raise PeanutError("cpt_mask has a 0", "1 for every token", "leave what is not to be seen out of the ids")
-        if self.opt_weighted_loss_type not in ("none", "decay", None):
-            raise PeanutError(
-                f"opt_weighted_loss_type={self.opt_weighted_loss_type!r}", "'none' or 'decay'", "change it"
-            )
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if check_finite(name, getattr(self, name)) < 0:
-                raise PeanutError(f"{name}={getattr(self, name)}", "at least 0", f"change {name}")
 
 
 @register

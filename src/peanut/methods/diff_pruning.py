@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PeanutError
 from ..operators.hard_concrete import HardConcrete
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_finite
+from ..protocols.values import NonNegative
 from ..weights import FrozenLayer
 
 __all__ = ["DiffPruning", "DiffPruningConfig"]
@@ -36,16 +35,9 @@ class DiffPruningConfig(PeftConfig):
 
     method = "DIFF_PRUNING"
 
-    l0_weight: float = 1.25e-7
+    l0_weight: NonNegative = 1.25e-7
     init_log_alpha: float = 5.0
     structured: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.l0_weight = check_finite("l0_weight", self.l0_weight)
-        if self.l0_weight < 0:
-            raise PeanutError(f"l0_weight={self.l0_weight!r}", "a number of at least 0", "change l0_weight")
-        self.init_log_alpha = check_finite("init_log_alpha", self.init_log_alpha)
 
 
 @register

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..operators.fourier import Fourier
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_whole
+from ..protocols.values import Count, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["FourierFT", "FourierFTConfig"]
@@ -34,21 +34,13 @@ class FourierFTConfig(PeftConfig):
     method = "FOURIERFT"
     by_layer = (("n_frequency", "n_frequency_pattern"),)
 
-    n_frequency: int = 1000
+    n_frequency: Count = 1000
     scaling: float = 300.0
-    random_loc_seed: int = 777
+    random_loc_seed: Whole = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "fourier_only"] = "none"
-    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    n_frequency_pattern: dict[str, Count] = field(default_factory=dict)
     init_weights: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.n_frequency = check_whole("n_frequency", self.n_frequency, least=1)
-        self.scaling = check_finite("scaling", self.scaling)
-        self.random_loc_seed = check_whole("random_loc_seed", self.random_loc_seed, least=0)
-        check_bias(self.bias, "fourier_only")
-        self.n_frequency_pattern = self.n_frequency_pattern or {}
 
 
 @register

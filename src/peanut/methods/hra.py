@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.householder import Householder
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_whole
+from ..protocols.values import Count
 from ..weights import FrozenLayer
 
 __all__ = ["HRA", "HRAConfig"]
@@ -36,16 +36,11 @@ class HRAConfig(PeftConfig):
     only_here = frozenset({"rank_pattern"})
     by_layer = (("r", "rank_pattern"),)
 
-    r: int = 8
+    r: Count = 8
     apply_GS: bool = False  # noqa: N815 - the name in files
     init_weights: bool = True
     bias: Literal["none", "all", "hra_only"] = "none"
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        check_bias(self.bias, "hra_only")
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
 
 
 @register

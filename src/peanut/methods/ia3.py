@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError, nearest
 from ..operators import Diagonal
 from ..protocols import Architecture, Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_pattern
+from ..protocols.patterns import check_pattern, fullmatch
 from ..weights import FrozenLayer
 
 __all__ = ["IA3", "IA3Config"]
@@ -47,7 +45,7 @@ class IA3Config(PeftConfig):
         if isinstance(given, str):
             check_pattern("feedforward_modules", given)
             return
-        if not isinstance(given, Iterable) or not all(isinstance(name, str) and name for name in given):
+        if not all(given):
             raise PeanutError(f"feedforward_modules={given!r}", "a list of names", "remove what is not a name")
         self.feedforward_modules = sorted(set(given))
         if isinstance(targets, list):
@@ -71,7 +69,7 @@ class IA3Config(PeftConfig):
     def for_layer(self, path: str) -> IA3Config:
         names = self.feedforward_modules or []
         if isinstance(names, str):
-            found = re.fullmatch(names, path) is not None
+            found = fullmatch(names, path) is not None
         else:
             found = any(_ends(path, name) for name in names)
         return replace(self, feedforward_modules=".*" if found else [])

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
 from ..operators import Between, Diagonal
 from ..operators.kronecker import Kronecker
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_probability, check_whole
+from ..protocols.values import Bound, Count, Probability
 from ..weights import FrozenLayer
 
 __all__ = ["LoKr", "LoKrConfig"]
 
 TRAINING = "training"
 """What stands among a layer's tensors in a forward of training, where outputs are dropped at random."""
+
+
+_Factor = Annotated[
+    int, Bound("at least 1, or -1 for the nearest to a square", lambda value: value >= 1 or value == -1)
+]
 
 
 @dataclass(kw_only=True)
@@ -41,28 +46,17 @@ class LoKrConfig(PeftConfig):
     method = "LOKR"
     by_layer = (("r", "rank_pattern"), ("alpha", "alpha_pattern"))
 
-    r: int = 8
+    r: Count = 8
     alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
     use_effective_conv2d: bool = False
     decompose_both: bool = False
-    decompose_factor: int = -1
+    decompose_factor: _Factor = -1
     rank_dropout_scale: bool = False
-    init_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool | Literal["lycoris"] = True
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("r", self.r, least=1)
-        check_finite("alpha", self.alpha)
-        for name in ("rank_dropout", "module_dropout"):
-            check_probability(name, getattr(self, name))
-        if self.decompose_factor != -1:
-            check_whole("decompose_factor (other than -1, for the nearest to a square)", self.decompose_factor, least=1)
-        if self.init_weights not in (True, False, "lycoris"):
-            raise PeanutError(f"init_weights={self.init_weights!r}", "True, False or 'lycoris'", "change it")
 
 
 @register

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_whole
+from ..protocols.values import Count
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_with
 from .lora_fields import LoraFields
@@ -43,17 +43,16 @@ class LoraConfig(LoraFields):
     method = "LORA"
     by_layer = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
-    r: int = 8
+    r: Count = 8
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     use_dora: bool = False
     lora_bias: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
         init = self.init_lora_weights
         read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of PEFT, once trained
         if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
@@ -74,7 +73,7 @@ class LoraConfig(LoraFields):
     @property
     def starts_in_weight(self) -> bool:
         """Whether A and B start as a part of the weight, which the change is then less by."""
-        return re.fullmatch(r"pissa|pissa_niter_\d+|milora|olora", str(self.init_lora_weights)) is not None
+        return re.fullmatch(r"pissa|pissa_niter_\d{1,4}|milora|olora", str(self.init_lora_weights)) is not None
 
     def doubled(self) -> LoraConfig:
         """A plain LoRA of twice the rank and the same scaling."""

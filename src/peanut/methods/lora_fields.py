@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig, WeightMethod
-from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..protocols.values import Probability, Whole
 from .trainable_tokens import TokenAdapter, TrainableTokensConfig
 
 __all__ = ["LoraFields"]
@@ -30,10 +30,10 @@ class LoraFields(PeftConfig):
     only_here = frozenset({"runtime_config"})  # Hugging Face PEFT has it and writes it to no file
 
     lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
-    bias: str = "none"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    trainable_token_indices: list[Whole] | dict[str, list[Whole]] | None = None
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: dict[str, Any] = field(default_factory=dict)
@@ -55,17 +55,6 @@ class LoraFields(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_finite("lora_alpha", self.lora_alpha)
-        self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
-        check_bias(self.bias, "lora_only")
-        tokens = self.trainable_token_indices
-        if not isinstance(tokens, (list, dict, type(None))):
-            raise PeanutError(
-                f"trainable_token_indices={tokens!r}", "a list of ids, or a list by embedding", "change it"
-            )
-        for indices in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
-            for index in indices:
-                check_whole("trainable_token_indices", index, least=0)
         for name in _NOT_HERE:
             if getattr(self, name):
                 raise PeanutError(

@@ -13,7 +13,7 @@ from ..errors import PeanutError
 from ..operators import Delta
 from ..operators.blockwise import BlockAffine, Blockwise
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_probability, check_whole
+from ..protocols.values import Count, Probability
 from ..weights import FrozenLayer
 
 __all__ = ["Miss", "MissConfig", "check_blocks", "first_block", "repeated"]
@@ -34,22 +34,11 @@ class MissConfig(PeftConfig):
 
     method = "MISS"
 
-    r: int = 64
-    miss_dropout: float = 0.0
-    mini_r: int = 1
+    r: Count = 64
+    miss_dropout: Probability = 0.0
+    mini_r: Count = 1
     init_weights: bool | Literal["bat", "mini"] = True
     bias: Literal["none", "all", "MiSS_only"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        self.miss_dropout = check_probability("miss_dropout", self.miss_dropout)
-        self.mini_r = check_whole("mini_r", self.mini_r, least=1)
-        check_bias(self.bias, "MiSS_only")
-        if self.init_weights not in (True, False, "bat", "mini"):
-            raise PeanutError(
-                f"init_weights={self.init_weights!r}", "True, False, 'bat' or 'mini'", "change init_weights"
-            )
 
 
 @register

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_finite, check_probability, check_whole
+from ..protocols.values import Count, Probability
 from ..weights import FrozenLayer
 
 __all__ = ["MultiplicativeLora", "MultiplicativeLoraConfig"]
@@ -34,17 +34,11 @@ class MultiplicativeLoraConfig(PeftConfig):
     method = "MULTIPLICATIVE_LORA"
     by_layer = (("r", "rank_pattern"),)
 
-    r: int = 32
+    r: Count = 32
     scaling: float = 1.0
     init_weights: bool = True
-    dropout: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        self.scaling = check_finite("scaling", self.scaling)
-        self.dropout = check_probability("dropout", self.dropout)
+    dropout: Probability = 0.0
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
 
 
 @register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,16 @@ from ..errors import PeanutError
 from ..operators.block_factors import BlockFactors
 from ..operators.cayley import cayley, cayley_neumann
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..protocols.values import Bound, Positive, Probability, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["OFT", "OFTConfig", "nearest_divisors"]
 
 WEIGHT = "oft_R.weight"
+
+
+_Terms = Annotated[int, Bound("a whole number between 1 and 1000", lambda value: 1 <= value <= 1000)]
+"""A series that needs more terms does not converge."""
 
 
 @dataclass(kw_only=True)
@@ -43,34 +47,28 @@ class OFTConfig(PeftConfig):
 
     method = "OFT"
 
-    r: int | None = None
-    oft_block_size: int | None = None
-    module_dropout: float = 0.0
+    r: Whole | None = None
+    oft_block_size: Whole | None = None
+    module_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
     coft: bool = False
-    eps: float = 6e-5
+    eps: Positive = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: _Terms = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r is None and self.oft_block_size is None:
             self.r = 8
-        self.r = check_whole("r", self.r or 0, least=0)
-        self.oft_block_size = check_whole("oft_block_size", self.oft_block_size or 0, least=0)
+        self.r = self.r or 0
+        self.oft_block_size = self.oft_block_size or 0
         if bool(self.r) == bool(self.oft_block_size):
             raise PeanutError(
                 f"r={self.r} and oft_block_size={self.oft_block_size}", "exactly one of them, the other 0", "choose one"
             )
-        self.module_dropout = check_probability("module_dropout", self.module_dropout)
-        check_bias(self.bias, "oft_only")
-        self.eps = check_finite("eps", self.eps)
-        if self.eps <= 0:
-            raise PeanutError(f"eps={self.eps!r}", "a number above 0", "change eps")
-        check_whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, least=1)
 
     def block_size(self, width: int) -> int:
         """The features of a block in a layer with ``width`` of them."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import PeanutError
 from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
-from ..protocols.config import check_probability, check_whole
+from ..protocols.values import Count, Layers, Probability
 
 __all__ = ["PTuning", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]
 
@@ -46,21 +45,14 @@ class PromptEncoderConfig(PromptConfig):
     only_here = PromptConfig.only_here | {"without_encoder"}
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_hidden_size: Count | None = None
+    encoder_num_layers: Layers = 2
+    encoder_dropout: Probability = 0.0
     without_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = self.encoder_reparameterization_type
-        if kind not in list(PromptEncoderReparameterizationType):
-            raise PeanutError(f"encoder_reparameterization_type={kind!r}", "'MLP' or 'LSTM'", "change it")
-        self.encoder_reparameterization_type = PromptEncoderReparameterizationType(kind)
-        if self.encoder_hidden_size is not None:
-            check_whole("encoder_hidden_size", self.encoder_hidden_size, least=1)
-        check_whole("encoder_num_layers", self.encoder_num_layers, least=1)
-        check_probability("encoder_dropout", self.encoder_dropout)
         if kind == "MLP" and not self.inference_mode and (self.encoder_num_layers != 2 or self.encoder_dropout):
             warnings.warn(
                 "encoder_num_layers and encoder_dropout are for the LSTM; an MLP has three layers and no dropout",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, WeightMethod, register
-from ..protocols.config import check_finite, check_probability, check_whole
+from ..protocols.values import Count, Depth, Probability
 from ..weights import FrozenLayer
 
 __all__ = ["Peanut", "PeanutConfig", "activation", "check_activation", "tweak"]
@@ -40,23 +40,17 @@ class PeanutConfig(PeftConfig):
     only_here = frozenset({"side", "dropout", "rank_pattern"})
     by_layer = (("r", "rank_pattern"),)
 
-    r: int = 32
-    depth: int = 0
+    r: Count = 32
+    depth: Depth = 0
     act_fn: str = "relu"
     scaling: float = 1.0
     init_weights: bool = True
     side: Literal["out", "in", "auto"] = "out"
-    dropout: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    dropout: Probability = 0.0
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        self.depth = check_whole("depth", self.depth, least=0)
-        self.scaling = check_finite("scaling", self.scaling)
-        self.dropout = check_probability("dropout", self.dropout)
-        if self.side not in ("out", "in", "auto"):
-            raise PeanutError(f"side={self.side!r}", "'out', 'in' or 'auto'", "change side")
         check_activation(self.act_fn)
 
 

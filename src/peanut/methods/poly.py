@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..errors import PeanutError
 from ..operators import LowRank
 from ..operators.per_sample import PerSample
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_whole
+from ..protocols.values import Count
 from ..weights import FrozenLayer
 
 __all__ = ["Poly", "PolyConfig"]
@@ -41,19 +42,12 @@ class PolyConfig(PeftConfig):
     method = "POLY"
     only_here = frozenset({"layers_pattern", "layers_to_transform"})
 
-    r: int = 8
+    r: Count = 8
     init_weights: bool = True
-    poly_type: str = "poly"
-    n_tasks: int = 1
-    n_skills: int = 4
-    n_splits: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            setattr(self, name, check_whole(name, getattr(self, name), least=1))
-        if self.poly_type != "poly":
-            raise PeanutError(f"poly_type={self.poly_type!r}", "'poly'", "leave it out")
+    poly_type: Literal["poly"] = "poly"
+    n_tasks: Count = 1
+    n_skills: Count = 4
+    n_splits: Count = 1
 
 
 @register

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import PeanutError
 from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
-from ..protocols.config import check_whole
+from ..protocols.values import Count
 
 __all__ = ["PrefixTuning", "PrefixTuningConfig"]
 
@@ -35,15 +34,8 @@ class PrefixTuningConfig(PromptConfig):
     method = "PREFIX_TUNING"
 
     prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
+    encoder_hidden_size: Count | None = None
     init_weights: Literal["zero"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise PeanutError(f"init_weights={self.init_weights!r}", "None or 'zero'", "change it")
-        if self.encoder_hidden_size is not None:
-            check_whole("encoder_hidden_size", self.encoder_hidden_size, least=1)
 
     @property
     def encoded(self) -> bool:

@@ -47,11 +47,6 @@ class PromptTuningConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in list(PromptTuningInit):
-            raise PeanutError(
-                f"prompt_tuning_init={self.prompt_tuning_init!r}", "'TEXT', 'SAMPLE_VOCAB' or 'RANDOM'", "change it"
-            )
-        self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
         if self.prompt_tuning_init == "TEXT":
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..protocols.values import Count, Probability, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["RandLora", "RandLoraConfig"]
@@ -39,24 +40,16 @@ class RandLoraConfig(PeftConfig):
     method = "RANDLORA"
     only_here = frozenset({"exclude_modules"})
 
-    r: int = 32
-    projection_prng_key: int = 0
+    r: Count = 32
+    projection_prng_key: Whole = 0
     save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: float = 0.0
+    randlora_dropout: Probability = 0.0
     randlora_alpha: float = 640
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: Literal["none", "all", "randlora_only"] = "none"
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        self.projection_prng_key = check_whole("projection_prng_key", self.projection_prng_key, least=0)
-        self.randlora_dropout = check_probability("randlora_dropout", self.randlora_dropout)
-        check_finite("randlora_alpha", self.randlora_alpha)
-        check_bias(self.bias, "randlora_only")
 
 
 @register

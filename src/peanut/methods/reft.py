@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import Call, PeftConfig, Site, Values
-from ..protocols.config import check_probability, check_whole
+from ..protocols.values import Count, Probability
 from .peanut import activation, check_activation
 
 __all__ = ["ReftFields", "at_the_ends", "basis", "orthonormal", "random_start"]
@@ -38,19 +38,16 @@ class ReftFields(PeftConfig):
         PeanutError: a value is out of range, or with this f no start changes nothing.
     """
 
-    r: int = 8
-    positions: int = 7
+    r: Count = 8
+    positions: Count = 7
     tied: bool = False
     act_fn: str = "linear"
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     init_weights: bool = True
     orthogonality: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("r", self.r, least=1)
-        check_whole("positions", self.positions, least=1)
-        check_probability("dropout", self.dropout)
         check_activation(self.act_fn)
         if self.init_weights and not self.can_start_silent():
             raise PeanutError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.pair_rotation import PairRotation
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_whole
+from ..protocols.values import Bound
 from ..weights import FrozenLayer
 
 __all__ = ["Road", "RoadConfig"]
 
 SHARE = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}
 """How many angles, and scales, each variant trains for an output."""
+
+
+_Even = Annotated[int, Bound("an even number above 0", lambda value: value > 0 and value % 2 == 0)]
 
 
 @dataclass(kw_only=True)
@@ -34,15 +38,13 @@ class RoadConfig(PeftConfig):
     only_here = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 
     variant: str = "road_1"
-    group_size: int = 64
+    group_size: _Even = 64
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in SHARE:
             raise PeanutError(f"variant={self.variant!r}", f"one of {', '.join(SHARE)}", "change variant")
-        if check_whole("group_size", self.group_size, least=2) % 2:
-            raise PeanutError(f"group_size={self.group_size}", "an even number", "change group_size")
 
 
 @register

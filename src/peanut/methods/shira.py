@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.sparse import Sparse
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_whole
+from ..protocols.values import Count, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["Shira", "ShiraConfig"]
@@ -35,18 +35,12 @@ class ShiraConfig(PeftConfig):
     method = "SHIRA"
     only_here = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
-    r: int = 32
+    r: Count = 32
     mask_type: str = "random"
-    random_seed: int | None = None
+    random_seed: Whole | None = None
     mask_fn: Callable[[nn.Module, int], Tensor] | None = None
     fan_in_fan_out: bool = False
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        if self.random_seed is not None:
-            self.random_seed = check_whole("random_seed", self.random_seed, least=0)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "mask_fn"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..operators.rows import Rows
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_whole
+from ..protocols.values import Whole
 from ..weights import FrozenLayer
 
 __all__ = ["TokenAdapter", "TrainableTokens", "TrainableTokensConfig"]
@@ -30,12 +30,8 @@ class TrainableTokensConfig(PeftConfig):
     method = "TRAINABLE_TOKENS"
     only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
-    token_indices: list[int] = field(default_factory=list)
+    token_indices: list[Whole] = field(default_factory=list)
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.token_indices = [check_whole("token_indices", token, least=0) for token in self.token_indices]
 
 
 @register

@@ -8,23 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import (
-    check_bias,
-    check_finite,
-    check_probability,
-    check_whole,
-)
+from ..protocols.values import Bound, Count, NonNegative, Positive, Probability
 from ..weights import FrozenLayer
 
 __all__ = ["VariationalLora", "VariationalLoraConfig", "divergence_bound"]
+
+
+_Share = Annotated[float, Bound("a share between 0 and 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(kw_only=True)
@@ -50,36 +48,20 @@ class VariationalLoraConfig(PeftConfig):
     method = "VARIATIONAL_LORA"
     by_layer = (("vb_r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
-    vb_r: int = 8
-    vb_pi: float = 0.5
-    vb_beta: float = 1.0
+    vb_r: Count = 8
+    vb_pi: _Share = 0.5
+    vb_beta: NonNegative = 1.0
     lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_dropout: Probability = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    bias: str = "none"
-    prior_sigma_1: float = 0.2
-    prior_sigma_2: float = 0.0025
-    init_sigma: float = 0.0025
-    num_data: int | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    prior_sigma_1: Positive = 0.2
+    prior_sigma_2: Positive = 0.0025
+    init_sigma: Positive = 0.0025
+    num_data: Count | None = None
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.vb_r = check_whole("vb_r", self.vb_r, least=1)
-        if not 0 <= check_finite("vb_pi", self.vb_pi) <= 1:
-            raise PeanutError(f"vb_pi={self.vb_pi!r}", "a share between 0 and 1", "change vb_pi")
-        if check_finite("vb_beta", self.vb_beta) < 0:
-            raise PeanutError(f"vb_beta={self.vb_beta!r}", "at least 0", "change vb_beta")
-        check_finite("lora_alpha", self.lora_alpha)
-        for name in ("prior_sigma_1", "prior_sigma_2", "init_sigma"):
-            if check_finite(name, getattr(self, name)) <= 0:
-                raise PeanutError(f"{name}={getattr(self, name)!r}", "a deviation above 0", f"change {name}")
-        if self.num_data is not None:
-            self.num_data = check_whole("num_data", self.num_data, least=1)
-        self.lora_dropout = check_probability("lora_dropout", self.lora_dropout)
-        check_bias(self.bias, "lora_only")
 
     @property
     def scaling(self) -> float:

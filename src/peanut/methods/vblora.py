@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..protocols.values import Count, NonNegative, Probability
 from ..weights import FrozenLayer
 from .variational_lora import VariationalLoraConfig
 
@@ -47,16 +47,16 @@ class VBLoRAConfig(PeftConfig):
 
     method = "VBLORA"
 
-    r: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
+    r: Count = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
     save_only_topk_weights: bool = False
-    vblora_dropout: float = 0.0
+    vblora_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
-    bias: str = "none"
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    bias: Literal["none", "all", "vblora_only"] = "none"
+    init_vector_bank_bound: NonNegative = 0.02
+    init_logits_std: NonNegative = 0.1
 
     def __new__(cls, **options: Any) -> Any:
         # What is returned here is no VBLoRAConfig, so Python does not call this class's __init__ on it.
@@ -64,17 +64,10 @@ class VBLoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            setattr(self, name, check_whole(name, getattr(self, name), least=1))
         if self.topk > self.num_vectors:
             raise PeanutError(
                 f"topk={self.topk} of num_vectors={self.num_vectors}", "at most all of them", "lower topk"
             )
-        self.vblora_dropout = check_probability("vblora_dropout", self.vblora_dropout)
-        for name in ("init_vector_bank_bound", "init_logits_std"):
-            if check_finite(name, getattr(self, name)) < 0:
-                raise PeanutError(f"{name}={getattr(self, name)!r}", "at least 0", f"change {name}")
-        check_bias(self.bias, "vblora_only")
 
 
 @register

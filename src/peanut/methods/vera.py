@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.config import check_bias, check_finite, check_probability, check_whole
+from ..protocols.values import Count, Probability, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["Vera", "VeraConfig"]
@@ -34,22 +35,14 @@ class VeraConfig(PeftConfig):
     method = "VERA"
     only_here = frozenset({"exclude_modules"})
 
-    r: int = 256
-    projection_prng_key: int = 0
+    r: Count = 256
+    projection_prng_key: Whole = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: Probability = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.r = check_whole("r", self.r, least=1)
-        self.projection_prng_key = check_whole("projection_prng_key", self.projection_prng_key, least=0)
-        self.vera_dropout = check_probability("vera_dropout", self.vera_dropout)
-        self.d_initial = check_finite("d_initial", self.d_initial)
-        check_bias(self.bias, "vera_only")
 
 
 @register

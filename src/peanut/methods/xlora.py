@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import MixtureMethod, PeftConfig, Values, register
-from ..protocols.config import check_finite, check_probability, check_whole
+from ..protocols.values import Count, Layers, Positive, Probability
 
 __all__ = ["XLora", "XLoraConfig"]
 
@@ -54,20 +53,20 @@ class XLoraConfig(PeftConfig):
     method = "XLORA"
     only_here = frozenset({*_LAYERS, "modules_to_save", "layernorm_type", "use_bias"})
 
-    hidden_size: int | None = None
+    hidden_size: Count | None = None
     adapters: dict[str, str | None] | None = None
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
-    xlora_depth: int = 1
-    xlora_size: int = 2048
-    xlora_dropout_p: float = 0.2
+    xlora_depth: Layers = 1
+    xlora_size: Count = 2048
+    xlora_dropout_p: Probability = 0.2
     use_trainable_adapters: bool = False
-    softmax_temperature: float = 1.0
-    top_k_lora: int | None = None
+    softmax_temperature: Positive = 1.0
+    top_k_lora: Count | None = None
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
-    layernorm_type: str = "rms"
+    layernorm_type: Literal["rms"] = "rms"
     use_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -75,22 +74,10 @@ class XLoraConfig(PeftConfig):
         for name in _LAYERS:
             if getattr(self, name) is not None:
                 raise PeanutError(f"{name}={getattr(self, name)!r} for X-LoRA", "the experts' layers", "leave it out")
-        for name in ("xlora_depth", "xlora_size"):
-            setattr(self, name, check_whole(name, getattr(self, name), least=1))
-        for name in ("hidden_size", "top_k_lora"):
-            if getattr(self, name) is not None:
-                setattr(self, name, check_whole(name, getattr(self, name), least=1))
-        self.xlora_dropout_p = check_probability("xlora_dropout_p", self.xlora_dropout_p)
-        for name in ("scaling_pass_value", "global_scaling_weight"):
-            setattr(self, name, check_finite(name, getattr(self, name)))
-        if check_finite("softmax_temperature", self.softmax_temperature) <= 0:
-            raise PeanutError(f"softmax_temperature={self.softmax_temperature}", "a number above 0", "change it")
         if self.enable_softmax_topk and self.top_k_lora is None:
             raise PeanutError("enable_softmax_topk=True without top_k_lora", "both", "set top_k_lora")
-        if self.layernorm_type != "rms":
-            raise PeanutError(f"layernorm_type={self.layernorm_type!r}", "'rms' (no norm is added)", "leave it out")
         if self.adapters is not None:
-            self.adapters = _checked(self.adapters)
+            self.adapters = dict(sorted(self.adapters.items()))  # as files keep them
             if self.adapters and (self.top_k_lora or 0) > len(self.adapters):
                 raise PeanutError(
                     f"top_k_lora={self.top_k_lora} of {len(self.adapters)} experts",
@@ -176,13 +163,3 @@ class XLora(MixtureMethod[XLoraConfig]):
             out = own == 0
             own = torch.softmax(own.masked_fill(out, -torch.inf), dim=-1).masked_fill(out, 0.0)
         return (own * config.global_scaling_weight).expand(-1, -1, layers, -1)
-
-
-def _checked(adapters: Any) -> dict[str, str | None]:
-    """The experts in the order of their names, in which files keep them whatever order they were given in."""
-    if not isinstance(adapters, dict) or not all(
-        isinstance(name, str) and (folder is None or isinstance(folder, (str, os.PathLike)))
-        for name, folder in adapters.items()
-    ):
-        raise PeanutError(f"adapters={adapters!r}", "{'name': 'folder'}, or None for a folder", "change it")
-    return {name: None if adapters[name] is None else os.fspath(adapters[name]) for name in sorted(adapters)}

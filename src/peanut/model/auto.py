@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _ADAPTER = ("subfolder", "revision")
+_OWN = ("autocast_adapter_dtype", "check_base")
 _HUB = ("token", "cache_dir", "force_download", "local_files_only")
 _BASES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -53,9 +54,11 @@ class AutoPeftModel:
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
+            TypeError: from transformers, a keyword is unknown.
         """
         hub = {name: kwargs.pop(name) for name in _ADAPTER if name in kwargs}
         hub |= {name: kwargs[name] for name in _HUB if name in kwargs}  # these are for the base's files too
+        own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.base_model_name_or_path:
             raise PeanutError(
@@ -74,7 +77,7 @@ class AutoPeftModel:
             kwargs.setdefault("revision", config.revision)
         model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
         return PeftModel.from_pretrained(
-            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **hub
+            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
 
 

@@ -15,6 +15,7 @@ from .checkpoints.checkpoint import StoredAdapter, adapter_state
 from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
+from .checkpoints.reading import refuse_not_finite
 
 __all__ = [
     "AdaptedModel",
@@ -122,12 +123,14 @@ def set_peft_model_state_dict(
     """Copies tensors, by the keys that files give them, into an adapter.
 
     Raises:
-        PeanutError: a key is missing or unexpected, or a shape differs. Nothing is then copied.
+        PeanutError: a key is missing or unexpected, a shape or kind differs, or a value is not finite. Nothing is
+            then copied.
     """
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
     shared = [key.removeprefix(SHARED) for key, _ in adapters.parameters(adapter_name) if key.startswith(SHARED)]
     style = KeyStyle.of(adapters.configs[adapter_name])
+    refuse_not_finite(peft_model_state_dict, "the state dict", "leave it out, or train again")
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     load_state(adapters, adapter_name, stored, check=False)

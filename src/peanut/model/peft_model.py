@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, check_keywords
+from ..hub import HUB_OPTIONS
 from ..protocols import METHODS, InputMethod, PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
+from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import load_state, same_form
@@ -158,9 +160,15 @@ class PeftModel(nn.Module):
 
     # Which adapters act
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
-        add(self.adapters, adapter_name, peft_config, meta=low_cpu_mem_usage)
+        add(self.adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
@@ -225,7 +233,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
-        **unused: Any,
+        **given: Any,
     ) -> None:
         """Writes adapters and their trained heads, never the base: ``default`` into the folder, others into its own.
 
@@ -233,11 +241,13 @@ class PeftModel(nn.Module):
             safe_serialization: must be true; only safetensors are written.
             selected_adapters: which adapters; all by default.
             state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
-            unused: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
+            given: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
 
         Raises:
-            PeanutError: the folder cannot be written, or a value is not finite. No file is then half written.
+            PeanutError: a keyword is unknown, the folder cannot be written, or a value is not finite. No file is then
+                half written.
         """
+        check_keywords("save_pretrained", given, (), _SAVING)
         if not safe_serialization:
             raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
@@ -266,17 +276,20 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype: store the adapter in float32 on a half-precision base.
             low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
-            hub: ``subfolder``, ``revision``, ``token`` and the like.
+            hub: ``subfolder``, ``revision``, ``token`` and the like; and what Hugging Face PEFT also accepts and has no
+                effect here, where an adapter's tensors follow the base's devices.
 
         Raises:
-            PeanutError: a file is missing or broken, or does not fit the model, which is then unchanged.
+            PeanutError: a keyword is unknown, or a file is missing or broken, or does not fit the model, which is then
+                unchanged.
         """
+        hub = check_keywords("from_pretrained", hub, HUB_OPTIONS, _LOADING)
         stored = gathered(read_adapter(model_id, config, **hub))
         stored = replace(stored, config=_opened(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = AdapterSet.of(model)
         try:
-            with all_or_none(own):
+            with all_or_none(own), room_of_file(stored.source, stored.state):
                 folder = model_id if config is None else None  # a config that is given says where experts lie
                 found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
                 adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
@@ -295,6 +308,7 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         low_cpu_mem_usage: bool = False,
         check_base: bool = True,
+        autocast_adapter_dtype: bool = True,
         **hub: Any,
     ) -> None:
         """Reads another adapter into the model, or other values and their config into one that is there.
@@ -303,13 +317,15 @@ class PeftModel(nn.Module):
 
         Args and errors: see ``from_pretrained``.
         """
+        hub = check_keywords("load_adapter", hub, HUB_OPTIONS, _LOADING)
         stored = gathered(read_adapter(model_id, **hub))
         fresh = adapter_name not in self.peft_config
-        with all_or_none(self.adapters):
+        with all_or_none(self.adapters), room_of_file(stored.source, stored.state):
             if fresh:
                 stored = replace(stored, config=_opened(stored, is_trainable))
-                found = ready(self.adapters, stored.config, model_id, check_base=check_base)
-                self.add_adapter(adapter_name, found, low_cpu_mem_usage=True)
+                wide = autocast_adapter_dtype
+                found = ready(self.adapters, stored.config, model_id, wide=wide, check_base=check_base)
+                self.add_adapter(adapter_name, found, low_cpu_mem_usage=True, autocast_adapter_dtype=wide)
             load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             mode = self.peft_config[adapter_name].inference_mode
@@ -369,6 +385,34 @@ def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     return config
 
 
+_SAVING: dict[str, tuple[Any, ...] | None] = {
+    "max_shard_size": None,
+    "path_initial_model_for_weight_conversion": None,  # what starts in the weight is always saved as a plain LoRA
+    "push_to_hub": (False, None),
+    "save_embedding_layers": ("auto", False, None),
+    "save_function": None,
+    "token": None,
+    "variant": (None,),
+}
+"""What ``save_pretrained`` has no use for, each with the values of which that is so (``None``: any)."""
+_LOADING: dict[str, tuple[Any, ...] | None] = {
+    "adapters": (None,),
+    "device_map": None,
+    "dtype": None,
+    "ephemeral_gpu_offload": None,
+    "ignore_mismatched_sizes": (False, None),
+    "key_mapping": (None, {}),
+    "max_memory": None,
+    "offload_dir": None,
+    "offload_folder": None,
+    "offload_index": None,
+    "torch_device": None,
+    "torch_dtype": None,
+    "trust_remote_code": None,
+    "use_auth_token": (False, None),
+    "use_safetensors": (True, None),
+}
+"""The same for ``from_pretrained`` and ``load_adapter``: an adapter's tensors follow the base's devices."""
 _SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
 
 
@@ -407,6 +451,15 @@ def get_peft_model(
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
+    *,
+    mixed: bool = False,
+    revision: str | None = None,
 ) -> PeftModel:
-    """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``."""
+    """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``.
+
+    Args:
+        mixed: without effect, for scripts: adapters of several methods may always be active together.
+        revision: the base model's, for the config.
+    """
+    peft_config = peft_config if revision is None else replace(peft_config, revision=revision)
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

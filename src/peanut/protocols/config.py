@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import operator
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import PeanutError, nearest
+from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
+from .patterns import check_pattern, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
+from .values import Whole, check_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,13 +27,7 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
-    "check_bias",
-    "check_finite",
-    "check_pattern",
-    "check_probability",
-    "check_whole",
     "get_peft_config",
-    "matching_pattern",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -92,12 +85,11 @@ class PeftConfig:
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: list[Whole] | Whole | None = None
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.task_type is not None:
-            self.task_type = _task_type(self.task_type)
+        check_types(self)
         given = self.peft_type
         if given is not None and name_of(given) != self.method:
             raise PeanutError(
@@ -107,24 +99,15 @@ class PeftConfig:
         self.peft_version = self.peft_version or FORMAT_VERSION
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                if not isinstance(value, Iterable) or not all(isinstance(entry, str) and entry for entry in value):
-                    raise PeanutError(f"{name}={value!r}", "a list of names", "remove what is not a name")
-                setattr(self, name, sorted(set(value)))
-            elif isinstance(value, str) and name == "modules_to_save":
-                raise PeanutError(f"modules_to_save={value!r}", "a list of names", f"write [{value!r}]")
-            elif isinstance(value, str):
+            if isinstance(value, str):
                 check_pattern(name, value)
-        if self.layers_to_transform is not None:
-            indices = self.layers_to_transform
-            for index in list(indices) if isinstance(indices, Iterable) else [indices]:
-                check_whole("layers_to_transform", index, least=0)
-        numbers = {field.name for field in dataclasses.fields(self) if field.type in ("float", float)}
-        for name, patterns in self.by_layer:
-            for pattern, value in (getattr(self, patterns) or {}).items():
+            elif value is not None:
+                if not all(value):
+                    raise PeanutError(f"{name}={shown(value)}", "a list of names", "remove what is not a name")
+                setattr(self, name, sorted(set(value)))
+        for _, patterns in self.by_layer:
+            for pattern in getattr(self, patterns) or {}:
                 check_pattern(patterns, pattern)
-                entry = f"{patterns}[{pattern!r}]"
-                _ = check_finite(entry, value) if name in numbers else check_whole(entry, value, least=1)
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
@@ -189,8 +172,9 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config in an adapter's folder (or, if the user names one, on the hub)."""
-        from ..hub import locate
+        from ..hub import HUB_OPTIONS, locate
 
+        hub = check_keywords(f"{cls.__name__}.from_pretrained", hub, HUB_OPTIONS, {})
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         values = read_json(path)
         if not isinstance(values, dict):
@@ -204,64 +188,6 @@ class PeftConfig:
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary with a ``peft_type`` describes."""
     return PeftConfig.from_dict(values)
-
-
-def check_whole(name: str, value: Any, least: int) -> int:
-    """``value`` as an int of at least ``least``.
-
-    Raises:
-        PeanutError: it is not whole, or too small.
-    """
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or isinstance(value, bool) or whole < least:
-        raise PeanutError(f"{name}={value!r}", f"a whole number of at least {least}", f"change {name}")
-    return whole
-
-
-def check_finite(name: str, value: Any) -> float:
-    """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise PeanutError(f"{name}={value!r}", "a finite number", f"change {name}")
-    return float(value)
-
-
-def check_probability(name: str, value: Any) -> float:
-    """``value`` as a float in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise PeanutError(f"{name}={value!r}", "a probability of at least 0 and below 1", f"change {name}")
-    return float(value)
-
-
-def check_bias(value: Any, only: str) -> None:
-    """Which biases are trained beside the method: ``"none"``, the adapted layers' (``only``), or ``"all"``."""
-    if value not in ("none", "all", only):
-        raise PeanutError(f"bias={value!r}", f"'none', 'all' or {only!r}", "change bias")
-
-
-def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
-    """The key (a name or a regular expression) of a ``rank_pattern`` or its like that matches the end of ``path``."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
-def _task_type(value: str) -> TaskType:
-    try:
-        return TaskType(value)
-    except ValueError:
-        names = [member.value for member in TaskType]
-        raise PeanutError(
-            f"task_type={value!r}", f"one of {', '.join(names)}", f"nearest: {nearest(str(value), names, 1)}"
-        ) from None
-
-
-def check_pattern(name: str, pattern: str) -> None:
-    """Refuses what is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise PeanutError(f"{name}={pattern!r} is no regular expression ({error})", do="correct it") from None
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

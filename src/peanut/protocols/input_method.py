@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PeanutError
-from .config import PeftConfig, check_whole
+from .config import PeftConfig
 from .method import C, Method, Trial, Values
+from .values import Count
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,11 +58,11 @@ class PromptConfig(PeftConfig):
 
     only_here = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"})
 
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: Count | None = None
+    token_dim: Count | None = None
+    num_transformer_submodules: Count | None = None
+    num_attention_heads: Count | None = None
+    num_layers: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,10 +73,6 @@ class PromptConfig(PeftConfig):
                 )
         if self.num_virtual_tokens is None:
             raise PeanutError("num_virtual_tokens is not given", "a whole number of at least 1", "set it")
-        sizes = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
-        for name in sizes:
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), least=1)
 
     @property
     def is_prompt_learning(self) -> bool:

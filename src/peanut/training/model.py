@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeanutError
 from ..files import read_json, write_json
+from ..model.checkpoints.reading import opened
 from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import PeftConfig, TaskType
 from ..protocols.config import CONFIG_NAME
@@ -209,12 +209,8 @@ def _default_data(base: str) -> DataSection:
 
 def _classes(folder: Path) -> int:
     """How many classes the stored head tells apart."""
-    path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PeanutError(f"cannot read '{path}': {error}", "a whole safetensors file", "save it again") from None
+    with opened(folder / "adapter_model.safetensors") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     rows = [shape[0] for key, shape in shapes.items() if shape and (".classifier." in key or ".score." in key)]
     if not rows:
         raise PeanutError(f"the adapter '{folder}' holds no classifier", "a trained head", "train one")

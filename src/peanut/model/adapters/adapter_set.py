@@ -22,6 +22,7 @@ from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
 from .adding import put
+from .room import room_for
 from .starting import New
 from .surgery import SHARED, Surgery, key_of
 from .training_hooks import follow, unfollow
@@ -154,7 +155,8 @@ class AdapterSet(Surgery):
         for path in heads:
             self.check_whole(path)
         try:
-            new = New(name, str(int(torch.randint(2**62, (), device="cpu").item())), meta, wide)
+            seed = str(int(torch.randint(2**62, (), device="cpu").item()))
+            new = New(name, seed, meta, wide, room_for(self.model, name))
             config = put(self, new, method, config, given)
             memo: dict[int, Any] = {}
             for path in heads:

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
-from ...protocols.config import matching_pattern
+from ...protocols.patterns import matching_pattern
 from ...weights import kind_of
 from ...weights.stored import check_by_layer, same_weight, some_tensor, stored
 from ..layers.input import AdaptedInput, AdaptedMixture

@@ -16,6 +16,7 @@ from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
 from ..layers.layer import BIAS
 from ..layers.parameters import Parameters
+from .room import Counted, Room
 
 __all__ = ["New", "Target", "naming"]
 
@@ -49,12 +50,14 @@ class New:
         seed: where its randomness comes from: a number drawn from torch's generator.
         meta: leave its parameters without storage, to be filled by loading.
         wide: store them in float32 at least, also on a half-precision base.
+        room: what it may make.
     """
 
     name: str
     seed: str
     meta: bool
     wide: bool
+    room: Room
 
     def waits(self, method: Method[Any], config: PeftConfig) -> bool:
         """Whether its tensors are left without storage; where some are in no file, all have to be made."""
@@ -79,8 +82,11 @@ class New:
         digest = hashlib.sha256(f"{self.seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         where = f"{method.name} at '{path}'" if path else method.name
-        with naming(where), torch.no_grad(), torch.device("meta" if meta or beside.is_meta else "cpu"):
+        without = meta or beside.is_meta
+        on = torch.device("meta" if without else "cpu")
+        with naming(where), torch.no_grad(), on, Counted(self.room, meta=without):
             values = start(generator)
+        self.room.check(values)
         coded = not beside.is_floating_point() or beside.dtype.itemsize < 2  # a quantised weight
         dtype = torch.float32 if coded else beside.dtype
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype

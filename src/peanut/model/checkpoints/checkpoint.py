@@ -8,12 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import PeanutError
 from ...files import write_files
 from ...hub import locate
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
@@ -23,6 +20,7 @@ from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
 from .fingerprint import fingerprint
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
+from .reading import read_tensors, refuse_not_finite
 
 __all__ = [
     "TRAINING_NAME",
@@ -135,7 +133,7 @@ def save_adapter(
     config, state = adapter_state(adapters, name, state_dict)
     training = training_state(adapters, name)
     for held in (state, training):
-        _refuse_not_finite(held, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
+        refuse_not_finite(held, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
     method, metadata = method_of(config.peft_type), {"format": "pt"}
     if isinstance(method, MixtureMethod):  # its experts are saved beside it
         config = method.mixing(config, {expert: str(Path(folder) / expert) for expert in method.experts(config)})
@@ -195,15 +193,7 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
 
 def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, by key without the prefix, and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-    except (SafetensorError, OSError) as error:
-        raise PeanutError(
-            f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
-        ) from error
-    _refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
+    state, metadata = read_tensors(path)
     return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 
@@ -216,16 +206,6 @@ def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[s
         return targets
     _, _, paths = next(parts_of(adapters, name))
     return sorted(path for path in paths if path != SHARED) or None
-
-
-def _refuse_not_finite(state: Mapping[str, Tensor], where: str, do: str) -> None:
-    for key, value in state.items():
-        if not value.is_floating_point():
-            continue
-        # The norm is read fastest. It may be too large although no value is: then all are looked at.
-        norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-        if not (norm.isfinite() or value.isfinite().all()):
-            raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
 
 
 def _plain(key: str) -> str:

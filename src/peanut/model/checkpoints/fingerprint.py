@@ -8,6 +8,8 @@ import json
 import torch
 
 from ...errors import PeanutError
+from ...files import parse_json
+from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
 
 __all__ = ["check_base", "fingerprint"]
@@ -46,7 +48,8 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     own = fingerprint(adapters, name)
     if not recorded or own is None:
         return
-    then, now = json.loads(recorded), json.loads(own)
+    now = json.loads(own)
+    then = check_value("the recorded fingerprint of the base", dict[str, list[float]], parse_json(recorded, "it"))
     if then.keys() != now.keys() or any(_apart(then[path], now[path]) for path in then):
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         raise PeanutError(

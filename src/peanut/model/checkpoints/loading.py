@@ -17,6 +17,7 @@ from ..layers.parameters import Parameters
 from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, keys_of, parts_of
 from .fingerprint import check_base
 from .keys import flat
+from .reading import check_kind
 
 __all__ = ["load_state", "same_form"]
 
@@ -68,6 +69,14 @@ def load_state(
                 f"{tuple(parameter.shape)}",
                 "load it on the base it was trained on (for a head: with the same number of labels)",
             )
+        check_kind(stored.source, key, state[key], parameter)
+    passing = {
+        key: value
+        for key, value in stored.passing.items()
+        if key in left_out and key in there and there[key].shape == value.shape
+    }
+    for key, value in passing.items():
+        check_kind(f"{stored.source}/{TRAINING_NAME}", key, value, there[key])
     if check:
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
     waiting = _without_storage(adapters, name)
@@ -83,9 +92,8 @@ def load_state(
                 )
             else:
                 parameter.copy_(value.to(parameter.device))
-        for key in left_out & there.keys() & stored.passing.keys():
-            if there[key].shape == stored.passing[key].shape:
-                there[key].copy_(stored.passing[key].to(there[key].device))
+        for key, value in passing.items():
+            there[key].copy_(value.to(there[key].device))
 
 
 def _made_by_scaffold(

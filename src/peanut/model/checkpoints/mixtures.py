@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ...errors import PeanutError
 from ...protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet, experts_of
+from ..adapters.room import room_of_file
 from ..adapters.surgery import SHARED
 from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
 from .loading import load_state, same_form
+from .reading import opened
 
 __all__ = ["add", "all_or_none", "gathered", "name_for", "ready", "save_experts"]
 
@@ -73,7 +74,8 @@ def ready(
             _check_same(adapters, name, source, folder)
             continue
         stored = read_adapter(_found(name, source, folder))
-        adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
+        with room_of_file(stored.source, stored.state):
+            adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
         load_state(adapters, name, stored, check=check_base)
     experts = list(wanted) or [
         name for name, own in adapters.configs.items() if isinstance(method_of(own.peft_type), WeightMethod)
@@ -128,7 +130,7 @@ def _is_whole(folder: Path) -> bool:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         return True  # reading it says so
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         return not any(key.startswith("base_model.lora_model.") for key in file.keys())  # noqa: SIM118
 
 
@@ -143,7 +145,7 @@ def gathered(stored: StoredAdapter) -> StoredAdapter:
         path = Path(stored.source) / name / WEIGHTS_NAME
         if not path.is_file() or _is_whole(path.parent):
             continue
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118
                 plain = key.removeprefix("base_model.")
                 if not plain.startswith("lora_model.") and f"{SHARED}{plain}" not in state:

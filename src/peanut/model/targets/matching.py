@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
+from ...protocols.patterns import fullmatch
 from .architectures import architecture_of, model_type_of
 from .paths import (
     Modules,
@@ -291,9 +291,9 @@ def _block_index(path: str, pattern: list[str] | str | None) -> int | None:
     """The index of the block that ``path`` is or lies in: the first number after a list called as the pattern says."""
     lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
     for name in lists:
-        match = re.match(rf"(?:.*?\.)??{name}\.(\d+)\.", f"{path}.")
+        match = fullmatch(name, f"{path}.", before=r"(?:.*?\.)??", after=r"\.(?P<index>\d+)\..*")
         if match:
-            return int(match.group(1))
+            return int(match["index"])
     return None
 
 

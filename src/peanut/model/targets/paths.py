@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ...protocols.patterns import fullmatch
 from ...weights import kind_of
 from ..layers.layer import AdaptedLayer
 from ..layers.saved_modules import SavedModule
@@ -77,7 +77,7 @@ def bare(module: nn.Module) -> nn.Module:
 def matched(paths: Iterable[str], names: Iterable[str] | str) -> list[str]:
     """The paths that a regular expression matches whole, or that end in one of some names."""
     if isinstance(names, str):
-        return [path for path in paths if re.fullmatch(names, path)]
+        return [path for path in paths if fullmatch(names, path)]
     wanted = frozenset(names)
     return [path for path in paths if not wanted.isdisjoint(_ends(path))]
 

@@ -1,0 +1,110 @@
+"""Reads tensors that anybody may have written: they are finite, and of the kind that an adapter's own tensor is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...errors import PeanutError, shown
+
+__all__ = ["check_kind", "opened", "read_tensors", "refuse_not_finite"]
+
+_LONGEST = 1000
+"""How many characters the name of a tensor may have."""
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        PeanutError: it is none, or is damaged.
+    """
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError("it is no file")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except PeanutError:
+        raise
+    except Exception as error:  # safetensors and torch have many for a damaged header
+        raise PeanutError(
+            f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
+        ) from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, those in one byte as float32, and its metadata.
+
+    Raises:
+        PeanutError: it cannot be read, or holds values that are not finite.
+    """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        names = list(file.keys())
+        long = next((name for name in names if len(name) > _LONGEST), None)
+        if long is not None:
+            raise PeanutError(f"'{path}' holds a tensor called {shown(long)}", f"at most {_LONGEST} characters")
+        state = {name: _plain(file.get_tensor(name)) for name in names}
+    refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
+    return state, metadata
+
+
+def _plain(value: Tensor) -> Tensor:
+    """A tensor that torch computes with: of a float in one byte it knows little more than how to convert it."""
+    return value.float() if value.is_floating_point() and value.element_size() == 1 else value
+
+
+def refuse_not_finite(state: Mapping[str, Any], where: str, do: str) -> None:
+    """Refuses tensors with values that are not finite, or without values.
+
+    Raises:
+        PeanutError: there are some.
+    """
+    for key, given in state.items():
+        if not isinstance(given, Tensor) or given.is_meta or given.layout != torch.strided:
+            kind = f"a {given.layout} tensor on {given.device}" if isinstance(given, Tensor) else shown(given)
+            raise PeanutError(f"{where} holds {kind} in '{key}'", "a tensor with its values", do)
+        if not (given.is_floating_point() or given.is_complex()):
+            continue
+        value = _plain(given)
+        # The norm is read fastest. It may be too large although no value is: then all are looked at.
+        norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        if not (norm.isfinite() or value.isfinite().all()):
+            raise PeanutError(f"{where} holds values that are not finite in '{key}'", "finite values", do)
+
+
+def check_kind(source: str, key: str, value: Tensor, own: Tensor) -> None:
+    """Checks that a tensor that was read can be put where ``own`` is: whole numbers are no weights, nor the reverse.
+
+    Raises:
+        PeanutError: it is of another kind, or a value is infinite in the precision of ``own``.
+    """
+    if _kind(value) != _kind(own):
+        raise PeanutError(
+            f"'{source}' holds {key} as {_kind(value)} ({value.dtype})",
+            f"{_kind(own)} ({own.dtype})",
+            "save the adapter again, each tensor in its own precision",
+        )
+    if not own.is_floating_point() or torch.finfo(value.dtype).max <= torch.finfo(own.dtype).max:
+        return
+    if not value.to(own.dtype).isfinite().all():
+        raise PeanutError(
+            f"'{source}' holds {key} with values that are not finite in {own.dtype}",
+            "values that it can hold",
+            "save the adapter again from a training that did not diverge",
+        )
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_complex():
+        return "complex numbers"
+    if value.dtype == torch.bool:
+        return "booleans"
+    return "floats" if value.is_floating_point() else "whole numbers"
