@@ -6,12 +6,14 @@ import json
 import os
 import stat
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peanut.errors import PeanutError, nearest
+from peanut.errors import PeanutError, check_keywords, nearest, shown
 from peanut.files import make_folder, read_json, write_files, write_json
 
 
@@ -118,3 +120,65 @@ def test_read_json_refuses_a_broken_file(tmp_path: Path, content: bytes) -> None
 def test_read_json_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(PeanutError, match=r"no file '.*c\.json'; expected a JSON file there"):
         read_json(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("length", [10, 799, 801, 100_000])
+def test_an_error_cuts_what_is_long(length: int) -> None:
+    value = "x" * length
+    for error in (
+        PeanutError(f"a={value}", value, value),
+        PeanutError(f"a={value!r}", "b", detail="tree\nof\nmodules"),
+    ):
+        line, _, detail = str(error).partition("\n")
+        assert line.startswith("a=")
+        assert len(line) < 2600
+        assert ("…" in line) == (length > 790)
+        assert detail in ("", "tree\nof\nmodules")
+
+
+def test_an_error_is_printable_whatever_it_holds() -> None:
+    line = str(PeanutError("a\x00b\x1b[2J\u202e\ud800\n  c", "é → ß"))
+    assert line == "a\\x00b\\x1b[2J\\u202e\\ud800 c; expected é → ß"
+
+
+class Wild:
+    def __repr__(self) -> str:
+        raise RuntimeError("no name")
+
+
+def test_values_are_shown_short_and_always() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    values = ("x" * 10**6, list(range(10**5)), {"a": ["b"] * 10**5}, 10**5000, deep, Wild(), b"\0" * 10**6)
+    assert all(len(shown(value)) < 1000 for value in values)
+    assert [shown(value) for value in ("a", 1.5, None, [1, "b"], {"a": True})] == [
+        "'a'",
+        "1.5",
+        "None",
+        "[1, 'b']",
+        "{'a': True}",
+    ]
+    while deep:  # or its end would be found by recursion
+        deep = deep.pop()
+
+
+def test_the_nearest_of_very_many_is_found_soon() -> None:
+    names = [f"model.layers.{index}.self_attn.q_proj" for index in range(50_000)]
+    start = perf_counter()
+    assert nearest("model.layers.49999.self_attn.q_prj", names, 1) == "'model.layers.49999.self_attn.q_proj'"
+    assert nearest("x" * 10**6, ["y" * 10**6, "xx"], 1) == "'xx'"
+    assert perf_counter() - start < 10
+
+
+def test_keywords_are_known_or_told() -> None:
+    known, harmless = ("revision", "token"), {"device": None, "upload": (False, None)}
+    assert check_keywords("f", {"token": 1, "device": 2, "upload": False}, known, harmless) == {"token": 1}
+    with pytest.raises(
+        PeanutError, match=r"^f is given 'revison'; expected keywords that it knows .*nearest: 'revision'"
+    ):
+        check_keywords("f", {"revison": 1}, known, harmless)
+    with pytest.raises(
+        PeanutError, match=r"^f is given upload=True, which it does not do; expected False or None; leave"
+    ):
+        check_keywords("f", {"upload": True}, known, harmless)

@@ -78,11 +78,20 @@ class Shira(WeightMethod[ShiraConfig]):
         # Files written on Windows keep the places as floating-point numbers.
         return {
             path: {
-                suffix: value.to(torch.int32) if suffix == "shira_indices" else value
+                suffix: value.long() if suffix == "shira_indices" and value.is_floating_point() else value
                 for suffix, value in values.items()
             }
             for path, values in layers.items()
         }
+
+    def check_read(self, config: ShiraConfig, layer: FrozenLayer, values: Values, path: str) -> None:
+        places, size = values["shira_indices"], torch.tensor([[layer.out_features], [layer.in_features]])
+        if bool((places < 0).any()) or bool((places >= size.to(places.device)).any()):
+            raise PeanutError(
+                f"the file's places for '{path}' lie outside of its weight, {layer.out_features}×{layer.in_features}",
+                "rows and columns of it",
+                "save the adapter again",
+            )
 
     def check(self, config: ShiraConfig, layer: FrozenLayer, path: str) -> None:
         out, inputs = layer.out_features, layer.in_features

@@ -128,6 +128,17 @@ class VBLoRA(WeightMethod[VBLoRAConfig]):
         for values in restored.values():
             for suffix in [suffix.removesuffix(INDICES) for suffix in values if suffix.endswith(INDICES)]:
                 indices, weights = values.pop(suffix + INDICES), values.pop(suffix + WEIGHTS)
+                if (
+                    indices.is_floating_point()
+                    or not 0 <= int(indices.min()) <= int(indices.max()) < config.num_vectors
+                ):
+                    raise PeanutError(
+                        f"the file's {suffix}{INDICES} names vectors that are not there",
+                        f"whole numbers below num_vectors={config.num_vectors}",
+                        "save the adapter again",
+                    )
+                if bool((weights < 0).any()):
+                    raise PeanutError(f"the file's {suffix}{WEIGHTS} is negative", "shares", "save the adapter again")
                 last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
                 logits = weights.new_full((*weights.shape[:-1], config.num_vectors), -torch.inf)
                 values[suffix] = logits.scatter(-1, indices.long(), torch.cat([weights, last], dim=-1).log())

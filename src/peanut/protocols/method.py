@@ -194,3 +194,10 @@ class WeightMethod(Method[C]):
         Raises:
             PeanutError: for instance a block size that does not divide the layer's width.
         """
+
+    def check_read(self, config: C, layer: FrozenLayer, values: Values, path: str) -> None:
+        """Refuses tensors of a file, of the right shapes, that are not for the ``layer`` at ``path``.
+
+        Raises:
+            PeanutError: for instance a place outside of its weight.
+        """

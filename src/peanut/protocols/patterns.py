@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from time import perf_counter
+from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 from ..errors import PeanutError, shown
@@ -19,7 +19,7 @@ __all__ = ["check_pattern", "fullmatch", "matching_pattern"]
 T = TypeVar("T")
 
 SECONDS = 5.0
-"""How long slow patterns may take, all together, in one minute of a thread. Others take microseconds."""
+"""How much of a thread's time slow patterns may take, all together, in one minute. Others take microseconds."""
 _USUAL = {"compile": 1e-3, "match": 1e-4}
 """What compiling and matching may take without being slow."""
 _LARGEST = 100_000
@@ -42,9 +42,9 @@ def _timed(doing: str, pattern: str, run: Callable[[float], T]) -> T:
     Raises:
         PeanutError: it takes longer.
     """
-    start = perf_counter()
-    if start > _clock.until:
-        _clock.slow, _clock.until = 0.0, start + 60
+    now, start = monotonic(), thread_time()
+    if now > _clock.until:
+        _clock.slow, _clock.until = 0.0, now + 60
     try:
         if _clock.slow >= SECONDS:
             raise TimeoutError
@@ -52,12 +52,12 @@ def _timed(doing: str, pattern: str, run: Callable[[float], T]) -> T:
     except TimeoutError:
         _clock.until = 0.0
         raise PeanutError(
-            f"the regular expression {shown(pattern)} takes more than {SECONDS:g} seconds",
-            "one that ends soon",
+            f"{shown(pattern)} takes more than {SECONDS:g} seconds",
+            "a regular expression that ends soon",
             "write it without repetitions inside repetitions",
         ) from None
     finally:
-        _clock.slow += max(0.0, perf_counter() - start - _USUAL[doing])
+        _clock.slow += max(0.0, thread_time() - start - _USUAL[doing])
 
 
 @lru_cache(maxsize=2**16)
@@ -99,7 +99,7 @@ def check_pattern(name: str, pattern: str) -> None:
     try:
         _compiled(pattern, "", "")
     except PeanutError as error:
-        raise PeanutError(f"{name}={error.found}", do=error.do) from None
+        raise PeanutError(f"{name}={error.found}", error.expected, error.do) from None
 
 
 def fullmatch(pattern: str, text: str, before: str = "", after: str = "") -> Any:

@@ -104,11 +104,14 @@ class Counted(TorchFunctionMode):
         self.calls += 1
         if self.calls > self.room.calls:
             raise self.room.refuse(f"more than {self.room.calls:,} steps in one layer")
-        if not self.meta and getattr(func, "__name__", "") in _MAKING:
-            self.room.numbers -= _numbers(func.__name__, args, kwargs or {})
+        options = kwargs or {}
+        device = options.get("device")  # some are made on the CPU wherever the others are
+        if getattr(func, "__name__", "") in _MAKING and not (self.meta if device is None else str(device) == "meta"):
+            asked = _numbers(func.__name__, args, options)
+            self.room.numbers -= asked
             if self.room.numbers < 0:
-                raise self.room.refuse("more numbers than that")
-        return func(*args, **(kwargs or {}))
+                raise self.room.refuse(f"a tensor of {asked:,} numbers")
+        return func(*args, **options)
 
 
 _SHAPED = {

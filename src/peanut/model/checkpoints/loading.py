@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PeanutError, nearest
-from ...protocols import PeftConfig
+from ...protocols import PeftConfig, WeightMethod
 from ...weights.stored import some_tensor
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
@@ -70,6 +70,12 @@ def load_state(
                 "load it on the base it was trained on (for a head: with the same number of labels)",
             )
         check_kind(stored.source, key, state[key], parameter)
+    for place in adapters.places(name):
+        method, config = place.method_of(name)
+        if isinstance(method, WeightMethod) and isinstance(place, AdaptedLayer):
+            keys = {suffix: key_of(place.path, suffix) for suffix in place.adapters[name].suffixes}
+            values = {suffix: state[key] for suffix, key in keys.items() if key in state}
+            method.check_read(config, place.frozen, values, place.path)
     passing = {
         key: value
         for key, value in stored.passing.items()

@@ -1,0 +1,132 @@
+"""Patterns mean what they mean to ``re``, and none takes longer than a bound."""
+
+from __future__ import annotations
+
+import re
+from time import perf_counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from peanut import IA3Config, LoraConfig, PeanutConfig, PeanutError, PeftConfig, get_peft_model
+from peanut.model.targets.matching import _block_index
+from peanut.protocols import patterns
+from peanut.protocols.patterns import check_pattern, fullmatch, matching_pattern
+
+from ..support import refused
+
+PARTS = [
+    *"aqx01._-",
+    "q_proj",
+    "layers",
+    r"\.",
+    r"\d",
+    r"\w",
+    r"\b",
+    ".",
+    "[a-q]",
+    "[^.]",
+    "^",
+    "$",
+    r"\Z",
+    "(?i:Q)",
+    "é",
+]
+REGEX = st.recursive(
+    st.sampled_from(PARTS),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map("|".join),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "+?", "{2}", "{1,2}", "{,2}"])).map(
+            lambda each: f"(?:{each[0]}){each[1]}"
+        ),
+        inner.map(lambda each: f"({each})"),
+        inner.map(lambda each: f"(?={each})"),
+        inner.map(lambda each: f"(?!{each})"),
+    ),
+    max_leaves=8,
+)
+PATHS = st.lists(st.sampled_from(["q_proj", "layers", "0", "11", "a", "Q", "x-1", "é"]), max_size=4).map(".".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(pattern=REGEX, path=PATHS)
+def test_patterns_are_those_of_re(pattern: str, path: str) -> None:
+    assert bool(fullmatch(pattern, path)) == bool(re.fullmatch(pattern, path))
+    found = matching_pattern({pattern: 1}, path)
+    assert (found is not None) == bool(re.match(rf"(.*\.)?({pattern})$", path))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(",
+        "*",
+        "[",
+        "a{99999999999}",
+        "a{4294967290}",
+        "((a{1000}){1000}){1000}",
+        "(" * 3000 + "a" + ")" * 3000,
+        "(?:" * 500 + "a" + ")*" * 500,
+        r"\p{L}",
+        "(?R)",
+        "a" * 200_000,
+    ],
+)
+def test_what_is_no_pattern_or_a_huge_one_is_refused_at_once(pattern: str) -> None:
+    start = perf_counter()
+    with pytest.raises(
+        PeanutError, match=r"^target_modules='.*' is no regular expression \(.*\); correct it$"
+    ) as error:
+        check_pattern("target_modules", pattern)
+    assert len(str(error.value)) < 1000
+    assert perf_counter() - start < 3
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow patterns have a fifth of a second, and none was slow before."""
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "_clock", patterns._Clock())
+
+
+LONG = "a" * 40
+ENDLESS = "(a|a|aa)+[b-z]"
+FIELDS: list[tuple[type[PeftConfig], dict[str, Any]]] = [
+    (LoraConfig, {"target_modules": ENDLESS}),
+    (LoraConfig, {"target_modules": [LONG], "exclude_modules": ENDLESS}),
+    (LoraConfig, {"target_modules": [LONG], "alpha_pattern": {ENDLESS: 2}}),
+    (PeanutConfig, {"target_modules": [LONG], "rank_pattern": {ENDLESS: 2}}),
+    (IA3Config, {"target_modules": [LONG], "feedforward_modules": ENDLESS}),
+    (LoraConfig, {"target_modules": [LONG], "layers_to_transform": 0, "layers_pattern": ENDLESS}),
+    (LoraConfig, {"target_modules": [LONG], "layers_to_transform": 0, "layers_pattern": [ENDLESS]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"), FIELDS, ids=[f"{c.method}-{i}" for i, (c, _) in enumerate(FIELDS)]
+)
+def test_a_pattern_that_never_ends_is_refused(
+    config_class: type[PeftConfig], options: dict[str, Any], impatient: None
+) -> None:
+    model = nn.ModuleDict({LONG: nn.Linear(4, 4)})
+    start = perf_counter()
+    with refused(model, r"^'.*' takes more than 0\.2 seconds; expected a regular expression that ends soon; write it "):
+        get_peft_model(model, config_class(**options))
+    assert perf_counter() - start < 5
+
+
+def test_the_time_of_many_slow_matches_adds_up(impatient: None) -> None:
+    start = perf_counter()
+    with pytest.raises(PeanutError, match=rf"^'{re.escape(ENDLESS)}' takes more than 0\.2 seconds"):
+        any(fullmatch(ENDLESS, "a" * 11) for _ in range(100_000))
+    assert perf_counter() - start < 20
+    assert fullmatch("q.*", "q_proj")  # the next call has its time again
+
+
+def test_alternatives_are_one_pattern() -> None:
+    assert [_block_index(path, "h|layers") for path in ("x.h.3.q", "layers.12.q", "q.4")] == [3, 12, None]
+    assert matching_pattern({r"(q)\1": 1}, "a.qq") == r"(q)\1"
