@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators.delta import applied, captured, transformed
 from ..operators.hard_concrete import HardConcrete
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.values import NonNegative
@@ -70,7 +71,7 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
         Where there are no numbers to draw, in a compiled graph and with fake tensors, their noise is a tensor, too.
         """
         alpha = parameters["diff_log_alpha"]
-        fake = torch.compiler.is_compiling() or type(alpha).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        fake = captured() or type(alpha).__torch_dispatch__ is not Tensor.__torch_dispatch__
         seeded = not fake and alpha.device.type in ("cpu", "cuda")
         drawn: dict[str, Tensor] = {SEED: torch.randint(2**63 - 1, (), device="cpu")} if seeded else {}
         noisy = {
@@ -83,7 +84,8 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
     def penalty(self, config: DiffPruningConfig, layers: Sequence[Values]) -> Tensor | None:
         total: Tensor | None = None
         for values in layers:
-            expected: Tensor = _Open.apply(values["diff_log_alpha"])  # type: ignore[no-untyped-call]
+            alpha = values["diff_log_alpha"]
+            expected = torch.sigmoid(alpha).sum() if transformed() else applied(_Open, alpha)
             if config.structured:
                 expected = expected * torch.sigmoid(values["diff_group_log_alpha"]).sum()
             total = expected if total is None else total + expected.to(total.device)

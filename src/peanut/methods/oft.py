@@ -110,7 +110,8 @@ class OFT(WeightMethod[OFTConfig]):
     def change(self, config: OFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
         weight, b = parameters[WEIGHT], config.block_size(layer.in_features)
         if config.coft:
-            weight = _Held.apply(weight, config.eps)  # type: ignore[no-untyped-call]
+            # The gradient of the held point is handed on: a step from there, as in projected gradient descent.
+            weight = held(weight, config.eps).detach() + (weight - weight.detach())
         S = skew(weight, b)
         blocks = cayley_neumann(-S, config.num_cayley_neumann_terms) if config.use_cayley_neumann else cayley(S)
         return Change(rotation=BlockFactors.diagonal(blocks, layer.in_features // (b * blocks.shape[0])))
@@ -143,18 +144,6 @@ def held(weight: Tensor, eps: float) -> Tensor:
     limit = eps / math.sqrt(weight.shape[0])
     norm = math.sqrt(2) * weight.norm(dim=1, keepdim=True)  # each entry stands twice in S
     return torch.where(norm > limit, weight * (limit / norm.clamp_min(limit)), weight)
-
-
-class _Held(torch.autograd.Function):
-    """``held`` with the gradient of the held point handed on: a step from there, as in projected gradient descent."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
-        return held(weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def nearest_divisors(value: int, width: int, *, sizes: bool) -> str:

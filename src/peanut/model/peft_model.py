@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError, check_keywords
@@ -422,6 +423,12 @@ def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
         return _SHOWN[own, base]
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, torch.fx.Proxy):
+            raise PeanutError(
+                "torch.fx.symbolic_trace of a model with adapters",
+                "a graph of what is computed",
+                "use torch.export or make_fx, or trace what merge_and_unload() returns",
+            )
         return PeftModel.forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)

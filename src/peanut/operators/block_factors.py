@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import applied, product_dtype, shaped
+from .delta import applied, batched, captured, product_dtype, shaped, transformed
 from .inference import few_tokens
 from .rotation import Rotation
 
@@ -88,7 +88,7 @@ class BlockFactors(Rotation):
         x, levels = x.to(dtype), self.levels.to(dtype)
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
         arguments = (x, levels, weight, bias, self.half, self.distances)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not transformed():
             return applied(_Turned, *arguments)
         return _turned(*arguments)
 
@@ -118,10 +118,10 @@ def _scattered(y: Tensor, half: int, distance: int) -> Tensor:
     return y
 
 
-def _spans(tokens: Tensor) -> list[slice]:
+def _spans(tokens: Tensor, whole: bool = False) -> list[slice]:
     """Which tokens to multiply at a time: on a CPU some; elsewhere, and in 16 bits (sums of sums lose digits), all."""
     count, width = tokens.shape
-    if tokens.device.type != "cpu" or tokens.dtype.itemsize < 4 or torch.compiler.is_compiling():
+    if whole or tokens.device.type != "cpu" or tokens.dtype.itemsize < 4 or captured():
         return [slice(None)]
     size = max(1, SPAN // width)
     return [slice(start, start + size) for start in range(0, count, size)] if count > size else [slice(None)]
@@ -154,7 +154,7 @@ def _turned(
 
 def _turns_weight(tokens: Tensor, weight: Tensor) -> bool:
     """Whether W has fewer rows than there are tokens, in a dtype wide enough to hold a small change of it."""
-    return len(weight) < len(tokens) and torch.finfo(tokens.dtype).bits >= 32
+    return not transformed() and len(weight) < len(tokens) and torch.finfo(tokens.dtype).bits >= 32
 
 
 def _seen(tokens: Tensor, factors: Tensor, half: int, distances: tuple[int, ...]) -> list[Tensor]:
@@ -181,10 +181,11 @@ class _Turned(torch.autograd.Function):
         half, distances = ctx.half, ctx.distances
         need_x, need_factors, _, need_bias, *_ = ctx.needs_input_grad
         tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.empty_like(tokens) if need_x else None
+        grad_x = torch.empty_like(tokens) if need_x else None  # not touched where one span is all
         grad_factors: dict[int, Tensor] = {}
         last = len(distances) - 1 if need_factors else 0
-        for span in _spans(tokens):
+        spans = _spans(tokens, batched(grad))
+        for span in spans:
             part, seen = grads[span], _seen(tokens[span], factors[:last], half, distances[:last])
             if weight is not None:
                 part = part @ weight
@@ -197,6 +198,8 @@ class _Turned(torch.autograd.Function):
                 part = _scattered(torch.bmm(inner, blocks), half, distance)
                 if level:
                     part = part.reshape(-1, tokens.shape[1])
+                elif grad_x is not None and len(spans) == 1:
+                    grad_x = part.reshape(tokens.shape)
                 elif grad_x is not None:
                     grad_x[span].view(part.shape).copy_(part)
         return (

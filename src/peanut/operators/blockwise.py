@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .delta import Delta, applied, product_dtype, shaped
+from .delta import Delta, applied, batched, product_dtype, shaped, transformed
 from .materialised import Materialised
 
 __all__ = ["BlockAffine", "Blockwise"]
@@ -39,12 +39,12 @@ class Blockwise(Delta):
         """x (W + Δ)ᵀ + b, Δ's part added in place; the backward saves r numbers a token and not x."""
         dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if transformed() or weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.linear(x, weight, bias) + self.apply(x)
         return self._product(x, weight, bias, self.block.to(dtype))
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not transformed():
             return applied(_Folded, x, weight, bias, block, self.size)
         return _joined(x, _fold(x.reshape(-1, self.size[1]), len(block)), weight, bias, block, self.size)
 
@@ -96,8 +96,11 @@ class _Folded(torch.autograd.Function):
             spread = summed @ block.T
             blocks = inputs // r
             grad_x = spread.new_zeros(grads.shape[0], inputs) if weight is None else grads @ weight
-            grad_x[:, : blocks * r].view(-1, blocks, r).add_(spread.unsqueeze(1))
-            if blocks * r < inputs:
+            if batched(grad):
+                grad_x = grad_x + spread.repeat(1, blocks + 1)[:, :inputs]
+            else:
+                grad_x[:, : blocks * r].view(-1, blocks, r).add_(spread.unsqueeze(1))
+            if blocks * r < inputs and not batched(grad):
                 grad_x[:, blocks * r :].add_(spread[:, : inputs - blocks * r])
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_block, None

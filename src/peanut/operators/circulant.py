@@ -52,7 +52,7 @@ class Circulant(Materialised):
         rows, columns, b = self.kernel.shape
         blocks = grad.reshape(rows, b, columns, b).transpose(1, 2)
         # Each row twice, so that a diagonal that leaves a block on the right goes on: from row to row one more.
-        diagonals = torch.cat([blocks, blocks], -1).flatten(2).unfold(2, b, 2 * b + 1)[:, :, :b]
+        diagonals = torch.cat([blocks, blocks], -1).reshape(rows, columns, -1).unfold(2, b, 2 * b + 1).narrow(2, 0, b)
         return (self.scaling * diagonals.sum(2),)
 
     def pulled(self, grads: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -9,12 +9,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import PeanutError
 from .operator import Operator
 
-__all__ = ["Delta", "applied", "autocasts", "product_dtype", "recomputed", "shaped", "wide"]
+__all__ = [
+    "Delta",
+    "applied",
+    "autocasts",
+    "batched",
+    "captured",
+    "product_dtype",
+    "recomputed",
+    "shaped",
+    "transformed",
+    "wide",
+]
 
 
 class Delta(Operator, ABC):
@@ -87,27 +98,48 @@ def shaped(y: Tensor, places: Sequence[int]) -> Tensor:
 
     Autograd forbids in-place changes of a view that a function returns, and the next module may make them.
     """
+    if transformed():
+        return y.reshape(*places, y.shape[-1])
     return torch.ops.aten._unsafe_view.default(y, [*places, y.shape[-1]])  # type: ignore[no-any-return]
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """What an autograd function answers.
-
-    Raises:
-        PeanutError: within ``torch.func.grad``, ``vmap`` and their like, for which it has no rules.
-    """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise PeanutError(
-            "adapters within a transform of torch.func (grad, vmap, jacrev, …)",
-            "gradients of torch.autograd",
-            "use torch.autograd, or no transform; torch.func.functional_call itself is fine",
-        )
+    """What an autograd function answers; it has no rules for what is ``transformed``."""
     return function.apply(*arguments)  # type: ignore[no-any-return]
+
+
+def transformed() -> bool:
+    """Whether torch makes something else of what is computed: torch.func, forward-mode AD, jit.trace, make_fx, export.
+
+    It is then computed in ordinary operations, none of them in place, for which all of these have rules, and the size
+    of the input decides nothing.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def captured() -> bool:
+    """Whether a graph is made, which serves inputs of other sizes too."""
+    return torch.compiler.is_compiling() or transformed()
+
+
+def batched(grad: Tensor) -> bool:
+    """Whether a backward is given several gradients at once (``is_grads_batched``, ``vectorize``).
+
+    They have rules for ordinary operations only, and cannot be written to a tensor that is none of them.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function(x)``, of which only x is saved: the backward runs it again. It must not be random."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transformed():
         return function(x)
     y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return y

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .delta import captured
 from .materialised import Materialised
 
 __all__ = ["HardConcrete", "logistic"]
@@ -59,7 +60,7 @@ class HardConcrete(Materialised):
         return grad * opening * whole, through * slope * whole, own
 
     def pulled_through(self, grads: Tensor, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or captured():
             return super().pulled_through(grads, tokens, weight)
         stretched = self._stretched()  # the gates are made once for both
         grad_tokens = grads @ self._joined(weight, stretched.clamp(0, 1))
@@ -76,11 +77,12 @@ class HardConcrete(Materialised):
             delta = opening * self.values
             delta = delta if self.dtype is None else delta.to(self.dtype)
             return delta if weight is None else weight + delta
-        place = None if torch.is_grad_enabled() or weight.stride() != opening.stride() else opening
-        return torch.addcmul(weight, opening, self.values, out=place)
+        if torch.is_grad_enabled() or captured() or weight.stride() != opening.stride():
+            return torch.addcmul(weight, opening, self.values)
+        return torch.addcmul(weight, opening, self.values, out=opening)
 
     def _opening(self) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or captured():
             return self._opened(self._noisy())[0]
         return self._stretched().clamp_(0, 1)
 

@@ -47,10 +47,8 @@ class Householder(Rotation):
         with in_full(device):
             products = rows @ rows.T
             q = products[first + 1, first + 1]
-            inverse = 2 * eye
-            inverse[first, first] = 2 * q
-            inverse[first, first + 1] = 2 * q - 2
-            inverse[first + 1, first] = 2.0
+            at = torch.cat([first, first, first + 1]), torch.cat([first, first + 1, first])
+            inverse = (2 * eye).index_put(at, torch.cat([2 * q, 2 * q - 2, torch.full_like(q, 2.0)]))
             between = products * (place[:, None] // 2 < place // 2)
             core = torch.linalg.solve_triangular(eye + inverse @ between, inverse, upper=True, unitriangular=True)
         return Householder(rows.T, core)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, captured
 
 __all__ = ["FEW", "Evaluated", "WrittenOut", "few_tokens"]
 
@@ -89,5 +89,5 @@ class WrittenOut(Evaluated):
 
 
 def few_tokens(x: Tensor, most: int = FEW) -> bool:
-    """Whether x, (…, in), has at most ``most`` tokens; false in compiled graphs, which must serve any number."""
-    return 0 < x.numel() <= most * x.shape[-1] and not torch.compiler.is_compiling()
+    """Whether x, (…, in), has at most ``most`` tokens; false in graphs and transforms, which must serve any number."""
+    return not captured() and 0 < x.numel() <= most * x.shape[-1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, applied, product_dtype, shaped
+from .delta import Delta, applied, product_dtype, shaped, transformed
 
 __all__ = ["Kronecker"]
 
@@ -39,7 +39,12 @@ class Kronecker(Delta):
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        return applied(_Product, x.to(dtype), self.outer.to(dtype), self._inner().to(dtype), self.scaling)
+        x, outer, inner = x.to(dtype), self.outer.to(dtype), self._inner().to(dtype)
+        if transformed():
+            each = x.unflatten(-1, (outer.shape[1], inner.shape[1]))
+            y: Tensor = (outer @ (each @ inner.T)).flatten(-2) * self.scaling
+            return y
+        return applied(_Product, x, outer, inner, self.scaling)
 
     def rows(self, ids: Tensor) -> Tensor:
         V = self._inner()
@@ -80,10 +85,11 @@ class _Product(torch.autograd.Function):
         each = x.reshape(-1, outer.shape[1], inner.shape[1])
         grad_x = grad_outer = grad_inner = None
         if ctx.needs_input_grad[1]:
-            grad_outer = torch.einsum("tab,tcb->ac", grads, each @ inner.T)
+            hidden = (each @ inner.T).transpose(0, 1).reshape(outer.shape[1], -1)
+            grad_outer = grads.transpose(0, 1).reshape(outer.shape[0], -1) @ hidden.T
         through = outer.T @ grads  # (tokens, c, b)
         if ctx.needs_input_grad[2]:
-            grad_inner = through.flatten(0, 1).T @ each.flatten(0, 1)
+            grad_inner = through.reshape(-1, inner.shape[0]).T @ each.reshape(-1, inner.shape[1])
         if ctx.needs_input_grad[0]:
             grad_x = (through @ inner).view(x.shape)
         return grad_x, grad_outer, grad_inner, None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PeanutError
-from .delta import Delta, applied, shaped
+from .delta import Delta, applied, shaped, transformed
 
 __all__ = ["LowRank"]
 
@@ -92,6 +92,8 @@ class LowRank(Delta):
         Returns:
             (…, out). The backward saves x, which it needs for the factors' gradient, and at most r numbers a token.
         """
+        if transformed():
+            return super().joined(x, weight, bias)
         gate = self.gate
         if gate is not None:
             gate = gate.to(x.dtype).expand(*x.shape[:-1], -1).reshape(-1, gate.shape[-1])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, applied, product_dtype, shaped
+from .delta import Delta, applied, batched, product_dtype, shaped, transformed
 from .inference import Evaluated
 from .saved_outputs import SavedOutput, pulled_gain, tells_gain, weight_is_less
 
@@ -80,6 +80,10 @@ class MagnitudeDirection(Delta):
         dtype = product_dtype(x)
         x, weight, up, down = (value.to(dtype) for value in (x, weight, self.up, self.down))
         bias = None if bias is None else bias.to(dtype)
+        if transformed():
+            low = F.linear(F.linear(x, down), (self.gain[:, None] * up * self.scaling).to(dtype))
+            y = F.linear(x, weight) * (self.gain - 1).to(dtype) + low
+            return y + F.linear(x, weight, bias) if whole else y
         return applied(_GainedProduct, x, weight, bias, up, down, self.gain, self.scaling, whole)
 
 
@@ -148,7 +152,7 @@ class _GainedProduct(torch.autograd.Function):
         if need_bias:
             grad_bias = grads.sum(0)
         if any(need_parts):
-            if kept is not None and ctx.saved_output.tells():
+            if kept is not None and ctx.saved_output.tells() and not batched(grad):
                 grad_gain = pulled_gain(kept, bias, gain, grads)
                 of_up, grad_down = grads.T @ (tokens @ down.T), (grads @ gained_up).T @ tokens
             else:

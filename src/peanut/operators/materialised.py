@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, applied, product_dtype, recomputed, shaped
+from .delta import Delta, applied, batched, product_dtype, recomputed, shaped, transformed
 from .inference import WrittenOut
 
 __all__ = ["Materialised"]
@@ -71,7 +71,7 @@ class Materialised(Delta):
         dtype = product_dtype(x)
         operator, x = self.to(dtype), x.to(dtype)
         weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or transformed():
             return F.linear(x, operator.matrix(weight), bias)
         tensors = {name: value for name, value in vars(operator).items() if isinstance(value, Tensor)}
         if any(value.requires_grad for name, value in tensors.items() if name not in self.trained):
@@ -105,7 +105,7 @@ class _Product(torch.autograd.Function):
         need_x, need_weight, need_bias, *need = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         pulled: tuple[Tensor, ...] = ()
-        if need_weight:
+        if need_weight or batched(grad):
             grad_weight = grads.T @ tokens
             pulled = operator.pull(grad_weight) if any(need) else ()
         elif need_x and any(need):

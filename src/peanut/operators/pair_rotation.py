@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta import applied
+from .delta import applied, transformed
 from .rotation import Rotation
 
 __all__ = ["PairRotation"]
@@ -36,6 +36,8 @@ class PairRotation(Rotation):
         return len(self.cos)
 
     def apply(self, x: Tensor) -> Tensor:
+        if transformed():
+            return torch.addcmul(x, x, (self.cos - 1).to(x.dtype)) + _partners(x, self.group) * self.sin.to(x.dtype)
         return applied(_Turned, x, self.cos, self.sin, self.group)
 
     def times(self, weight: Tensor) -> Tensor:
@@ -51,8 +53,8 @@ class PairRotation(Rotation):
 
 def _partners(x: Tensor, group: int) -> Tensor:
     """x̃: the halves of each group exchanged, the new first one negative."""
-    first, second = x.unflatten(-1, (-1, 2, group // 2)).unbind(-2)
-    return torch.stack([-second, first], dim=-2).flatten(-3)
+    first, second = x.reshape(*x.shape[:-1], -1, 2, group // 2).unbind(-2)
+    return torch.stack([-second, first], dim=-2).reshape(x.shape)
 
 
 def _turned_back(y: Tensor, cos: Tensor, sin: Tensor, group: int) -> Tensor:

@@ -25,7 +25,7 @@ class PerSample(Delta):
     scaling: float = 1.0
 
     def apply(self, x: Tensor) -> Tensor:
-        each = x.reshape(len(self.down), -1, x.shape[-1])
+        each = x.reshape(self.down.shape[0], -1, x.shape[-1])
         return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], -1)
 
     def dense(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta, applied, shaped
+from .delta import Delta, applied, shaped, transformed
 from .inference import WrittenOut
 from .low_rank import LowRank
 
@@ -81,6 +81,11 @@ class RandomBases(Delta):
         return _factors(self.basis, self.left, self.right, self.fixed, self.side, self.dtype)
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if transformed():
+            up, down = self._factors()
+            y = F.linear(_hidden(x, down), up * self.scaling)
+            y = y.reshape(*(x.shape[:-1] if x.is_floating_point() else x.shape), -1)
+            return y if weight is None else F.linear(x, weight, bias) + y
         basis, fixed = self.basis.detach(), self.fixed.detach()
         return applied(
             _Product, x, weight, bias, basis, self.left, self.right, fixed, self.side, self.scaling, self.dtype

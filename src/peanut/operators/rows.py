@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import Delta
+from .delta import Delta, transformed
 
 __all__ = ["Rows"]
 
@@ -39,7 +39,7 @@ class Rows(Delta):
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + Δ)ᵀ + b; on a head the scores of its tokens alone are added to, in place."""
-        if not self.head:
+        if not self.head or transformed():
             return F.linear(x, weight, bias) + self.apply(x)
         tokens = x.reshape(-1, x.shape[-1])
         y = F.linear(tokens, weight, bias).index_add_(-1, self.ids, F.linear(tokens, self.vectors))

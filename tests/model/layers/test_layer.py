@@ -306,19 +306,6 @@ def test_a_layer_that_is_replaced_by_something_else_is_an_error() -> None:
         model(torch.randn(3, 6))
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
-def test_transforms_of_torch_func_are_refused_in_one_line(transform: str) -> None:
-    model = randomised(get_peft_model(Net(nn.Linear(6, 5)), PeanutConfig(r=2, target_modules=["layer"])))
-    values, x = dict(model.named_parameters()), torch.randn(3, 6)
-
-    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, values, (x,)).square().sum()
-
-    called = torch.func.grad(loss) if transform == "grad" else torch.func.vmap(loss, in_dims=(None, 0))
-    with pytest.raises(PeanutError, match=r"^adapters within a transform of torch.func .*; expected gradients of"):
-        called(values, x if transform == "grad" else x[:, None])
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("change", ["activate", "merge"])
 def test_adapters_that_change_before_the_backward_of_a_checkpoint_are_an_error(

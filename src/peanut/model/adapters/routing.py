@@ -44,7 +44,7 @@ def called(
 
     Raises:
         PeanutError: a name is unknown, adapters are merged, or there are not as many names or tasks as samples; another
-            thread changes the adapters meanwhile.
+            thread changes the adapters meanwhile; or names are given within ``torch.jit.trace``.
     """
     state = adapters.state
     changes: dict[str, Any] = {}
@@ -56,6 +56,12 @@ def called(
     if torch.compiler.is_compiling():
         with state.during(**changes) if changes else nullcontext():
             return function(*args, **kwargs)
+    if torch._C._is_tracing() and not (samples is None and (tasks is None or isinstance(tasks, Tensor))):
+        raise PeanutError(
+            "adapter_names or a list of task_ids within torch.jit.trace, which would keep them for other batches",
+            "one adapter for all samples",
+            "call set_adapter before tracing, or use torch.compile",
+        )
     if torch.is_grad_enabled() and adapters.model.training:
         restore_in_checkpoints(adapters.model, state)
     if state.call.disabled:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
@@ -85,6 +86,32 @@ class Adapted(nn.Module):
             "one process for each device (DistributedDataParallel)",
             "start the script with torchrun or accelerate launch, or show it one device: CUDA_VISIBLE_DEVICES=0",
         )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses torch.jit.script, which would compile the code of this library.
+
+        Raises:
+            PeanutError: always.
+        """
+        raise PeanutError(
+            f"torch.jit.script, and adapters at '{self.path}'",
+            "a graph of what is computed",
+            "use torch.jit.trace, torch.export or torch.compile, or script what merge_and_unload() returns",
+        )
+
+    def _check_symbolic(self, x: object) -> None:
+        """Refuses torch.fx.symbolic_trace, in which tensors have no sizes.
+
+        Raises:
+            PeanutError: ``x`` stands for a tensor and is none.
+        """
+        if isinstance(x, torch.fx.Proxy):
+            raise PeanutError(
+                f"torch.fx.symbolic_trace, and adapters at '{self.path}'",
+                "a graph of what is computed",
+                "use torch.export or make_fx, a Tracer in which this module is a leaf, or what merge_and_unload() "
+                "returns",
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ...errors import PeanutError
 from ...operators import gated
-from ...operators.delta import product_dtype
+from ...operators.delta import captured, product_dtype
 from ...operators.inference import few_tokens
 from ...protocols import Change
 from .calls import BASE, CallState, scattered
@@ -44,6 +44,7 @@ class AdaptedLayer(AdaptedWeight):
             return self._computed(x, *args, **kwargs)
 
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_symbolic(x)
         call = self.state.call
         self.state.check(call)
         if call.disabled:
@@ -75,7 +76,7 @@ class AdaptedLayer(AdaptedWeight):
         if not call.contexts or self.training or call.sampling or torch.is_grad_enabled():
             return None
         cache = call.cache
-        return None if cache is None or torch.compiler.is_compiling() else cache.of(self)
+        return None if cache is None or captured() else cache.of(self)
 
     def _acting(
         self,

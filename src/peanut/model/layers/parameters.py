@@ -21,6 +21,10 @@ This lookup takes a tenth of the time of a module's attribute, and finds a tenso
 """
 
 
+class _Places(dict[str, Place]):
+    """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
+
+
 class NamedModules(nn.Module, Generic[M]):
     """Modules by any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses."""
 
@@ -64,7 +68,7 @@ class Parameters(nn.Module):
     ) -> None:
         super().__init__()
         self.suffixes = tuple(values)
-        self.places: dict[str, Place] = {}
+        self.places = _Places()
         for suffix, value in values.items():
             module: nn.Module = self
             *branches, leaf = suffix.split(".")
