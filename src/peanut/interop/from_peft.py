@@ -27,13 +27,13 @@ from .layers import (
     beside,
     by_our_keys,
     check_alike,
-    check_together,
     fill,
     made_anew,
     our_slots,
     peft_package,
     wrapped_in,
 )
+from .together import acting_on, check_together
 
 __all__ = ["from_peft"]
 
@@ -91,6 +91,7 @@ def from_peft(model: nn.Module) -> Any:
             _take_heads(adapters, name, places)
             _take_over(adapters, name, held[name], apart[name])
         for place in places:
+            check_together(place, acting_on(adapters.at(place.path), active, configs))
             for layer in place.layers:
                 carry_hooks(layer, adapters.at(place.path))
         _take_schedule(getattr(getattr(model, "base_model", None), "rankallocator", None), adapters)
@@ -158,8 +159,6 @@ def _active(model: nn.Module, configs: Mapping[str, PeftConfig], places: list[Wr
             "call set_adapter first",
         )
     (active,) = found
-    for place in places:
-        check_together(place.path, {name: configs[name] for name in active if place.held(name)})
     return list(active)
 
 

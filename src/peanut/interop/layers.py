@@ -22,7 +22,6 @@ __all__ = [
     "beside",
     "by_our_keys",
     "check_alike",
-    "check_together",
     "fill",
     "made_anew",
     "our_slots",
@@ -75,6 +74,10 @@ class Wrapped:
     def of(self, *kinds: type) -> list[Any]:
         """Those of the layers that are of certain classes."""
         return [layer for layer in self.layers if isinstance(layer, kinds)]
+
+    def holds(self, layer: nn.Module, name: str) -> bool:
+        """Whether one of the layers holds something of adapter ``name``."""
+        return bool(Wrapped(self.path, self.parent, (layer,), self.bare).held(name))
 
     def put(self, module: nn.Module) -> None:
         """Puts another module in their place."""
@@ -151,28 +154,6 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
             f"on '{path}', {layer}, {method_of(kind).name} of Hugging Face PEFT computes something else than ours",
             "a layer on which both agree",
             "train that adapter where it was begun",
-        )
-
-
-def check_together(path: str, configs: Mapping[str, PeftConfig]) -> None:
-    """Refuses adapters that act together on a layer, if with two of them PEFT computes something else than we do.
-
-    There C3A, OFT, "bat" and DoRA read what another adapter has made of the input or of the output; here each reads
-    the layer's own.
-    """
-    chained = [
-        name
-        for name, config in configs.items()
-        if config.peft_type in (PeftType.C3A, PeftType.OFT)
-        or getattr(config, "init_weights", None) == "bat"
-        or getattr(config, "use_dora", False)
-    ]
-    if chained and len(configs) > 1:
-        raise PeanutError(
-            f"adapters {' and '.join(map(repr, configs))} act together on '{path}', and Hugging Face PEFT does not "
-            f"add what {chained[0]!r} ({method_of(configs[chained[0]].peft_type).name}) changes to the rest",
-            "one of them, or adapters whose changes add",
-            "make one active with set_adapter",
         )
 
 

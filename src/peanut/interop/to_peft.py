@@ -24,13 +24,13 @@ from .layers import (
     beside,
     by_our_keys,
     check_alike,
-    check_together,
     fill,
     made_anew,
     our_slots,
     peft_package,
     wrapped_in,
 )
+from .together import acting_on, check_together
 
 __all__ = ["to_peft"]
 
@@ -67,7 +67,6 @@ def to_peft(model: nn.Module) -> Any:
             )
         for name in layer.adapters:
             check_alike(path, layer.base_layer, adapters.configs[name])
-        check_together(path, {name: adapters.configs[name] for name in layer.active_adapters})
     given = {name: _Given.of(adapters, name) for name in adapters.configs}
     configs = {name: _their_config(peft, name, own.config) for name, own in given.items()}
     modes, training = modes_of(base), model.training
@@ -79,9 +78,12 @@ def to_peft(model: nn.Module) -> Any:
                 save_experts(Path(folder), adapters, name)
                 configs[name].adapters = {expert: f"{folder}/{expert}" for expert in experts}
         outer = {place.path: adapters.at(place.path) for place in adapters.places() if place.path != SHARED}
+        acting = {path: acting_on(layer, adapters.state.active, adapters.configs) for path, layer in adapters.layers()}
         _leave(adapters)
         made = _made(peft, base, adapters, configs, wrapped)
         places = wrapped_in(base)
+        for place in places:
+            check_together(place, acting.get(place.path, {}))
         for name, own in given.items():
             _give_heads(places, name, own.heads)
             _give_over(base, places, name, own, beside(made, name))
