@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peanut.errors import PeanutError, check_keywords, nearest, shown
-from peanut.files import make_folder, read_json, write_files, write_json
+from peanut.files import locked, make_folder, read_json, write_files, write_folder, write_json
 
 
 def fail_after_writing(path: Path) -> None:
@@ -182,3 +183,73 @@ def test_keywords_are_known_or_told() -> None:
         PeanutError, match=r"^f is given upload=True, which it does not do; expected False or None; leave"
     ):
         check_keywords("f", {"upload": True}, known, harmless)
+
+
+# What was left by processes that were killed
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    others = [".a.txt.swp", ".b.txt.abcdefgh", ".a.txt.ABCDEFGH", "a.txt.abcdefgh", ".a.txt.abcdefghi"]
+    for name in (".a.txt.abcdefgh", ".a.txt.0_12345z", *others):
+        (tmp_path / name).write_text("half")
+    write_files(tmp_path, {"a.txt": lambda path: path.write_text("whole")})
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.txt", *others])
+
+
+def test_two_writers_wait_for_each_other(tmp_path: Path) -> None:
+    left, written = tmp_path / ".a.txt.abcdefgh", []
+    with locked(tmp_path) as alone:
+        assert alone
+        left.write_text("of a writer at work")
+        other = threading.Thread(target=write_files, args=(tmp_path, {"a.txt": written.append}))
+        other.start()
+        other.join(0.1)
+        assert not written
+        assert left.exists()
+    other.join(10)
+    assert written
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_does_not_wait_for_ever_and_then_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peanut.files._PATIENCE", 0.05)
+    left = tmp_path / ".a.txt.abcdefgh"
+    left.write_text("of a writer at work")
+    with locked(tmp_path):
+        write_files(tmp_path, {"a.txt": lambda path: path.write_text("b")})
+    assert sorted(os.listdir(tmp_path)) == [left.name, "a.txt"]
+
+
+@pytest.mark.parametrize("cause", ["no such module", "no such locks"])
+def test_without_locks_files_are_written_and_nothing_is_removed(
+    cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if cause == "no such module":
+        monkeypatch.setattr("peanut.files.fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".a.txt.abcdefgh").write_text("left")
+    write_files(tmp_path, {"a.txt": lambda path: path.write_text("b")})
+    write_folder(tmp_path / "f", lambda folder: (folder / "c.txt").write_text("d"))
+    assert sorted(os.listdir(tmp_path)) == [".a.txt.abcdefgh", "a.txt", "f"]
+
+
+def test_folders_that_killed_processes_were_making_are_removed(tmp_path: Path) -> None:
+    for name in (".f.123", f".f.{os.getpid()}", ".f.77", ".f.other", ".g.123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    with locked(tmp_path / ".f.77"):  # its writer is at work
+        write_folder(tmp_path / "f", lambda folder: (folder / "whole").write_text(""))
+    assert sorted(os.listdir(tmp_path)) == [".f.77", ".f.other", ".g.123", "f"]
+    assert os.listdir(tmp_path / "f") == ["whole"]
+
+
+def test_a_folder_whose_making_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PeanutError, match=r"^cannot write '.*f': .*No space left on device; free some space or choose"):
+        write_folder(tmp_path / "f", lambda folder: fail_after_writing(folder / "half"))
+    assert os.listdir(tmp_path) == []

@@ -1,19 +1,44 @@
-"""Writes files atomically: under a temporary name, flushed to disk, then renamed."""
+"""Writes files atomically: under a temporary name, flushed to disk, then renamed.
+
+Who writes into a folder holds its lock (``flock`` of the folder itself, which leaves no file behind and ends with the
+process), so a temporary file that is there when the lock is had was left by a process that was killed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import PeanutError, shown
 
-__all__ = ["check_new", "make_folder", "parse_json", "read_json", "told", "write_files", "write_folder", "write_json"]
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "check_new",
+    "locked",
+    "make_folder",
+    "parse_json",
+    "read_json",
+    "staged_files",
+    "told",
+    "write_files",
+    "write_folder",
+    "write_json",
+]
+
+_PATIENCE = 60.0
+"""Seconds for which a writer waits for another one."""
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -30,32 +55,82 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> Path:
+def write_files(
+    folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]], outdated: Collection[str] = ()
+) -> Path:
     """Writes several files of one folder so that all of them appear, or none.
+
+    They get their names in the order opposite to that of ``writers``. A process that is killed meanwhile leaves the
+    others under temporary names, as ``staged_files`` finds them; the next one that writes them removes what is left.
 
     Args:
         folder: where to; created if need be.
         writers: file name → a function that writes that content to the path it is given.
+        outdated: files that are removed when the others are there.
 
     Raises:
         PeanutError: the folder cannot be written, or the disk is full. What was there before is untouched.
     """
     path = make_folder(folder)
     staged: dict[str, Path] = {}
-    try:
-        with told(f"cannot write {', '.join(writers)} into '{path}'"):
+    with told(f"cannot write {', '.join(writers)} into '{path}'"), locked(path) as alone:
+        try:
             for name, write in writers.items():
                 handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=path)
                 os.close(handle)
                 staged[name] = Path(temporary)
                 write(staged[name])
                 _flush(staged[name])
-            for name, temporary_path in staged.items():
-                os.replace(temporary_path, path / name)
-    finally:
-        for temporary_path in staged.values():
-            temporary_path.unlink(missing_ok=True)
+            for name in reversed(staged):
+                os.replace(staged[name], path / name)
+            for name in outdated:
+                (path / name).unlink(missing_ok=True)
+            for name in (*writers, *outdated) if alone else ():
+                for left in staged_files(path, name):
+                    left.unlink(missing_ok=True)
+        finally:
+            for temporary_path in staged.values():
+                temporary_path.unlink(missing_ok=True)
     return path
+
+
+def staged_files(folder: Path, name: str) -> list[Path]:
+    """What ``write_files`` has of file ``name`` under temporary names: of a writer at work, or one that was killed."""
+    pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}")
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+
+
+@contextmanager
+def locked(folder: Path, patience: float | None = None) -> Iterator[bool]:
+    """Within the context no other process or thread has the lock of ``folder``, if the answer is true.
+
+    It is false where there are no such locks (Windows, some network drives), or if another has it for too long.
+    """
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    alone = _lock(handle, _PATIENCE if patience is None else patience)
+    try:
+        yield alone
+    finally:
+        if alone:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the handle too
+        os.close(handle)
+
+
+def _lock(handle: int, patience: float) -> bool:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:  # noqa: PERF203 - it waits
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
+        except OSError:
+            return False
 
 
 def check_new(target: Path) -> None:
@@ -75,17 +150,29 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
         PeanutError: ``target`` holds something, the disk is full, or the folder cannot be written.
     """
     check_new(target)
-    make_folder(target.parent)
+    parent = make_folder(target.parent)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with told(f"cannot write '{target}'"):
+    with told(f"cannot write '{target}'"), ExitStack() as writing:
+        with locked(parent) as alone:
+            if alone:
+                _remove_left_folders(target)
             staged.mkdir()
-            write(staged)
-            if target.is_dir():
-                target.rmdir()
-            staged.rename(target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+            writing.callback(shutil.rmtree, staged, ignore_errors=True)
+            writing.enter_context(locked(staged))  # says that its writer lives
+        write(staged)
+        if target.is_dir():
+            target.rmdir()
+        staged.rename(target)
+
+
+def _remove_left_folders(target: Path) -> None:
+    """Removes the folders in which killed processes were making ``target``: those that nobody holds a lock of."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"\d+")
+    for folder in target.parent.iterdir():
+        if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with locked(folder, patience=0) as dead:
+                if dead:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
