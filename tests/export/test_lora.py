@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from peanut import (
@@ -57,6 +58,36 @@ def test_peer_reads_a_peanut_as_plain_lora(
     assert distance(theirs(IDS).logits, expected) < EXACT
     assert distance(PeftModel.from_pretrained(build(), tmp_path)(IDS).logits, expected) < EXACT
     assert distance(model(IDS).logits, expected) == 0  # the source still acts alone
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PeanutConfig(r=5, rank_pattern={"up_proj": 3}, target_modules=TARGETS["tiny_llama"]),
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            use_rslora=True,
+            rank_pattern={"up_proj": 2, "q_proj": 7},
+            alpha_pattern={"q_proj": 1},
+            target_modules=TARGETS["tiny_llama"],
+        ),
+    ],
+    ids=["PEANuT", "LoRA"],
+)
+def test_all_layers_have_one_rank_and_one_alpha(config: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    """llama.cpp scales each layer by α / the rank of its own tensors, and knows no patterns."""
+    model = randomised(get_peft_model(tiny_llama().double(), config)).eval()
+    expected = {path: layer.delta("default") for path, layer in model.adapters.layers("default")}
+    to_lora(model).save(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["rank_pattern"], written["alpha_pattern"], written["use_rslora"]) == ({}, {}, False)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(expected) == 6
+    for path, delta in expected.items():
+        A, B = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        assert len(A) == written["r"]
+        assert distance(written["lora_alpha"] / len(A) * (B @ A), delta) < 1e-14
 
 
 def test_head_goes_along(tiny_bert: Any, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def to_lora(
 
     Exact, of the adapter's own rank, where ΔW is given as a product of thin factors; otherwise the best approximation
     of rank ``rank`` in Frobenius norm (truncated singular value decomposition), whose error is returned and printed.
+    All layers have one rank r, with zeros where less would do, and one α: llama.cpp scales each layer by α / its rank.
 
     Args:
         model: a model with adapters; the LoRA is added to it, not active.
@@ -89,14 +90,11 @@ def to_lora(
     factors = {path: _product(layer, name, rank) for path, layer in layers.items()}
     shifts = {path: _moved_bias(layer, name) for path, layer in layers.items()}
     source = adapters.configs[name]
-    ranks = {path: operator.rank for path, operator in factors.items()}
-    r = max(ranks.values())
+    r = max(operator.rank for operator in factors.values())
     config = LoraConfig(
         **_carried(source),
         r=r,
-        lora_alpha=r,
-        rank_pattern={path: own for path, own in ranks.items() if own != r},
-        alpha_pattern={path: own for path, own in ranks.items() if own != r},
+        lora_alpha=r,  # the scaling is in the factors
         lora_bias=any(shift is not None for shift in shifts.values()),
         fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
     )
@@ -105,8 +103,8 @@ def to_lora(
         a, b = suffixes(layer.frozen)
         own, shift = factors[path], shifts[path]
         values[path] = {
-            a: own.down.reshape(layer.frozen.down_shape(own.rank)),
-            b: own.scaled_up().reshape(layer.frozen.up_shape(own.rank)),
+            a: _padded(own.down, 0, r).reshape(layer.frozen.down_shape(r)),
+            b: _padded(own.scaled_up(), 1, r).reshape(layer.frozen.up_shape(r)),
         }
         if config.lora_bias:
             values[path]["lora_B.bias"] = own.up.new_zeros(layer.frozen.out_features) if shift is None else shift
@@ -129,6 +127,12 @@ def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
     r = min(16 if rank is None else rank, len(S))
     root = S[:r].sqrt()
     return LowRank((U[:, :r] * root).float(), (root[:, None] * Vh[:r]).float())
+
+
+def _padded(factor: Tensor, dim: int, r: int) -> Tensor:
+    """A factor with zeros up to rank ``r`` in dimension ``dim``."""
+    missing = r - factor.shape[dim]
+    return torch.nn.functional.pad(factor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
 def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
