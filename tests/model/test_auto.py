@@ -14,7 +14,7 @@ from torch import Tensor
 import peanut
 from peanut import PeanutConfig, PeanutError, get_peft_model
 
-from ..support import distance, one_thread, randomised, same_bits  # noqa: F401
+from ..support import distance, one_thread, randomised, same_bits, save_small_llama  # noqa: F401
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
@@ -75,3 +75,35 @@ def test_an_adapter_that_names_no_base_or_task_is_refused(
         PeanutError, match=r"names no task; expected one of SEQ_CLS, .*; use AutoPeftModelForCausalLM or an"
     ):
         peanut.AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_the_base_is_resized_by_the_tokenizer_in_the_folder(smollm2: Path, tmp_path: Path) -> None:
+    save_small_llama(tmp_path / "base", smollm2)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    added = tokenizer.add_tokens(["<one>", "<two>"])
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    rows = base.config.vocab_size
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = randomised(get_peft_model(base, PeanutConfig(r=4, task_type="CAUSAL_LM"))).eval()
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(PeanutError, match=rf"; call resize_token_embeddings\({rows + added}\) on the base first$"):
+        peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    loaded = peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    ids = tokenizer("a <two> b <one>", return_tensors="pt").input_ids
+    assert ids.max() == rows + added - 1
+    with torch.no_grad():
+        assert same_bits(loaded(ids).logits, model(ids).logits)
+    assert len(loaded.get_input_embeddings().weight) == rows + added
+
+
+def test_a_smaller_tokenizer_resizes_nothing(smollm2: Path, tmp_path: Path) -> None:
+    save_small_llama(tmp_path / "base", smollm2)
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    rows = base.config.vocab_size + 8
+    base.resize_token_embeddings(rows, mean_resizing=False)  # filled up, as is done for speed
+    base.save_pretrained(tmp_path / "padded")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "padded")
+    get_peft_model(base, PeanutConfig(r=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    hf.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "a")
+    assert len(peanut.AutoPeftModel.from_pretrained(tmp_path / "a").get_input_embeddings().weight) == rows

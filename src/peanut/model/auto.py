@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
+from torch import nn
 
 from ..errors import PeanutError
+from ..hub import locate
 from ..protocols import PeftConfig
 from .peft_model import PeftModel
 
@@ -19,6 +22,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "resize_for",
 ]
 
 _ADAPTER = ("subfolder", "revision")
@@ -52,6 +56,8 @@ class AutoPeftModel:
     ) -> PeftModel:
         """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
 
+        If the folder holds a tokenizer with more tokens than the base has embeddings, the base is resized first.
+
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
             TypeError: from transformers, a keyword is unknown.
@@ -59,7 +65,8 @@ class AutoPeftModel:
         hub = {name: kwargs.pop(name) for name in _ADAPTER if name in kwargs}
         hub |= {name: kwargs[name] for name in _HUB if name in kwargs}  # these are for the base's files too
         own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
-        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        given = config
+        config = given or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not config.base_model_name_or_path:
             raise PeanutError(
                 f"the config of '{pretrained_model_name_or_path}' names no base model",
@@ -76,9 +83,28 @@ class AutoPeftModel:
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
         model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
+        tokenizer = _tokenizer(pretrained_model_name_or_path, kwargs.get("trust_remote_code", False), **hub)
+        if tokenizer is not None:
+            resize_for(model, tokenizer)
         return PeftModel.from_pretrained(
-            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
+            model, pretrained_model_name_or_path, adapter_name, is_trainable, given, **own, **hub
         )
+
+
+def resize_for(model: nn.Module, tokenizer: Any) -> None:
+    """Gives a base's embeddings as many rows as the tokenizer has tokens, if they have fewer."""
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # type: ignore[operator]
+        model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+
+
+def _tokenizer(adapter: str | os.PathLike[str], trust_remote_code: bool, **hub: Any) -> Any:
+    """The tokenizer in an adapter's folder, or ``None``."""
+    try:
+        folder = locate(adapter, "tokenizer_config.json", **hub).parent
+    except PeanutError:
+        return None
+    source, options = (folder, {}) if Path(adapter).exists() else (str(adapter), hub)
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _for(task: str, name: str) -> type[AutoPeftModel]:

@@ -11,7 +11,8 @@ from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
-from .checkpoints.checkpoint import StoredAdapter, adapter_state
+from .checkpoints.base import SaveEmbeddings, saved_embeddings
+from .checkpoints.checkpoint import StoredAdapter, adapter_state, base_state
 from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
@@ -103,15 +104,22 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    *,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors by the keys that files give them.
 
     Args:
         model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
         state_dict: full state dict of the model to take the values from.
+        save_embedding_layers: see ``PeftModel.save_pretrained``.
     """
-    config, state = adapter_state(AdapterSet.of(model), adapter_name, state_dict)
+    adapters = AdapterSet.of(model)
+    config, state = adapter_state(adapters, adapter_name, state_dict)
+    state |= saved_embeddings(adapters, adapter_name, save_embedding_layers, base_state(state_dict))
     wrapped = isinstance(getattr(model, "base_model", None), AdaptedModel)
     style = KeyStyle.of(config) if wrapped else KeyStyle("", "")
     return {file_key(key, style): value for key, value in state.items()}

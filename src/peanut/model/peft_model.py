@@ -21,9 +21,10 @@ from ..protocols import METHODS, InputMethod, PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
 from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
+from .checkpoints.base import SaveEmbeddings
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
-from .checkpoints.loading import load_state, same_form
-from .checkpoints.mixtures import add, all_or_none, gathered, name_for, ready, save_experts
+from .checkpoints.loading import all_or_none, load_state, same_form
+from .checkpoints.mixtures import add, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
 from .layers.calls import Context
 from .models import model_of
@@ -232,15 +233,21 @@ class PeftModel(nn.Module):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         **given: Any,
     ) -> None:
-        """Writes adapters and their trained heads, never the base: ``default`` into the folder, others into its own.
+        """Writes adapters and their trained heads: ``default`` into the folder, others into folders of their names.
+
+        Of the base, only embeddings are ever written; loading puts them into the base, and refuses one that differs
+        otherwise.
 
         Args:
             safe_serialization: must be true; only safetensors are written.
             selected_adapters: which adapters; all by default.
+            save_embedding_layers: whether to write the base's input and output embeddings too; ``"auto"`` does if the
+                config names them (``embed_tokens``, ``lm_head``) as targets, or if the vocabulary was resized.
             state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
             given: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
 
@@ -254,8 +261,8 @@ class PeftModel(nn.Module):
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
             if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                save_adapter(folder, self.adapters, name, state_dict)
-                save_experts(folder, self.adapters, name)
+                save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers)
+                save_experts(folder, self.adapters, name, state_dict, save_embedding_layers)
 
     @classmethod
     def from_pretrained(

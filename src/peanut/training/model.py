@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeanutError
 from ..files import read_json, write_json
+from ..model.auto import resize_for
 from ..model.checkpoints.reading import opened
 from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import PeftConfig, TaskType
@@ -157,6 +158,8 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     processor = task.load_processor(folder if has_processor else path)
     revision = None if base_model else config.revision
     base, _ = load_base(path, task, processor, dtype, revision)
+    if (folder / "tokenizer_config.json").is_file():
+        resize_for(base, processor)
     return Trained(PeftModel.from_pretrained(base, folder), task, processor, folder, path)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from peanut import LoraConfig, PeanutConfig, PeftModel, get_peft_model
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 from peanut.model.checkpoints.fingerprint import fingerprint
 from peanut.protocols import METHODS
 
@@ -20,6 +20,7 @@ from ...support import LAYERS, Net, one_thread, randomised, refused, same_bits  
 
 Build = Callable[..., hf.PreTrainedModel]
 IDS = torch.arange(3, 15).reshape(2, 6)
+EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def adapted(base: Any, **options: Any) -> PeftModel:
@@ -35,16 +36,20 @@ def assert_loads(base: Any, folder: Path, expected: PeftModel) -> None:
     assert all(torch.equal(value.float(), saved[key].float()) for key, value in loaded.items())
 
 
-def test_it_holds_values_of_at_most_sixteen_layers(tiny_llama: Build) -> None:
-    base = tiny_llama(num_hidden_layers=5)
-    model = adapted(base, target_modules="all-linear")
-    samples = json.loads(fingerprint(model.adapters, "default"))
-    assert 12 <= len(samples) <= 16
-    assert {len(values) for values in samples.values()} == {16}
-    for path, values in samples.items():
-        weight = base.get_submodule(path).weight.flatten()
-        assert values[0] == pytest.approx(weight[0].item(), rel=1e-5)
-        assert values[-1] == pytest.approx(weight[-1].item(), rel=1e-5)
+def values(model: PeftModel) -> dict[str, list[float]]:
+    return json.loads(fingerprint(model.adapters, "default"))["values"]
+
+
+def test_it_holds_values_of_every_parameter_of_the_base(tiny_llama: Build) -> None:
+    base = tiny_llama()
+    weights = {name: weight.detach().flatten() for name, weight in base.named_parameters()}
+    found = values(adapted(base, target_modules="all-linear"))
+    assert found.keys() == weights.keys() > {"lm_head.weight"}
+    for path, (size, rows, *own) in found.items():
+        assert size == weights[path].numel()
+        assert (rows, len(own)) == ((101, 12) if path in EMBEDDINGS else (0, 4))
+        assert own[0] == pytest.approx(weights[path][(size - 1) % 3].item(), rel=1e-4)
+        assert own[3] == own[-1] == pytest.approx(weights[path][-1].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", METHODS["LORA"].kinds)
@@ -53,7 +58,7 @@ def test_every_kind_of_layer_has_one_and_a_merge_does_not_change_it(kind: str) -
     before = fingerprint(model.adapters, "default")
     model.merge_adapter()
     assert fingerprint(model.adapters, "default") == before
-    assert len(json.loads(before)["layer"]) == 16
+    assert len(values(model)["layer.weight"]) == 6
 
 
 def test_the_base_in_other_precisions_is_the_base(tiny_llama: Build, tmp_path: Path) -> None:
@@ -76,7 +81,8 @@ def test_another_base_is_refused_and_both_are_named(low_cpu_mem_usage: bool, tin
         other.model.layers[1].self_attn.q_proj.weight.mul_(1.05)
     message = (
         r"^the adapter was trained on 'the/first' \(weights [0-9a-f]{8}\) and this base is 'the/second' "
-        r"\(weights [0-9a-f]{8}\); expected the base that it was trained on; load that one, or pass check_base=False$"
+        r"\(weights [0-9a-f]{8}\): 'model.layers.1.self_attn.q_proj.weight' differs; "
+        r"expected the base that it was trained on; load that one, or pass check_base=False$"
     )
     with refused(other, message):
         PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -88,15 +94,92 @@ def test_another_base_is_refused_and_both_are_named(low_cpu_mem_usage: bool, tin
     assert not same_bits(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_other_weights_that_the_adapter_does_not_lie_on_are_none_of_its_business(
-    tiny_llama: Build, tmp_path: Path
-) -> None:
+def every_weight() -> list[str]:
+    config = hf.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    with torch.device("meta"):
+        return [name for name, _ in hf.LlamaForCausalLM(config).named_parameters()]
+
+
+@pytest.mark.parametrize("name", every_weight())
+def test_a_change_of_any_weight_of_the_base_is_found(name: str, tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     model.save_pretrained(tmp_path)
     base = tiny_llama()
     with torch.no_grad():
-        base.lm_head.weight.mul_(2)
-    assert_loads(base, tmp_path, model)
+        base.get_parameter(name).mul_(1.05)
+    with refused(base, rf"'{name}' differs; expected the base that it was trained on; "):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_new_rows_of_an_embedding_are_found_and_rows_of_this_base_alone_are_not(
+    tiny_llama: Build, tmp_path: Path
+) -> None:
+    def resized(seed: int, rows: int = 104) -> Any:
+        base = tiny_llama()
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(rows, mean_resizing=False)
+        return base
+
+    model = adapted(resized(1))
+    model.save_pretrained(tmp_path / "resized", save_embedding_layers=False)
+    assert_loads(resized(1), tmp_path / "resized", model)
+    hint = "save the adapter with save_embedding_layers=True, or pass"
+    for other in (resized(2), tiny_llama()):
+        with refused(other, rf"'lm_head.weight' and 1 more differ; .*; load that one, {hint}"):
+            PeftModel.from_pretrained(other, tmp_path / "resized")
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path / "plain")
+    assert_loads(resized(1), tmp_path / "plain", model)  # as scripts pad a vocabulary after training
+
+
+def test_a_head_that_is_trained_whole_may_differ_and_one_that_is_not_may_not(tiny_bert: Build, tmp_path: Path) -> None:
+    models = {}
+    for folder, task in (("head", "SEQ_CLS"), ("none", None)):
+        models[folder] = adapted(tiny_bert(), target_modules=["query"], task_type=task)
+        models[folder].save_pretrained(tmp_path / folder)
+    base = tiny_bert()
+    torch.nn.init.normal_(base.classifier.weight)
+    with refused(base, "'classifier.weight' differs"):
+        PeftModel.from_pretrained(base, tmp_path / "none")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "head")
+    assert same_bits(loaded(IDS).logits, models["head"](IDS).logits)
+
+
+def test_what_the_base_has_no_file_for_is_a_warning_inside_it_and_refused_on_top(
+    tiny_bert: Build, tmp_path: Path
+) -> None:
+    tiny_bert(hf.BertForMaskedLM).save_pretrained(tmp_path / "base")  # it has no pooler
+    torch.manual_seed(1)
+    model = adapted(hf.BertModel.from_pretrained(tmp_path / "base"), target_modules=["query"])
+    model.save_pretrained(tmp_path / "inside")
+    torch.manual_seed(2)
+    with pytest.warns(UserWarning, match=r"^'pooler.dense.weight' was made at random, as the base's files lack it"):
+        PeftModel.from_pretrained(hf.BertModel.from_pretrained(tmp_path / "base"), tmp_path / "inside")
+    classifier = hf.BertForSequenceClassification.from_pretrained
+    adapted(classifier(tmp_path / "base"), target_modules=["query"]).save_pretrained(tmp_path / "top")
+    with pytest.raises(PeanutError, match=r"'classifier.weight' differs"):
+        PeftModel.from_pretrained(classifier(tmp_path / "base"), tmp_path / "top")
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_samples_of_older_files_are_still_compared(factor: float, tiny_llama: Build, tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    old = {}
+    for name, layer in model.adapters.layers("default"):
+        flat = layer.frozen.weight.detach().flatten()
+        old[name] = [flat[round(place * (len(flat) - 1) / 15)].item() for place in range(16)]
+    save_file(load_file(path), path, metadata={"peanut_base": json.dumps(old)})
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(factor)
+        base.lm_head.weight.mul_(2)  # which they do not see
+    if factor == 1:
+        assert_loads(base, tmp_path, model)
+    else:
+        with refused(base, r"'model.layers.0.self_attn.q_proj' differs"):
+            PeftModel.from_pretrained(base, tmp_path)
 
 
 def test_files_without_one_load_on_any_base(tiny_llama: Build, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files import write_files
+from ...errors import PeanutError
+from ...files import staged_files, write_files
 from ...hub import locate
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
-from .fingerprint import fingerprint
+from .base import SaveEmbeddings, plain_path, saved_embeddings
+from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
+from .integrity import SAVE, check_sum, labelled, save_id, staged_config, with_sum, without_label
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 from .reading import read_tensors, refuse_not_finite
 
@@ -27,6 +32,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "StoredAdapter",
     "adapter_state",
+    "base_state",
     "by_place",
     "file_config",
     "keys_of",
@@ -38,7 +44,8 @@ __all__ = [
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINING_NAME = "adapter_training.safetensors"
 """Training state (statistics of schedules), saved separately for resuming; an adapter loaded for use ignores it."""
-_FINGERPRINT = "peanut_base"
+_READS = 20
+"""How often files are read that are of two saves, as they are beside a writer."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,11 @@ def adapter_state(
         config = held if part is adapters.configs[name] else config
         state |= flat(stored)
     return config, state | flat(grouped)  # what no method knows: modules that are trained whole
+
+
+def base_state(state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The base's tensors in a full state dict of the model, by the path that they have without adapters."""
+    return {plain_path(_plain(key)): value for key, value in (state_dict or {}).items()}
 
 
 def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
@@ -123,33 +135,43 @@ def by_place(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> di
 
 
 def save_adapter(
-    folder: str | os.PathLike[str], adapters: AdapterSet, name: str, state_dict: Mapping[str, Tensor] | None = None
+    folder: str | os.PathLike[str],
+    adapters: AdapterSet,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
-    """Writes adapter ``name`` into ``folder``: both files, or, if that fails, neither.
+    """Writes adapter ``name`` into ``folder``: its files, or, if that fails, none.
+
+    The tensors get their name first: a save that is killed then is whole (see ``read_adapter``).
 
     Raises:
         PeanutError: a value is not finite, or the folder cannot be written.
     """
     config, state = adapter_state(adapters, name, state_dict)
+    base = base_state(state_dict)
+    embeddings = saved_embeddings(adapters, name, save_embedding_layers, base)
+    state |= embeddings
     training = training_state(adapters, name)
     for held in (state, training):
         refuse_not_finite(held, f"adapter {name!r}", "it is not saved; lower the learning rate or find the bad batch")
-    method, metadata = method_of(config.peft_type), {"format": "pt"}
+    method = method_of(config.peft_type)
     if isinstance(method, MixtureMethod):  # its experts are saved beside it
         config = method.mixing(config, {expert: str(Path(folder) / expert) for expert in method.experts(config)})
-    config = file_config(adapters, name, config)
-    base = fingerprint(adapters, name)
-    if base is not None:
-        metadata[_FINGERPRINT] = base
+    config, _ = without_label(file_config(adapters, name, config))
     style = KeyStyle.of(config)
     tensors, passing = _for_file(state, style), _for_file(training, style)
+    save = save_id(config, tensors, passing)
+    metadata = {"format": "pt", SAVE: save}
+    recorded = fingerprint(adapters, name, {*map(plain_path, embeddings)}, base)
+    full = with_sum(metadata if recorded is None else {**metadata, FINGERPRINT: recorded}, tensors)
     files: dict[str, Callable[[Path], object]] = {
-        CONFIG_NAME: lambda path: path.write_text(f"{config}\n", encoding="utf-8"),
-        WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+        CONFIG_NAME: lambda path: path.write_text(f"{labelled(config, save)}\n", encoding="utf-8")
     }
     if passing:
-        files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata={"format": "pt"})
-    return write_files(folder, files)
+        files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata=with_sum(metadata, passing))
+    files[WEIGHTS_NAME] = lambda path: save_file(tensors, path, metadata=full)
+    return write_files(folder, files, outdated=() if passing else (TRAINING_NAME,))
 
 
 def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:
@@ -179,21 +201,56 @@ def _for_file(state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]
 def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
     """Reads an adapter's folder (or hub repository) whole, before any model is touched.
 
+    Files of two saves are read again: a writer may be at work. Of one that was killed, the tensors that have their
+    name tell which save it is, and the other files of it are there under temporary names.
+
     Raises:
-        PeanutError: a file is missing, truncated or not safetensors, or holds values that are not finite.
+        PeanutError: a file is missing, truncated, damaged or not safetensors, holds values that are not finite, or the
+            config and the tensors are of two saves.
     """
-    config = PeftConfig.from_pretrained(source, **hub) if config is None else config
-    path = locate(source, WEIGHTS_NAME, **hub)
-    style = KeyStyle.of(config)
-    state, metadata = _read(path, style)
-    training = Path(path).parent / TRAINING_NAME
-    passing = _read(training, style)[0] if training.is_file() else {}
-    return StoredAdapter(config, state, metadata.get(_FINGERPRINT), str(source), passing)
+    for attempt in range(_READS):
+        read, written = without_label(PeftConfig.from_pretrained(source, **hub) if config is None else config)
+        path = locate(source, WEIGHTS_NAME, **hub)
+        state, metadata = _read(path, KeyStyle.of(read))
+        save = metadata.get(SAVE, "")
+        if config is None and save and save != written:
+            staged = staged_config(path.parent, save)
+            if staged is None and (written or attempt == 0):  # one without an id may have been written by hand
+                time.sleep(0.001 * attempt)
+                continue
+            read = staged or read
+        passing = _training(path.parent, KeyStyle.of(read), save)
+        base = metadata.get(FINGERPRINT) or metadata.get(OLD_FINGERPRINT)
+        return StoredAdapter(read, state, base, str(source), passing)
+    raise PeanutError(
+        f"'{source}' holds {CONFIG_NAME} of one save and {WEIGHTS_NAME} of another",
+        "files that were saved together",
+        f"copy both from one folder, or, if you are sure, pass config=PeftConfig.from_pretrained('{source}')",
+    )
+
+
+def _training(folder: Path, style: KeyStyle, save: str) -> dict[str, Tensor]:
+    """The training state in a folder that belongs to the tensors of save ``save``."""
+    path = folder / TRAINING_NAME
+    if not path.is_file():
+        return {}
+    for held in (path, *staged_files(folder, TRAINING_NAME)):
+        try:
+            state, metadata = _read(held, style)
+        except PeanutError:
+            if held == path:
+                raise
+            continue  # never written to its end
+        if not save or metadata.get(SAVE, save) == save:
+            return state
+    warnings.warn(f"'{path}' is of another save than the adapter beside it, so it is not read", stacklevel=4)
+    return {}
 
 
 def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, by key without the prefix, and its metadata."""
     state, metadata = read_tensors(path)
+    check_sum(metadata, state, path)
     return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 

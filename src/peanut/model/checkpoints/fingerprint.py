@@ -4,65 +4,194 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections.abc import Collection, Mapping
+from itertools import islice
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...files import parse_json
-from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
+from ..layers.adapted import walk
+from .base import base_tensors, embedding_paths, whole
 
-__all__ = ["check_base", "fingerprint"]
+__all__ = ["FINGERPRINT", "OLD_FINGERPRINT", "check_base", "fingerprint"]
 
-_LAYERS, _VALUES = 16, 16
+FINGERPRINT, OLD_FINGERPRINT = "peanut_base_values", "peanut_base"
+"""Where a file's metadata has it; the second is of files that sampled the adapted layers only."""
+_VALUES, _LAST_ROW, _PARAMETERS = 4, 8, 1024
+_OLD_LAYERS, _OLD_VALUES = 16, 16
+
+Samples = dict[str, list[float]]
 
 
 @torch.no_grad()
-def fingerprint(adapters: AdapterSet, name: str) -> str | None:
-    """JSON of samples of the weights under adapter ``name``: up to 16 values of up to 16 layers, evenly spread.
+def fingerprint(
+    adapters: AdapterSet,
+    name: str,
+    saved: Collection[str] = (),
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> str | None:
+    """JSON of the shape and a few values of every parameter of the base; of embeddings, of their last row too.
 
-    Values, not a hash: the same base in another precision must be recognised. ``None`` on the meta device, and
-    where no layer is adapted.
+    Rows that were added to an embedding are its last. Values, not a hash: the same base in another precision must be
+    recognised. What has no plain values (the meta device, codes, shards) is left out, and so are the modules that
+    adapter ``name`` trains whole; ``None`` if nothing is left. Of very many parameters, some are taken.
+
+    Args:
+        saved: parameters that the adapter's file holds.
+        state_dict: the base's tensors by path, gathered, to take the values from.
     """
-    layers = list(adapters.layers(name))
-    step = max(1, len(layers) // _LAYERS)
-    samples: dict[str, list[float]] = {}
-    for path, layer in layers[::step][:_LAYERS]:
-        frozen, weight = layer.frozen, layer.frozen.weight
-        if frozen.kind.quantised or frozen.unreadable(weight) is not None or weight.is_meta:
-            return None
-        flat = weight.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).round().long()
-        samples[path] = [float(f"{value:.6g}") for value in flat[places.to(flat.device)].double().tolist()]
-    return json.dumps(samples, sort_keys=True) if samples else None
+    base = base_tensors(adapters)
+    if state_dict and state_dict.keys() & base.keys():
+        base = {path: state_dict[path] for path in base if path in state_dict}
+    elif _is_sharded(adapters.model):
+        return None
+    left_out, embeddings = tuple(f"{path}." for path in whole(adapters, name)), _embeddings(adapters)
+    base = {
+        path: value
+        for path, value in {id(value): (path, value) for path, value in reversed(base.items())}.values()
+        if _has_values(value) and path not in saved and not path.startswith(left_out)
+    }
+    step = max(1, -(-len(base) // _PARAMETERS))
+    taken = {path: base[path] for number, path in enumerate(base) if number % step == 0 or path in embeddings}
+    samples = _samples({path: (value, _shape(value, path in embeddings)) for path, value in taken.items()})
+    shapes = {path: _shape(value, path in embeddings) for path, value in taken.items()}
+    found = {path: [*shapes[path], *(float(f"{value:.5g}") for value in own)] for path, own in samples.items()}
+    return json.dumps({"values": found}, sort_keys=True, separators=(",", ":")) if found else None
 
 
+@torch.no_grad()
 def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on: str | None) -> None:
     """Compares the base under adapter ``name`` with the fingerprint that its file records, if it does.
 
-    A value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it.
+    A value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it. Parameters that this base does not have are
+    passed over, and so are rows that its embeddings have beyond those recorded. What transformers has made at random,
+    as the base's files lack it, is a warning where it may not be used: inside the base (a pooler), not on top of it.
 
     Raises:
         PeanutError: the weights differ by more.
     """
-    own = fingerprint(adapters, name)
-    if not recorded or own is None:
+    if not recorded:
         return
-    now = json.loads(own)
-    then = check_value("the recorded fingerprint of the base", dict[str, list[float]], parse_json(recorded, "it"))
-    if then.keys() != now.keys() or any(_apart(then[path], now[path]) for path in then):
+    what = "the recorded fingerprint of the base"
+    read = parse_json(recorded, what)
+    new = isinstance(read, dict) and "values" in read
+    samples = check_value(what, dict[str, list[float]], read["values"] if new else read)
+    then, now = _of_base(adapters, samples) if new else _of_layers(adapters, name, samples)
+    apart = sorted(path for path in then if path not in now or _apart(then[path], now[path]))
+    base = base_tensors(adapters) if apart else {}
+    random = [path for path in apart if _is_random(adapters, path, base)]
+    others = [path for path in apart if path not in random]
+    if others:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
+        more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
+        resized = _embeddings(adapters) & set(others)
         raise PeanutError(
-            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(recorded)}) "
-            f"and this base is '{here}' (weights {_short(own)})",
+            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(then)}) and this base is "
+            f"'{here}' (weights {_short(now)}): '{others[0]}'{more}",
             "the base that it was trained on",
-            "load that one, or pass check_base=False",
+            f"load that one, {'save the adapter with save_embedding_layers=True, ' if resized else ''}"
+            "or pass check_base=False",
         )
+    if random:
+        warnings.warn(
+            f"'{random[0]}' was made at random, as the base's files lack it, and is another than when the adapter was "
+            "trained: its answers are right only if the model does not use it",
+            stacklevel=2,
+        )
+
+
+def _of_base(adapters: AdapterSet, recorded: Mapping[str, list[float]]) -> tuple[Samples, Samples]:
+    """What a file records of the base's parameters, and the same of the base at hand where that has them."""
+    if _is_sharded(adapters.model):
+        return {}, {}
+    base = base_tensors(adapters)
+    there = {path: value for path, value in base.items() if path in recorded and _has_values(value)}
+    then = {path: recorded[path] for path in there}
+    shapes = {path: (int(values[0]), int(values[1])) for path, values in then.items() if len(values) >= 2}
+    fitting = {path: (there[path], shape) for path, shape in shapes.items() if _fits(there[path], *shape)}
+    return then, {path: [*shapes[path], *values] for path, values in _samples(fitting).items()}
+
+
+def _shape(value: Tensor, embedding: bool) -> tuple[int, int]:
+    """How many values a parameter has; and how many rows, if it is an embedding, else 0."""
+    return value.numel(), len(value) if embedding and value.dim() == 2 else 0
+
+
+def _fits(value: Tensor, size: int, rows: int) -> bool:
+    """Whether a parameter has the shape that was recorded, or is an embedding with more rows."""
+    more = rows > 0 and value.dim() == 2 and len(value) > rows and value.shape[1] * rows == size
+    return value.numel() == size or more
+
+
+def _samples(parameters: Mapping[str, tuple[Tensor, tuple[int, int]]]) -> Samples:
+    """Values of the parameters as they had the shapes; read with one transfer for each device."""
+    parts: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for path, (value, (size, rows)) in parameters.items():
+        own = value if value.is_contiguous() else value.contiguous()
+        own_parts = parts.setdefault(value.device, [])
+        own_parts.append((path, _spread(own, 0, size, _VALUES)))
+        if rows:
+            own_parts.append((path, _spread(own, size - size // rows, size, _LAST_ROW)))
+    samples: Samples = {}
+    for found in parts.values():
+        values = iter(torch.cat([part for _, part in found]).tolist())
+        for path, part in found:
+            samples.setdefault(path, []).extend(islice(values, len(part)))
+    return samples
+
+
+def _spread(value: Tensor, first: int, end: int, most: int) -> Tensor:
+    """Up to ``most`` values of a contiguous tensor from ``first`` to ``end``, the last of them included."""
+    count = min(most, end - first)
+    step = (end - first - 1) // max(1, count - 1)
+    return value.as_strided((count,), (step,), value.storage_offset() + end - 1 - step * (count - 1))
+
+
+def _has_values(value: Tensor) -> bool:
+    """Whether a parameter is a plain tensor of numbers, not codes, a shard, or without storage."""
+    plain = type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.element_size() > 1
+    return plain and value.numel() > 0 and not value.is_meta
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
+
+
+def _embeddings(adapters: AdapterSet) -> set[str]:
+    return {f"{path}.weight" for path in embedding_paths(adapters)}
+
+
+def _is_random(adapters: AdapterSet, path: str, base: Mapping[str, Tensor]) -> bool:
+    """Whether transformers made a parameter inside the base at random: it marks those that it found in a file."""
+    model, inside = adapters.model, f"{getattr(adapters.model, 'base_model_prefix', '')}."
+    if path not in base or path in _embeddings(adapters) or getattr(base[path], "_is_hf_initialized", False):
+        return False
+    on_top = hasattr(model, inside[:-1]) and not path.startswith(inside)
+    return not on_top and any(getattr(value, "_is_hf_initialized", False) for value in base.values())
+
+
+def _of_layers(adapters: AdapterSet, name: str, recorded: Samples) -> tuple[Samples, Samples]:
+    """What an older file records, up to 16 values of up to 16 adapted layers, and the same of the base at hand."""
+    layers = list(adapters.layers(name))
+    samples: Samples = {}
+    for path, layer in layers[:: max(1, len(layers) // _OLD_LAYERS)][:_OLD_LAYERS]:
+        frozen, weight = layer.frozen, layer.frozen.weight
+        if frozen.kind.quantised or frozen.unreadable(weight) is not None or weight.is_meta:
+            return {}, {}
+        flat = weight.reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, min(_OLD_VALUES, flat.numel()), dtype=torch.float64).round().long()
+        samples[path] = [float(f"{value:.6g}") for value in flat[places.to(flat.device)].double().tolist()]
+    return {**{path: [] for path in samples}, **recorded} if samples else {}, samples
 
 
 def _apart(a: list[float], b: list[float]) -> bool:
     return len(a) != len(b) or any(abs(x - y) > 2**-7 * max(abs(x), abs(y)) + 1e-6 for x, y in zip(a, b, strict=True))
 
 
-def _short(samples: str) -> str:
-    return hashlib.sha256(samples.encode()).hexdigest()[:8]
+def _short(samples: Any) -> str:
+    return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()[:8]

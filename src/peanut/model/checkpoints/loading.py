@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig, WeightMethod
 from ...weights.stored import some_tensor
-from ..adapters.adapter_set import AdapterSet
+from ..adapters.adapter_set import AdapterSet, experts_of
 from ..adapters.surgery import SHARED, key_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
+from .base import base_tensors, embedding_paths, plain_path
 from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, keys_of, parts_of
 from .fingerprint import check_base
 from .keys import flat
 from .reading import check_kind
 
-__all__ = ["load_state", "same_form"]
+__all__ = ["all_or_none", "load_state", "same_form"]
+
+_WRITTEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("peanut_written", default=None)
+"""Weights of the base that were written within ``all_or_none``, each with its values before."""
+
+
+@contextmanager
+def all_or_none(adapters: AdapterSet) -> Iterator[None]:
+    """Within the context adapters are added and loaded; if one is refused, the model is as it was before."""
+    there, outer = set(adapters.configs), _WRITTEN.get()
+    written = [] if outer is None else outer
+    token, count = _WRITTEN.set(written), len(written)
+    try:
+        yield
+    except BaseException:
+        for name in [name for name in reversed(adapters.configs) if name not in there]:  # mixtures before experts
+            adapters.delete(name)
+        if len(written) > count:
+            with torch.no_grad(), adapters.state.changing():
+                for weight, before in reversed(written[count:]):
+                    weight.copy_(before)
+            del written[count:]
+        raise
+    finally:
+        _WRITTEN.reset(token)
 
 
 @torch.no_grad()
@@ -27,6 +55,8 @@ def load_state(
     adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
 ) -> None:
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
+
+    Embeddings of the base that are stored with the adapter, as its vocabulary grew, are put into the base.
 
     Args:
         check: refuse a base whose weights differ from those that the adapter was trained on.
@@ -36,6 +66,7 @@ def load_state(
     Raises:
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
     """
+    written = _WRITTEN.get()
     if name in adapters.state.merged:
         raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
     there = dict(adapters.parameters(name))
@@ -50,7 +81,8 @@ def load_state(
     computing = keys_of(adapters, name, lambda method, config: method.scaffold(config))
     scaffold = {key: value for key, value in there.items() if key in computing}
     made = _made_by_scaffold(adapters, name, scaffold, state, stored)
-    state = _without_copies(adapters, name, {key: value for key, value in state.items() if key not in made}, own)
+    state = {key: value for key, value in state.items() if key not in made}
+    state, embeddings = _without_base(adapters, name, state, own, stored)
     read = {id(own[key]): value for key, value in state.items() if key in own}
     state |= {key: read[id(value)] for key, value in own.items() if key not in state and id(value) in read}  # tied
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -67,7 +99,9 @@ def load_state(
             raise PeanutError(
                 f"'{stored.source}' holds {key} of shape {tuple(state[key].shape)}",
                 f"{tuple(parameter.shape)}",
-                "load it on the base it was trained on (for a head: with the same number of labels)",
+                f"call resize_token_embeddings({len(state[key])}) on the base first"
+                if key.rpartition(".")[0] in embedding_paths(adapters)
+                else "load it on the base it was trained on (for a head: with the same number of labels)",
             )
         check_kind(stored.source, key, state[key], parameter)
     for place in adapters.places(name):
@@ -87,6 +121,7 @@ def load_state(
         check_base(adapters, name, stored.base, stored.config.base_model_name_or_path)
     waiting = _without_storage(adapters, name)
     with adapters.state.changing():
+        _untie(adapters, name, own, state)
         for key, parameter in own.items():
             value = state[key]
             if key in waiting:
@@ -100,6 +135,26 @@ def load_state(
                 parameter.copy_(value.to(parameter.device))
         for key, value in passing.items():
             there[key].copy_(value.to(there[key].device))
+        for weight, value in embeddings:
+            if written is not None:
+                written.append((weight, weight.clone()))
+            weight.copy_(value.to(weight.device))
+
+
+def _untie(adapters: AdapterSet, name: str, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Gives modules that are trained whole tensors of their own where they share one and the file has two values.
+
+    Hugging Face PEFT trains tied modules apart.
+    """
+    first: dict[int, str] = {}
+    for path, saved in adapters.saved_modules(name):
+        copy = saved.modules_to_save[name]
+        for suffix, value in copy.state_dict(keep_vars=True).items():
+            key = key_of(path, suffix)
+            if first.setdefault(id(value), key) != key and not torch.equal(state[first[id(value)]], state[key]):
+                holder, _, leaf = suffix.rpartition(".")
+                own[key] = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+                setattr(copy.get_submodule(holder), leaf, own[key])
 
 
 def _made_by_scaffold(
@@ -146,29 +201,88 @@ def _made_by_scaffold(
     return made
 
 
-def _without_copies(
-    adapters: AdapterSet, name: str, state: dict[str, Tensor], own: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Tensors without what Hugging Face PEFT writes beyond an adapter's ``own``.
+def _without_base(
+    adapters: AdapterSet, name: str, state: dict[str, Tensor], own: Mapping[str, Tensor], stored: StoredAdapter
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Tensors without those of the base; and those of the base's embeddings that differ, each with the stored value.
 
-    That is a trained module twice (its biases, under bias="all"), and frozen tensors of the base (its embeddings).
+    A file may hold embeddings, and Hugging Face PEFT writes frozen tensors of the base and a module that is trained
+    whole twice (its biases, under bias="all").
+
+    Raises:
+        PeanutError: the embeddings do not fit this base, or another adapter of it uses others.
     """
     if state.keys() <= own.keys():
-        return state
+        return state, []
     parts = ("modules_to_save", "original_module")
     twice = tuple(f"{path}.{part}." for path, _ in adapters.saved_modules(name) for part in parts)
-    base = adapters.model.state_dict()
-    layers = {f"{path}.base_layer.weight": layer for path, layer in adapters.layers()}
+    base, embeddings, source = base_tensors(adapters), embedding_paths(adapters), stored.source
+    left: dict[str, Tensor] = {}
+    changed: dict[int, tuple[str, Tensor, Tensor]] = {}
+    for key, value in state.items():
+        path = plain_path(key)
+        there = base.get(path)
+        if key in own or (there is None and not key.startswith(twice)):
+            left[key] = value
+        elif key.startswith(twice) or (there is not None and _is_same(there, value)):
+            continue
+        elif path.rpartition(".")[0] not in embeddings:
+            left[key] = value  # it is told as unexpected
+        else:
+            assert there is not None
+            _check_embedding(path, there, value, source)
+            if id(there) in changed and not _is_same(changed[id(there)][2], value):
+                raise PeanutError(
+                    f"'{source}' holds two different embeddings, '{changed[id(there)][0]}' and '{path}'",
+                    "equal ones, as they are tied in this base",
+                    "load the base with tie_word_embeddings=False",
+                )
+            changed[id(there)] = (path, there, value)
+    others = [other for other in adapters.configs if other != name and other not in experts_of(adapters.configs[name])]
+    path = next((path for path, *_ in changed.values()), "")
+    if changed and (others or adapters.state.merged):
+        raise PeanutError(
+            f"'{source}' was saved with a '{path}' other than this base has, with which adapter {others[0]!r} works"
+            if others
+            else f"'{source}' holds a '{path}' of its own, and an adapter is merged into this base",
+            "one set of embeddings for all adapters of a model",
+            f"load it on a base of its own{'' if others else ', or call unmerge_adapter() first'}",
+        )
+    read = {plain_path(key) for key in state}
+    lacking = [path for path in (f"{own}.weight" for own in embeddings) if path in base and path not in read]
+    if changed and stored.base is None and lacking and id(base[lacking[0]]) not in changed:
+        warnings.warn(
+            f"'{source}' holds a '{path}' of its own and no '{lacking[0]}': if the vocabulary was resized, as Hugging "
+            "Face PEFT saves only one of them then, new rows of the other are lost",
+            stacklevel=4,
+        )
+    return left, [(there, value) for _, there, value in changed.values()]
 
-    def is_copy(key: str, value: Tensor) -> bool:
-        there = layers[key].frozen.weight if key in layers else base.get(key)
-        return there is not None and there.shape == value.shape and torch.equal(there.cpu().to(value.dtype), value)
 
-    return {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(twice) and (key in own or not is_copy(key, value))
-    }
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values in the dtype of one of them."""
+    if a.shape != b.shape or a.is_meta:
+        return False
+    a = a.detach().cpu()
+    return torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))
+
+
+def _check_embedding(path: str, there: Tensor, value: Tensor, source: str) -> None:
+    if there.is_meta or not there.is_floating_point():
+        raise PeanutError(
+            f"'{source}' holds the base's '{path}', which is {'on the meta device' if there.is_meta else 'quantised'}",
+            "an embedding of numbers",
+            "load the base without quantising or offloading it",
+        )
+    if there.shape != value.shape:
+        resizes = there.dim() == value.dim() and there.shape[1:] == value.shape[1:]
+        raise PeanutError(
+            f"'{source}' holds the base's '{path}' of shape {tuple(value.shape)}",
+            f"{tuple(there.shape)} as in this base",
+            f"call resize_token_embeddings({len(value)}) on the base first"
+            if resizes
+            else "load it on the base it was trained on",
+        )
 
 
 def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import PeanutError
 from ...protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
@@ -17,23 +17,12 @@ from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet, experts_of
 from ..adapters.room import room_of_file
 from ..adapters.surgery import SHARED
+from .base import SaveEmbeddings
 from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
-from .loading import load_state, same_form
+from .loading import all_or_none, load_state, same_form
 from .reading import opened
 
-__all__ = ["add", "all_or_none", "gathered", "name_for", "ready", "save_experts"]
-
-
-@contextmanager
-def all_or_none(adapters: AdapterSet) -> Iterator[None]:
-    """Within the context adapters are added; if one is refused, all that were added are taken out again."""
-    there = set(adapters.configs)
-    try:
-        yield
-    except BaseException:
-        for name in [name for name in reversed(adapters.configs) if name not in there]:  # mixtures before experts
-            adapters.delete(name)
-        raise
+__all__ = ["add", "gathered", "name_for", "ready", "save_experts"]
 
 
 def add(adapters: AdapterSet, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> PeftConfig:
@@ -154,10 +143,16 @@ def gathered(stored: StoredAdapter) -> StoredAdapter:
     return replace(stored, state=state)
 
 
-def save_experts(folder: Path, adapters: AdapterSet, name: str) -> None:
+def save_experts(
+    folder: Path,
+    adapters: AdapterSet,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> None:
     """Writes the experts of adapter ``name``, if it is a mixture, into the folder that it is saved in."""
     for expert in experts_of(adapters.configs[name]):
-        save_adapter(folder / expert, adapters, expert)
+        save_adapter(folder / expert, adapters, expert, state_dict, save_embedding_layers)
 
 
 def name_for(adapters: AdapterSet, config: PeftConfig, name: str) -> str:
