@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...files import parse_json
+from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
 from ..layers.adapted import walk
 from .base import base_tensors, embedding_paths, whole
