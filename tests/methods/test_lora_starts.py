@@ -281,7 +281,7 @@ def test_trainable_tokens_are_whole_numbers() -> None:
         with pytest.raises(PeanutError, match=r"^trainable_token_indices.*\[[01]\]=(-2|0\.5); expected a whole number"):
             LoraConfig(trainable_token_indices=wrong)
     with pytest.raises(
-        PeanutError, match=r"^trainable_token_indices=3; expected a list of ids, or a list by embedding"
+        PeanutError, match=r"^trainable_token_indices=3; expected a list of whole numbers or a dictionary"
     ):
         LoraConfig(trainable_token_indices=3)
 

@@ -239,7 +239,7 @@ def test_bfloat16(tiny_llama: Builder, experts: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"xlora_depth": 0}, r"^xlora_depth=0; expected a whole number of at least 1"),
+        ({"xlora_depth": 0}, r"^xlora_depth=0; expected a whole number from 1 to 10,000"),
         ({"softmax_temperature": 0}, r"^softmax_temperature=0; expected a finite number above 0"),
         ({"enable_softmax_topk": True}, r"^enable_softmax_topk=True without top_k_lora"),
         ({"adapters": {"a": None}, "top_k_lora": 2}, r"^top_k_lora=2 of 1 experts; expected at most 1"),

@@ -22,7 +22,7 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
         for config_class in (PeanutConfig, LoraConfig)
         for r in (0, -3, 1.5, "8", True, None)
     ],
-    (PeanutConfig, {"depth": -1}, r"^depth=-1; expected a whole number of at least 0; change depth$"),
+    (PeanutConfig, {"depth": -1}, r"^depth=-1; expected a whole number from 0 to 10,000; change depth$"),
     (PeanutConfig, {"depth": 0.5}, r"^depth=0\.5; expected a whole number"),
     (PeanutConfig, {"scaling": float("nan")}, r"^scaling=nan; expected a finite number; change scaling$"),
     (PeanutConfig, {"scaling": float("inf")}, r"^scaling=inf; expected a finite number"),

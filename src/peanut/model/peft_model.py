@@ -26,6 +26,7 @@ from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, 
 from .checkpoints.loading import all_or_none, load_state, same_form
 from .checkpoints.mixtures import add, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel
+from .keywords import LOADING, SAVING
 from .layers.calls import Context
 from .models import model_of
 
@@ -255,7 +256,7 @@ class PeftModel(nn.Module):
             PeanutError: a keyword is unknown, the folder cannot be written, or a value is not finite. No file is then
                 half written.
         """
-        check_keywords("save_pretrained", given, (), _SAVING)
+        check_keywords("save_pretrained", given, (), SAVING)
         if not safe_serialization:
             raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
@@ -291,7 +292,7 @@ class PeftModel(nn.Module):
             PeanutError: a keyword is unknown, or a file is missing or broken, or does not fit the model, which is then
                 unchanged.
         """
-        hub = check_keywords("from_pretrained", hub, HUB_OPTIONS, _LOADING)
+        hub = check_keywords("from_pretrained", hub, HUB_OPTIONS, LOADING)
         stored = gathered(read_adapter(model_id, config, **hub))
         stored = replace(stored, config=_opened(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -314,9 +315,9 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         check_base: bool = True,
-        autocast_adapter_dtype: bool = True,
         **hub: Any,
     ) -> None:
         """Reads another adapter into the model, or other values and their config into one that is there.
@@ -325,7 +326,7 @@ class PeftModel(nn.Module):
 
         Args and errors: see ``from_pretrained``.
         """
-        hub = check_keywords("load_adapter", hub, HUB_OPTIONS, _LOADING)
+        hub = check_keywords("load_adapter", hub, HUB_OPTIONS, LOADING)
         stored = gathered(read_adapter(model_id, **hub))
         fresh = adapter_name not in self.peft_config
         with all_or_none(self.adapters), room_of_file(stored.source, stored.state):
@@ -393,34 +394,6 @@ def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     return config
 
 
-_SAVING: dict[str, tuple[Any, ...] | None] = {
-    "max_shard_size": None,
-    "path_initial_model_for_weight_conversion": None,  # what starts in the weight is always saved as a plain LoRA
-    "push_to_hub": (False, None),
-    "save_embedding_layers": ("auto", False, None),
-    "save_function": None,
-    "token": None,
-    "variant": (None,),
-}
-"""What ``save_pretrained`` has no use for, each with the values of which that is so (``None``: any)."""
-_LOADING: dict[str, tuple[Any, ...] | None] = {
-    "adapters": (None,),
-    "device_map": None,
-    "dtype": None,
-    "ephemeral_gpu_offload": None,
-    "ignore_mismatched_sizes": (False, None),
-    "key_mapping": (None, {}),
-    "max_memory": None,
-    "offload_dir": None,
-    "offload_folder": None,
-    "offload_index": None,
-    "torch_device": None,
-    "torch_dtype": None,
-    "trust_remote_code": None,
-    "use_auth_token": (False, None),
-    "use_safetensors": (True, None),
-}
-"""The same for ``from_pretrained`` and ``load_adapter``: an adapter's tensors follow the base's devices."""
 _SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
 
 

@@ -1,0 +1,36 @@
+"""Keywords that scripts give to Hugging Face PEFT, and that have no effect here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["LOADING", "SAVING"]
+
+SAVING: dict[str, tuple[Any, ...] | None] = {
+    "max_shard_size": None,
+    "path_initial_model_for_weight_conversion": None,  # what starts in the weight is always saved as a plain LoRA
+    "push_to_hub": (False, None),
+    "save_embedding_layers": ("auto", False, None),
+    "save_function": None,
+    "token": None,
+    "variant": (None,),
+}
+"""What ``save_pretrained`` has no use for, each with the values of which that is so (``None``: any)."""
+LOADING: dict[str, tuple[Any, ...] | None] = {
+    "adapters": (None,),
+    "device_map": None,
+    "dtype": None,
+    "ephemeral_gpu_offload": None,
+    "ignore_mismatched_sizes": (False, None),
+    "key_mapping": (None, {}),
+    "max_memory": None,
+    "offload_dir": None,
+    "offload_folder": None,
+    "offload_index": None,
+    "torch_device": None,
+    "torch_dtype": None,
+    "trust_remote_code": None,
+    "use_auth_token": (False, None),
+    "use_safetensors": (True, None),
+}
+"""The same for ``from_pretrained`` and ``load_adapter``: an adapter's tensors follow the base's devices."""
