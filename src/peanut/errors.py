@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["PeanutError", "check_keywords", "nearest", "shown"]
+__all__ = ["OutOfReachWarning", "PeanutError", "check_keywords", "nearest", "shown"]
 
 _LONGEST = 800
 """How many characters each of an error's three parts may have: what is longer is cut in the middle."""
@@ -34,6 +34,10 @@ class PeanutError(ValueError):
         parts = [found, f"expected {expected}" if expected else "", do]
         line = "; ".join(_line(part) for part in parts if part)
         super().__init__(f"{line}\n{detail}" if detail else line)
+
+
+class OutOfReachWarning(UserWarning):
+    """A large share of a model's weights lies where no adapter reaches it, and the user may not expect so."""
 
 
 def _line(text: str) -> str:

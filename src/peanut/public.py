@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["find", "homes", "ours"]
 
 _WHERE = {
-    "errors": ("PeanutError",),
+    "errors": ("OutOfReachWarning", "PeanutError"),
     "export": ("from_lora", "to_lora"),
     "interop.from_peft": ("from_peft",),
     "interop.to_peft": ("to_peft",),

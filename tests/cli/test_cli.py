@@ -166,6 +166,26 @@ def test_flags_alone_are_enough(peanut: Call, minilm: Path, reviews: Path, tmp_p
     assert "36 to train on, 4 to evaluate on" in out
 
 
+def test_a_dry_run_says_what_no_adapter_reaches(peanut: Call, file: Path, minilm: Path, tmp_path: Path) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(minilm)
+    tokenizer.save_pretrained(tmp_path)
+    hf.MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=300,
+        pad_token_id=0,
+    ).save_pretrained(tmp_path)
+    out = peanut("train", file, "--dry-run", "--model.path", tmp_path, "--adapter.target_modules", "all-linear")
+    assert "out of reach" not in peanut("train", file, "--dry-run")
+    (line,) = [line for line in out.splitlines() if "out of reach" in line]
+    # 300 experts of 3 · 32 · 16, and 300 · 16 of what routes tokens to them, beside the vocabulary and four projections
+    assert f"465,600 of {465_600 + 16 * len(tokenizer) + 4 * 16 * 12 + 5 * 16:,}" in " ".join(line.split())
+
+
 def test_a_finished_run_says_so(peanut: Call, file: Path, trained: Path) -> None:
     before = (trained / "metrics.json").stat().st_mtime_ns
     assert "this run is complete" in peanut("train", file)

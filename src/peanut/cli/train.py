@@ -89,9 +89,12 @@ def _print_plan(plan: Plan) -> None:
         f"{trained:,} trained ({plan.adapter_parameters:,} adapter, {plan.head_parameters:,} head), {share:.3f}% of "
         f"{plan.all_parameters:,}",
     )
+    if plan.out_of_reach:
+        table.add_row("out of reach", plan.out_of_reach)
     parts = ("weights", "gradients", "optimizer", "activations")
     table.add_row("memory (estimate)", ", ".join(f"{part} {_mib(getattr(memory, part))}" for part in parts))
-    table.add_row("", f"{_mib(memory.total)} in all, for the longest rows; allocator and temporaries come on top")
+    more = "" if memory.activations is not None else "activations, "
+    table.add_row("", f"{_mib(memory.total)} in all, for the longest rows; {more}allocator and temporaries come on top")
     Console().print(table)
 
 
@@ -115,5 +118,5 @@ def _print_result(result: RunResult) -> None:
         console.print("Nothing was done: this run is complete. Pass --overwrite to train it anew.")
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"

@@ -57,9 +57,9 @@ class LoraFields(PeftConfig):
         super().__post_init__()
         for name in _NOT_HERE:
             if getattr(self, name):
-                raise PeanutError(
-                    f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: nothing here does that"
-                )
+                why = "parameters that no layer holds, as fused experts, cannot be adapted yet"
+                why = why if name == "target_parameters" else "nothing here does that"
+                raise PeanutError(f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: {why}")
 
     def token_adapters(self) -> list[tuple[WeightMethod[Any], PeftConfig]]:
         """What trains the tokens' rows: of the input embedding, or of each embedding named."""

@@ -17,6 +17,7 @@ from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
 from .checkpoints.reading import refuse_not_finite
+from .targets.reach import warn_of_unreached
 
 __all__ = [
     "AdaptedModel",
@@ -95,6 +96,7 @@ def inject_adapter_in_model(
     adapters.activate([*others, adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)
+    warn_of_unreached(model, peft_config)
     return model
 
 

@@ -29,6 +29,7 @@ from .injection import AdaptedModel
 from .keywords import LOADING, SAVING
 from .layers.calls import Context
 from .models import model_of
+from .targets.reach import reach_of, warn_of_unreached
 
 __all__ = ["PeftModel", "get_peft_model"]
 
@@ -172,6 +173,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Puts another adapter, of any method, into the model; ``set_adapter`` makes it active."""
         add(self.adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
+        if not low_cpu_mem_usage:  # else it is read from a file
+            warn_of_unreached(self.get_base_model(), peft_config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
@@ -223,9 +226,11 @@ class PeftModel(nn.Module):
         return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, of how many."""
+        """Prints how many parameters are trained, of how many; then which no adapter reaches, if they are many."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+        if unreached := str(reach_of(self.get_base_model())):
+            print(f"out of reach of adapters: {unreached}")
 
     # Files
 
@@ -444,9 +449,13 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``.
 
+    It warns (``OutOfReachWarning``) where "all-linear" leaves out much: fused experts, and other bare parameters.
+
     Args:
         mixed: without effect, for scripts: adapters of several methods may always be active together.
         revision: the base model's, for the config.
     """
     peft_config = peft_config if revision is None else replace(peft_config, revision=revision)
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    adapted = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    warn_of_unreached(adapted.get_base_model(), peft_config)
+    return adapted

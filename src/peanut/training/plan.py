@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import OutOfReachWarning, PeanutError
 from ..model.peft_model import PeftModel, get_peft_model
+from ..model.targets.reach import reach_of
 from .config import RunConfig
 from .model import adapter_config, empty_base, head_names, model_config
 from .tasks import Task
@@ -28,18 +31,19 @@ class Memory:
         gradients: of the trained parameters.
         optimizer: AdamW's two moments.
         activations: what the backward needs of one batch of the longest rows, counted by running the model without
-            data; other attention kernels, the allocator and temporaries add to it, so it is an estimate.
+            data; other attention kernels, the allocator and temporaries add to it, so it is an estimate. ``None`` for a
+            model that does not run without data, as some with fused experts.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int | None
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """All of it that is known."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Plan:
         modules: paths of the adapted places, "/" for the input.
         heads: paths of the modules trained whole.
         adapter_parameters, head_parameters, all_parameters: how many there are.
+        out_of_reach: which share of the weights no adapter reaches, in words; empty where it is negligible.
         memory: what training needs.
     """
 
@@ -67,6 +72,7 @@ class Plan:
     adapter_parameters: int
     head_parameters: int
     all_parameters: int
+    out_of_reach: str
     memory: Memory
 
 
@@ -83,7 +89,9 @@ def make_plan(config: RunConfig, task: Task, processor: Any, train_rows: int, ev
     dtype: Any = base.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     model = empty_base(task, base, dtype or torch.float32, config.model.path)
     heads = head_names(model) if task.trains_head else []
-    adapted = get_peft_model(model, adapter_config(config.adapter, task, config.model.path, heads))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutOfReachWarning)  # the plan says it
+        adapted = get_peft_model(model, adapter_config(config.adapter, task, config.model.path, heads))
     adapters = adapted.adapters
     head = [p for _, saved in adapters.saved_modules() for p in saved.modules_to_save.parameters()]
     trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -101,6 +109,7 @@ def make_plan(config: RunConfig, task: Task, processor: Any, train_rows: int, ev
         adapter_parameters=_count(trained) - _count(head),
         head_parameters=_count(head),
         all_parameters=_count(adapted.parameters()),
+        out_of_reach=str(reach_of(model)),
         memory=Memory(
             weights=_size(adapted.parameters()) + _size(adapted.buffers()),
             gradients=_size(trained),
@@ -115,7 +124,7 @@ def precision(config: RunConfig) -> torch.dtype | None:
     return None if config.training.precision == "float32" else getattr(torch, config.training.precision)
 
 
-def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) -> int:
+def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) -> int | None:
     """Bytes that autograd saves in one forward, beyond parameters and buffers: counted on tensors without storage."""
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # a freed tensor's address could be reused
@@ -141,7 +150,12 @@ def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) 
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
         ):
-            model(**inputs)
+            try:
+                model(**inputs)
+            except PeanutError:
+                raise
+            except RuntimeError:  # it looks at values, or uses kernels that tensors without storage do not have
+                return None
     return sum(sizes.values())
 
 

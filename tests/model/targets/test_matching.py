@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from peanut import LoraConfig, PeanutConfig, get_peft_model
+from peanut import LoraConfig, OutOfReachWarning, PeanutConfig, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.targets.architectures import ARCHITECTURES
 from peanut.model.targets.matching import HEADS
@@ -201,7 +201,8 @@ def test_the_projection_inside_torch_attention_is_refused() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
     with refused(model, r"^'attention\.out_proj' belongs to an nn\.MultiheadAttention, which reads .*; exclude it$"):
         get_peft_model(model, LoraConfig(target_modules=["out_proj", "up"]))
-    assert adapted_paths(model, target_modules="all-linear") == ["up"]
+    with pytest.warns(OutOfReachWarning, match=r"in MultiheadAttention\.in_proj_weight"):
+        assert adapted_paths(model, target_modules="all-linear") == ["up"]
 
 
 class Experts(nn.Module):

@@ -68,6 +68,8 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     left = narrowed(model, _named(model, config, method, modules), config, modules)
     for path in left:
         if kind_name(modules[path]) not in method.kinds:
+            for name in _bare_parameters({path: modules[path]}):
+                raise _out_of_reach(f"target_modules matches '{path}'", name)
             raise PeanutError(
                 f"target_modules matches '{path}', a {type(bare(modules[path])).__name__}",
                 f"layers of kind {', '.join(method.kinds)}",
@@ -88,6 +90,9 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
         return _all_linear(model, config, modules)
     hits = matched(modules, targets)
     wrong = unmatched(hits, targets)
+    if wrong is not None:
+        for name in matched(_bare_parameters(modules), wrong if isinstance(targets, str) else [wrong]):
+            raise _out_of_reach(f"target_modules names {wrong!r}", name)
     if wrong is not None and isinstance(targets, str):
         raise PeanutError(
             f"target_modules={targets!r} matches no module path of {type(model).__name__}",
@@ -175,6 +180,25 @@ def biased_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
         if not inside_attention(path, modules):
             found.append(path)
     return found
+
+
+def _bare_parameters(modules: Modules) -> list[str]:
+    """The paths of matrices that no layer of a known kind holds, as of fused experts."""
+    return [
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if kind_name(module) is None
+        for name, value in module.named_parameters(recurse=False)
+        if value.dim() > 1
+    ]
+
+
+def _out_of_reach(found: str, parameter: str) -> PeanutError:
+    return PeanutError(
+        f"{found}, and '{parameter}' is a parameter that no layer of a known kind holds, as those of fused experts",
+        "linear layers and their like",
+        "name others: such a parameter cannot be adapted yet",
+    )
 
 
 def _unknown(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
