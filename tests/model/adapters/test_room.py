@@ -105,7 +105,7 @@ def test_a_config_that_asks_for_more_than_its_file_is_told_so(
     (tmp_path / "adapter_config.json").write_text(str(config))
     with pytest.raises(
         PeanutError,
-        match=r"^the config of '.*' asks for .*; expected sizes that the file's 4 tensors have; lower its sizes",
+        match=r"the config of '.*' asks for .*; expected sizes that the file's 4 tensors have; lower its sizes",
     ):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
 
@@ -117,7 +117,7 @@ def test_a_new_adapter_that_no_memory_holds_is_refused(
 ) -> None:
     monkeypatch.setattr(room.os, "sysconf", lambda name: 2**16)
     with pytest.raises(
-        PeanutError, match=r"^adapter 'default' asks for a tensor of [\d,]+ numbers; expected what this "
+        PeanutError, match=r"adapter 'default' asks for a tensor of [\d,]+ numbers; expected what this "
     ):
         get_peft_model(tiny_llama(), config_class(r=number, target_modules=["q_proj"]))
 
@@ -139,7 +139,7 @@ def test_an_expert_of_a_mixture_has_no_more_room(tiny_llama: Builder, tmp_path: 
     get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 10**8}))
-    with pytest.raises(PeanutError, match=r"^the config of '.*' asks for a tensor of 3,200,000,000 numbers"):
+    with pytest.raises(PeanutError, match=r"the config of '.*' asks for a tensor of 3,200,000,000 numbers"):
         get_peft_model(tiny_llama(), XLoraConfig(adapters={"a": tmp_path}, hidden_size=32))
 
 

@@ -111,7 +111,15 @@ class AdaptedLayer(AdaptedWeight):
         sample = self.training or call.sampling
         if name in self.adapters:
             own = tasks if tasks is None or index is None else tasks[index.to(tasks.device)]
-            return [self.change(name, sample=sample, tasks=own)]
+            change = self.change(name, sample=sample, tasks=own)
+            owner, leaf = next(iter(self.adapters[name].places.values()), ({}, ""))
+            if leaf and owner[leaf].is_meta and not x.is_meta:  # all tensors of an adapter are there, or none
+                raise PeanutError(
+                    f"adapter {name!r} has no storage at '{self.path}' (it is on the meta device)",
+                    "weights that are there",
+                    "load it first",
+                )
+            return [change]
         changes = []
         for expert, gate in call.running.gates.get(name, {}).get(self.path, []):
             if expert not in self.adapters:

@@ -80,13 +80,6 @@ class AdaptedWeight(Adapted):
         """
         method, config = self._methods[name]
         values = self.values(name)
-        one = next(iter(values.values()), None)  # all tensors of an adapter are there, or none
-        if one is not None and one.is_meta and not self.frozen.without_storage:
-            raise PeanutError(
-                f"adapter {name!r} has no storage at '{self.path}' (it is on the meta device)",
-                "weights that are there",
-                "load it first",
-            )
         if method.mixes and (sample or tasks is not None):
             values = method.routed(config, values, tasks, sample)
         elif sample:
