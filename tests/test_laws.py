@@ -471,19 +471,29 @@ def test_we_load_the_file_of_the_peer(case: Case, tmp_path: Path) -> None:
 
 
 @one_case_a_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_parameters_in_sixteen_bits(case: Case, dtype: torch.dtype) -> None:
-    """As ``model.to(torch.bfloat16)`` makes them after the adapter was added: it runs forward and backward."""
-    model = case.adapted(dtype=torch.float32).to(dtype).train()
-    y = model(case.input(dtype))
-    assert y.dtype == dtype
-    assert y.isfinite().all()
-    exact = case.adapted()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_parameters_cast_afterwards(case: Case, dtype: torch.dtype) -> None:
+    """As ``model.to(torch.bfloat16)`` casts adapters too: the answer is that of what they then are, in float64."""
+    model, exact, x = case.adapted(dtype=torch.float32).to(dtype), case.adapted(), case.input(dtype)
     exact.load_state_dict(model.state_dict())
+    for own, found in zip(exact.buffers(), model.buffers(), strict=True):
+        own.copy_(found)
+    y, expected = model(x), exact(x.double() if x.is_floating_point() else x)
+    near = 20 * max(torch.finfo(dtype).eps, TIGHT)
+    assert y.dtype == dtype
+    assert distance(y, expected) < near
     directed(y).backward()
-    x = case.input(dtype)
-    assert distance(model.eval()(x), exact(x.double() if x.is_floating_point() else x)) < 0.1
-    assert gradients(model)
+    directed(expected).backward()
+    found, wanted = gradients(model), gradients(exact)
+    assert found.keys() == wanted.keys() > set()
+    assert all(grad.dtype == dtype for grad in found.values())
+    assert all(distance(grad, wanted[name]) < 2 * near for name, grad in found.items() if wanted[name].any())
+    if case.mergeable:
+        model.merge_adapter()
+        assert distance(model(x), expected) < near
+        model.unmerge_adapter()
+        assert same_bits(model(x), y)
+    directed(model.train()(x)).backward()
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 

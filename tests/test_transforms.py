@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from peanut import PeanutError, PeftModel, PolyConfig, get_peft_model, inject_adapter_in_model
+from peanut.protocols import METHODS, InputMethod, OutputMethod
 
 from .dense import layer_of, written_out
 from .support import FIRST_CASES, Case, Net, distance, one_thread, randomised, same_bits, scattered  # noqa: F401
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap by a loop
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # a trace asks for every attribute
     pytest.mark.filterwarnings("ignore:Net returned no loss"),  # of methods with a penalty
 ]
 TIGHT = 1e-8
@@ -149,6 +151,44 @@ def test_a_graph_serves_other_inputs(case: Case, make: Callable[..., Any]) -> No
     scattered((value for value in model.parameters() if value.requires_grad), scale=0.1)
     assert distance(model(x), twin(x)) > 1e-3
     assert distance(graph(many), model(many)) < TIGHT
+
+
+BEYOND = [method for method in METHODS.values() if isinstance(method, (OutputMethod, InputMethod))]
+
+
+@pytest.mark.parametrize("method", BEYOND, ids=lambda method: method.name)
+def test_a_trace_of_what_changes_no_weight_serves_other_batches(method: Any, tiny_llama: Callable[..., Any]) -> None:
+    """Of other lengths and padding, although what such a method does depends on where a row's tokens are."""
+    options = {
+        "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 2},
+        "BOTTLENECK": {"init_weights": False},
+        "CPT": {"cpt_token_ids": [3, 4, 5], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
+        "DIREFT": {"init_weights": False, "positions": 3},
+        "LOREFT": {"init_weights": False, "positions": 3},
+    }.get(method.name, {"num_virtual_tokens": 3})
+    config = method.config_class(task_type="CAUSAL_LM", **options)
+    model = randomised(get_peft_model(tiny_llama(), config), scale=0.2).eval()
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def batch(rows: int, tokens: int, padding: int) -> tuple[Tensor, Tensor]:
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[0, :padding] = 0
+        return torch.arange(3, 3 + rows * tokens).reshape(rows, tokens), mask
+
+    called = Logits()
+    with torch.no_grad():
+        plain = tiny_llama()(*batch(2, 4, 0)).logits
+        assert distance(called(*batch(2, 4, 0))[:, -4:], plain) > 1e-3
+        graph: Any = torch.jit.trace(called, batch(2, 4, 1), check_trace=False)
+        for other in (batch(2, 4, 1), batch(2, 4, 0), batch(3, 9, 4), batch(1, 12, 2)):
+            assert distance(graph(*other), called(*other)) < 1e-5
 
 
 @one_case_a_kind

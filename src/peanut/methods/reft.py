@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PeanutError
+from ..operators.delta import transformed
 from ..protocols import Call, PeftConfig, Site, Values
 from ..protocols.values import Count, Probability
 from .peanut import activation, check_activation
@@ -141,6 +142,8 @@ def ends_of(prompt: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """
     count = prompt.sum(1, keepdim=True)
     order = torch.argsort(prompt.logical_not().int(), dim=1, stable=True)  # those that count first, left to right
-    steps = torch.arange(min(p, prompt.shape[1] // 2), device=prompt.device).expand(len(prompt), -1)
-    last = (count - 1 - steps).clamp(min=0)
-    return torch.stack([order.gather(1, steps), order.gather(1, last)], dim=1), steps < count // 2
+    most = p if transformed() else min(p, prompt.shape[1] // 2)  # a trace serves longer rows too
+    steps = torch.arange(most, device=prompt.device).expand(prompt.shape[0], -1)
+    there = steps < count // 2
+    first, last = torch.where(there, steps, 0), (count - 1 - steps).clamp(min=0)
+    return torch.stack([order.gather(1, first), order.gather(1, last)], dim=1), there
