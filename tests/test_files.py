@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -247,6 +248,14 @@ def test_folders_that_killed_processes_were_making_are_removed(tmp_path: Path) -
         write_folder(tmp_path / "f", lambda folder: (folder / "whole").write_text(""))
     assert sorted(os.listdir(tmp_path)) == [".f.77", ".f.other", ".g.123", "f"]
     assert os.listdir(tmp_path / "f") == ["whole"]
+
+
+def test_what_makes_a_folder_may_write_files_into_it_at_once(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    write_folder(tmp_path / "f", lambda folder: write_json(folder / "a.json", 1))
+    assert time.monotonic() - begun < 30  # it does not wait for its own lock
+    assert os.listdir(tmp_path) == ["f"]
+    assert read_json(tmp_path / "f" / "a.json") == 1
 
 
 def test_a_folder_whose_making_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     check_new(target)
     parent = make_folder(target.parent)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
+    whole = staged / target.name
     with told(f"cannot write '{target}'"), ExitStack() as writing:
         with locked(parent) as alone:
             if alone:
@@ -159,10 +160,11 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
             staged.mkdir()
             writing.callback(shutil.rmtree, staged, ignore_errors=True)
             writing.enter_context(locked(staged))  # says that its writer lives
-        write(staged)
+        whole.mkdir()
+        write(whole)
         if target.is_dir():
             target.rmdir()
-        staged.rename(target)
+        whole.rename(target)
 
 
 def _remove_left_folders(target: Path) -> None:
