@@ -10,7 +10,6 @@ SAVING: dict[str, tuple[Any, ...] | None] = {
     "max_shard_size": None,
     "path_initial_model_for_weight_conversion": None,  # what starts in the weight is always saved as a plain LoRA
     "push_to_hub": (False, None),
-    "save_embedding_layers": ("auto", False, None),
     "save_function": None,
     "token": None,
     "variant": (None,),

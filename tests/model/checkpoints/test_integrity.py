@@ -101,6 +101,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new_one(
         old.save_pretrained(folder)  # and the next save removes what was left
         assert sorted(os.listdir(folder)) == FILES[method]
         assert same_bits(loaded(folder), answer(old))
+    assert len(os.listdir(tmp_path)) == len(FILES[method]) >= 2
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -167,16 +168,20 @@ def test_files_of_two_saves_are_refused(name: str, tmp_path: Path) -> None:
     assert PeftModel.from_pretrained(base(), tmp_path / "a", config=config).peft_config["default"].r == 2
 
 
-def test_training_state_of_another_save_is_told_and_left_out(tmp_path: Path) -> None:
+def test_training_state_of_another_save_is_refused_for_training(tmp_path: Path) -> None:
     for folder, alpha in (("a", 1), ("b", 64)):
         model_of(alpha, "ADALORA").save_pretrained(tmp_path / folder)
     shutil.copy(tmp_path / "b" / TRAINING, tmp_path / "a" / TRAINING)
-    with pytest.warns(
-        UserWarning, match=rf"^'.*{TRAINING}' is of another save than the adapter beside it, so it is not"
+    net = base()
+    with refused(
+        net, r"^adapter_training.safetensors in '.*a' is of another save than the adapter beside it; expected"
     ):
-        assert not checkpoint.read_adapter(tmp_path / "a").passing
+        PeftModel.from_pretrained(net, tmp_path / "a", is_trainable=True)
+    assert same_bits(loaded(tmp_path / "a"), answer(model_of(1, "ADALORA")))
     model_of(1).save_pretrained(tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b")) == [CONFIG, WEIGHTS]  # one that has none removes it
+    shutil.copy(tmp_path / "a" / TRAINING, tmp_path / "b" / TRAINING)  # as if it had been killed before that
+    assert not checkpoint.read_adapter(tmp_path / "b").passing
 
 
 def edited(folder: Path, **fields: Any) -> None:
@@ -199,15 +204,18 @@ def test_a_config_may_be_edited(version: str | None, tmp_path: Path) -> None:
     assert PeftModel.from_pretrained(base(), tmp_path).peft_config["default"].lora_alpha == 5
 
 
-def test_one_adapter_always_has_the_same_id_and_others_have_others(tmp_path: Path) -> None:
-    for folder, alpha in (("a", 1), ("again", 1), ("b", 2)):
-        model_of(alpha).save_pretrained(tmp_path / folder)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_adapter_always_gives_the_same_files_and_another_others(method: str, tmp_path: Path) -> None:
+    for folder, alpha in (("a", 1), ("b", 2)):
+        model_of(alpha, method).save_pretrained(tmp_path / folder)
     copied = get_peft_model(base(), PeftConfig.from_pretrained(tmp_path / "a"))
     copied.load_adapter(tmp_path / "a", "default")
-    copied.save_pretrained(tmp_path / "a")
-    a, again, b = ((tmp_path / folder / CONFIG).read_text() for folder in ("a", "again", "b"))
+    copied.save_pretrained(tmp_path / "again")
+    a, again, b = (
+        {name: (tmp_path / folder / name).read_bytes() for name in FILES[method]} for folder in ("a", "again", "b")
+    )
     assert a == again
-    assert json.loads(a)["peft_version"] != json.loads(b)["peft_version"]
+    assert not any(a[name] == b[name] for name in a)
 
 
 def test_the_peer_reads_the_config_without_a_warning(tmp_path: Path) -> None:

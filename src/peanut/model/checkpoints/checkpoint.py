@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PeanutError
@@ -23,7 +22,7 @@ from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
 from .base import SaveEmbeddings, plain_path, saved_embeddings
 from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
-from .integrity import SAVE, check_sum, labelled, save_id, staged_config, with_sum, without_label
+from .integrity import SAVE, TRAINS, check_sum, labelled, save_id, staged_config, without_label, write_tensors
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 from .reading import read_tensors, refuse_not_finite
 
@@ -56,6 +55,7 @@ class StoredAdapter:
         state: the adapter's tensors by key, without the prefix.
         base: the fingerprint of the base that it was trained on, if its writer recorded one.
         passing: training state, by key.
+        fits: whether that is of the same save.
     """
 
     config: PeftConfig
@@ -63,6 +63,7 @@ class StoredAdapter:
     base: str | None
     source: str
     passing: Mapping[str, Tensor] = field(default_factory=dict)
+    fits: bool = True
 
 
 def adapter_state(
@@ -164,13 +165,13 @@ def save_adapter(
     save = save_id(config, tensors, passing)
     metadata = {"format": "pt", SAVE: save}
     recorded = fingerprint(adapters, name, {*map(plain_path, embeddings)}, base)
-    full = with_sum(metadata if recorded is None else {**metadata, FINGERPRINT: recorded}, tensors)
+    more = ({} if recorded is None else {FINGERPRINT: recorded}) | ({TRAINS: "true"} if passing else {})
     files: dict[str, Callable[[Path], object]] = {
         CONFIG_NAME: lambda path: path.write_text(f"{labelled(config, save)}\n", encoding="utf-8")
     }
     if passing:
-        files[TRAINING_NAME] = lambda path: save_file(passing, path, metadata=with_sum(metadata, passing))
-    files[WEIGHTS_NAME] = lambda path: save_file(tensors, path, metadata=full)
+        files[TRAINING_NAME] = lambda path: write_tensors(passing, path, metadata)
+    files[WEIGHTS_NAME] = lambda path: write_tensors(tensors, path, metadata | more)
     return write_files(folder, files, outdated=() if passing else (TRAINING_NAME,))
 
 
@@ -219,9 +220,9 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
                 time.sleep(0.001 * attempt)
                 continue
             read = staged or read
-        passing = _training(path.parent, KeyStyle.of(read), save)
+        passing, fits = _training(path.parent, KeyStyle.of(read), metadata)
         base = metadata.get(FINGERPRINT) or metadata.get(OLD_FINGERPRINT)
-        return StoredAdapter(read, state, base, str(source), passing)
+        return StoredAdapter(read, state, base, str(source), passing, fits)
     raise PeanutError(
         f"'{source}' holds {CONFIG_NAME} of one save and {WEIGHTS_NAME} of another",
         "files that were saved together",
@@ -229,22 +230,18 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
     )
 
 
-def _training(folder: Path, style: KeyStyle, save: str) -> dict[str, Tensor]:
-    """The training state in a folder that belongs to the tensors of save ``save``."""
-    path = folder / TRAINING_NAME
-    if not path.is_file():
-        return {}
-    for held in (path, *staged_files(folder, TRAINING_NAME)):
-        try:
-            state, metadata = _read(held, style)
-        except PeanutError:
-            if held == path:
-                raise
-            continue  # never written to its end
-        if not save or metadata.get(SAVE, save) == save:
-            return state
-    warnings.warn(f"'{path}' is of another save than the adapter beside it, so it is not read", stacklevel=4)
-    return {}
+def _training(folder: Path, style: KeyStyle, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
+    """The training state in a folder, and whether it is of the save of the tensors whose metadata these are."""
+    path, save = folder / TRAINING_NAME, metadata.get(SAVE)
+    if not path.is_file() or (save and TRAINS not in metadata):  # of a save before, if it was killed at its end
+        return {}, True
+    read = [_read(path, style)]
+    if save:
+        for staged in staged_files(folder, TRAINING_NAME):
+            with suppress(PeanutError, FileNotFoundError):  # never written to its end, or has just got its name
+                read.append(_read(staged, style))
+    fitting = [state for state, own in read if not save or own.get(SAVE, save) == save]
+    return (fitting[0], True) if fitting else (read[0][0], False)
 
 
 def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:

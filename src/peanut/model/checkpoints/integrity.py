@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PeanutError
@@ -21,9 +22,20 @@ from ...files import read_json, staged_files
 from ...protocols import PeftConfig
 from ...protocols.config import CONFIG_NAME
 
-__all__ = ["SAVE", "check_sum", "labelled", "save_id", "staged_config", "with_sum", "without_label"]
+__all__ = [
+    "SAVE",
+    "TRAINS",
+    "check_sum",
+    "labelled",
+    "save_id",
+    "staged_config",
+    "with_sum",
+    "without_label",
+    "write_tensors",
+]
 
-SAVE = "peanut_save"
+SAVE, TRAINS = "peanut_save", "peanut_training"
+"""Keys of a file's metadata: the id, and in the file of the tensors, whether the save has training state."""
 _SUM = "peanut_sum"
 _LABEL = "+peanut."
 
@@ -54,6 +66,19 @@ def staged_config(folder: Path, save: str) -> PeftConfig | None:
         if own == save:
             return config
     return None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file with a checksum; its metadata are in order, so that the same gives the same bytes."""
+    save_file(dict(tensors), path, metadata=with_sum(metadata, tensors))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def with_sum(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
