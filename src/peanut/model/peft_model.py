@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import PeanutError, check_keywords
 from ..hub import HUB_OPTIONS
-from ..protocols import METHODS, InputMethod, PeftConfig, method_of
+from ..protocols import PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
 from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
+from .as_base import AsBase, blank
 from .checkpoints.base import SaveEmbeddings
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
 from .checkpoints.loading import all_or_none, load_state, same_form
@@ -34,7 +32,7 @@ from .targets.reach import reach_of, warn_of_unreached
 __all__ = ["PeftModel", "get_peft_model"]
 
 
-class PeftModel(nn.Module):
+class PeftModel(AsBase):
     """A base model and its adapters; other attributes are those of the base model.
 
     Args:
@@ -47,9 +45,6 @@ class PeftModel(nn.Module):
         PeanutError: the config does not fit the model, which is then unchanged.
     """
 
-    shown: ClassVar[tuple[type[PeftModel], type[nn.Module]] | None] = None
-    """This class, and the base's class whose parameters of forward it shows, where it does."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -60,7 +55,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(model))
+        self.show(model)
         adapters = AdapterSet.of(model)
         adapter_name = name_for(adapters, peft_config, adapter_name)
         peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
@@ -71,7 +66,7 @@ class PeftModel(nn.Module):
     @classmethod
     def around(cls, model: nn.Module) -> PeftModel:
         """A base model that has adapters in it already, wrapped; nothing of it is changed."""
-        self = _blank(cls, type(model))
+        self = blank(cls, type(model))
         nn.Module.__init__(self)
         self.base_model = _inner(model, *AdapterSet.of(model).configs.values())
         return self
@@ -345,31 +340,6 @@ class PeftModel(nn.Module):
             mode = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
 
-    # What Trainers ask
-
-    @property
-    def loss_type(self) -> Any:
-        """The base's, by which Trainers count the labels that a loss compares.
-
-        A causal loss has nothing that predicts the first label; behind virtual tokens it has, so all labels count.
-        """
-        methods = [method_of(self.peft_config[name].peft_type) for name in self.active_adapters]
-        virtual = [each for each in methods if isinstance(each, InputMethod) and each.prepends == "tokens"]
-        return "" if any(not each.own_loss for each in virtual) else getattr(self.get_base_model(), "loss_type", None)
-
-    def _get_name(self) -> str:
-        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels."""
-        base = self.get_base_model()
-        name: str = getattr(base, "_orig_mod", base)._get_name()
-        return name
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made: Any = super().__reduce_ex__(protocol)
-        return made if self.shown is None else (_blank, self.shown, *made[2:])
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -397,44 +367,6 @@ def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
         )
         return method.without_scaffold(config)  # type: ignore[no-any-return]
     return config
-
-
-_SHOWN: dict[tuple[type[PeftModel], type[nn.Module]], type[PeftModel]] = {}
-
-
-def _shown_as(own: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
-    """``PeftModel`` with the parameters of the base's forward, by which Trainers know a model's columns and labels."""
-    if (own, base) in _SHOWN:
-        return _SHOWN[own, base]
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(args, torch.fx.Proxy):
-            raise PeanutError(
-                "torch.fx.symbolic_trace of a model with adapters",
-                "a graph of what is computed",
-                "use torch.export or make_fx, or trace what merge_and_unload() returns",
-            )
-        return PeftModel.forward(self, *args, **kwargs)
-
-    signature = inspect.signature(base.forward)
-    reads = [read for method in METHODS.values() if isinstance(method, InputMethod) for read in method.reads]
-    named = {
-        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("adapter_names", "task_ids", *reads)
-    }
-    parameters = {**signature.parameters, **named}
-    order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
-    forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
-    forward.__doc__ = PeftModel.forward.__doc__
-    parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
-    kind = re.search(r"For[A-Z].*", base.__name__)  # by it Trainers know the labels of question answering
-    _SHOWN[own, base] = type(own.__name__ + (kind[0] if kind else ""), (own,), parts)
-    return _SHOWN[own, base]
-
-
-def _blank(own: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    """An empty instance, for unpickling to fill."""
-    return nn.Module.__new__(_shown_as(own, base))
 
 
 def get_peft_model(

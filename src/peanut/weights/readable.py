@@ -49,10 +49,11 @@ def unreadable(module: Any, kind: LayerKind, weight: Any) -> str | None:
         return f"a {type(module).__name__} has no tensor called weight"
     if not kind.fits(module, weight):
         return f"the weight of a {type(module).__name__} has the shape {tuple(weight.shape)}"
-    if not is_plain(weight) and not (weight.is_meta or _behaves(kind.matrix(module, weight))):
+    valueless = weight.is_meta or type(weight).__name__ == "FakeTensor"  # there is nothing to try
+    if not is_plain(weight) and not (valueless or _behaves(kind.matrix(module, weight))):
         layout = "" if weight.layout is torch.strided else f" ({weight.layout})"
         return f"the weight is a {type(weight).__name__} of {weight.dtype}{layout}, not a plain tensor"
-    if not (weight.is_meta or kind.usual(module) or _computes(module, kind, weight)):
+    if not (valueless or kind.usual(module) or _computes(module, kind, weight)):
         return f"a {type(module).__name__} computes something else than the product with its weight"
     return None
 

@@ -1,0 +1,91 @@
+"""``AsBase``: what Trainers know a model by, answered as the base model would."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import PeanutError
+from ..protocols import METHODS, InputMethod, method_of
+
+__all__ = ["AsBase", "blank"]
+
+M = TypeVar("M", bound="AsBase")
+
+
+class AsBase(nn.Module):
+    """A wrapper around a base model whose class, for each class of base, has that base's parameters of forward."""
+
+    shown: ClassVar[tuple[type[AsBase], type[nn.Module]] | None] = None
+    """This class, and the base's class whose parameters of forward it shows, where it does."""
+
+    def show(self, base: nn.Module) -> None:
+        """Shows the parameters of the forward of ``base``."""
+        self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(base))
+
+    @property
+    def loss_type(self) -> Any:
+        """The base's, by which Trainers count the labels that a loss compares.
+
+        A causal loss has nothing that predicts the first label; behind virtual tokens it has, so all labels count.
+        """
+        own: Any = self
+        methods = [method_of(own.peft_config[name].peft_type) for name in own.active_adapters]
+        virtual = [each for each in methods if isinstance(each, InputMethod) and each.prepends == "tokens"]
+        return "" if any(not each.own_loss for each in virtual) else getattr(own.get_base_model(), "loss_type", None)
+
+    def _get_name(self) -> str:
+        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels."""
+        own: Any = self
+        base = own.get_base_model()
+        name: str = getattr(base, "_orig_mod", base)._get_name()
+        return name
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        return made if self.shown is None else (blank, self.shown, *made[2:])
+
+
+_SHOWN: dict[tuple[type[AsBase], type[nn.Module]], type[AsBase]] = {}
+
+
+def _shown_as(own: type[AsBase], base: type[nn.Module]) -> type[AsBase]:
+    """``own`` with the parameters of the base's forward, by which Trainers know a model's columns and labels."""
+    if (own, base) in _SHOWN:
+        return _SHOWN[own, base]
+
+    def forward(self: AsBase, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, torch.fx.Proxy):
+            raise PeanutError(
+                "torch.fx.symbolic_trace of a model with adapters",
+                "a graph of what is computed",
+                "use torch.export or make_fx, or trace what merge_and_unload() returns",
+            )
+        return own.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(base.forward)
+    reads = [read for method in METHODS.values() if isinstance(method, InputMethod) for read in method.reads]
+    named = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("adapter_names", "task_ids", *reads)
+    }
+    parameters = {**signature.parameters, **named}
+    order = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+    forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
+    forward.__doc__ = own.forward.__doc__
+    parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
+    kind = re.search(r"For[A-Z].*", base.__name__)  # by it Trainers know the labels of question answering
+    _SHOWN[own, base] = type(own.__name__ + (kind[0] if kind else ""), (own,), parts)
+    return _SHOWN[own, base]
+
+
+def blank(own: type[M], base: type[nn.Module]) -> M:
+    """An empty instance, for unpickling to fill."""
+    return nn.Module.__new__(_shown_as(own, base))  # type: ignore[return-value]
