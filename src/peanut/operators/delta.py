@@ -116,17 +116,25 @@ def transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return _watched()
 
 
 def captured() -> bool:
     """Whether a graph is made, which serves inputs of other sizes too."""
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or _watched()
+
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def _watched() -> bool:
+    """Whether the operations that are run now are seen by more than autograd; every layer asks, for every token."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+    )
 
 
 def batched(grad: Tensor) -> bool:
