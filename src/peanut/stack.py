@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import sys
-from types import CodeType
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 __all__ = ["in_a_forward", "in_a_function"]
 
 
 def in_a_forward() -> bool:
-    """Whether a module is being called."""
-    return _running(nn.Module._call_impl.__code__)
+    """Whether a module is being called, by ``forward`` itself too, or a checkpointed part of one is run again."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is nn.Module._call_impl.__code__ or code.co_filename == checkpoint.__file__:
+            return True
+        if code.co_name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def in_a_function() -> bool:
     """Whether a ``torch.autograd.Function`` is being applied."""
-    return _running(torch.autograd.Function.apply.__code__)
-
-
-def _running(code: CodeType) -> bool:
-    frame = sys._getframe(2)
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code is torch.autograd.Function.apply.__code__:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

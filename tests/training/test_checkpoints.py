@@ -187,7 +187,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(run: Path, tmp_path: 
     for name in (".adapter.123/half", "checkpoint-7/adapter_model.safetensors", "tmp-checkpoint-9/x", ".mine/x"):
         (folder / name).parent.mkdir()
         (folder / name).write_text("half")
-    for name in (".run.yaml.abc", ".log.jsonl.abc", ".metrics.json.x", ".curve.png.x", ".notes", "checkpoint-mine"):
+    for name in (".run.yaml.abcd_123", ".log.jsonl.abcdefgh", ".run.yaml.swp", ".notes", "checkpoint-mine"):
         (folder / name).write_text("")
     (folder / "checkpoint-4/trainer_state.json").write_text("{" * 100_000)
     (folder / "run.yaml").write_text("kept")

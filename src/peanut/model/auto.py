@@ -104,7 +104,14 @@ def _tokenizer(adapter: str | os.PathLike[str], trust_remote_code: bool, **hub: 
     except PeanutError:
         return None
     source, options = (folder, {}) if Path(adapter).exists() else (str(adapter), hub)
-    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # transformers and tokenizers have many for a damaged file
+        raise PeanutError(
+            f"cannot read the tokenizer in '{adapter}': {error}",
+            "the tokenizer that the adapter was trained with, which tells how many tokens there are",
+            "save it again, or load the base yourself and use PeftModel.from_pretrained",
+        ) from error
 
 
 def _for(task: str, name: str) -> type[AutoPeftModel]:

@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
+LABEL = "+peanut."
+"""What comes between the version in a saved config and the id of the save."""
 FORMAT_VERSION = "0.21.2"
 """The version of Hugging Face PEFT whose file format is written."""
 
@@ -172,6 +174,13 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config in an adapter's folder (or, if the user names one, on the hub)."""
+        config = cls.read(pretrained_model_name_or_path, **hub)
+        config.peft_version = str(config.peft_version).partition(LABEL)[0]
+        return config
+
+    @classmethod
+    def read(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
+        """The config as a folder has it, with the label of its save in ``peft_version``."""
         from ..hub import HUB_OPTIONS, locate
 
         hub = check_keywords(f"{cls.__name__}.from_pretrained", hub, HUB_OPTIONS, {})

@@ -24,6 +24,8 @@ _USUAL = {"compile": 1e-3, "match": 1e-4}
 """What compiling and matching may take without being slow."""
 _LARGEST = 100_000
 """How many characters a pattern may have with its repetitions written out, as ``regex`` compiles them."""
+_FUZZY = re.compile(r"(?<!\\)\{(?!\d*(?:,\d*)?\})")
+"""Braces that ``re`` takes for text, and ``regex`` for a match that need not be exact."""
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,\d*)?\}|.", re.DOTALL)
 
 
@@ -81,7 +83,7 @@ def _written_out(pattern: str) -> int:
     open_groups, size, last = list[int](), 0, 0
     for token in _TOKEN.finditer(pattern):
         if token[1]:
-            size += last * (int(token[1]) - 1 if len(token[1]) < 10 else _LARGEST)
+            size += last * (max(0, int(token[1]) - 1) if len(token[1]) < 10 else _LARGEST)
         elif token[0] == "(":
             open_groups.append(size)
             size = 0
@@ -100,6 +102,12 @@ def check_pattern(name: str, pattern: str) -> None:
         _compiled(pattern, "", "")
     except PeanutError as error:
         raise PeanutError(f"{name}={error.found}", error.expected, error.do) from None
+    if _FUZZY.search(pattern):
+        raise PeanutError(
+            f"{name}={shown(pattern)} has braces that are no repetition",
+            "a{2}, a{2,} or a{2,5}",
+            "write \\{ for a brace",
+        )
 
 
 def fullmatch(pattern: str, text: str, before: str = "", after: str = "") -> Any:

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import PeanutError
-from ..files import write_files
+from ..files import staged_files, write_files
 from .checkpoints import STATE_NAME, is_whole, whole_checkpoints
 from .config import RunConfig, differing_keys, load_config, to_yaml
 
@@ -74,9 +74,10 @@ class RunFolder:
 
     def _half_written(self) -> list[Path]:
         """Checkpoints without an end, and the temporary files and folders in which ``files`` and others write."""
-        names = [own.name for own in (self.config, self.log, self.curve, self.adapter, self.metrics)]
-        patterns = [*(f".{name}.*" for name in names), "tmp-checkpoint-*"]
-        temporary = [left for pattern in patterns for left in self.path.glob(pattern)]
+        files = [own.name for own in (self.config, self.log, self.curve, self.metrics)]
+        temporary = [left for name in files if self.path.is_dir() for left in staged_files(self.path, name)]
+        temporary += [left for left in self.path.glob(".adapter.*") if left.suffix[1:].isdigit() and left.is_dir()]
+        temporary += self.path.glob("tmp-checkpoint-*")
         return [folder for folder in self._checkpoints() if not is_whole(folder)] + temporary
 
     def _check_same(self, config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.delta import recomputed
-from .kind import LayerKind, is_plain
+from .kind import LayerKind, as_its_class, is_plain
 from .made import about_to_change
 from .readable import check_layer, unreadable
 from .stored import device_of, keeper, some_tensor, store, stored
@@ -111,7 +111,7 @@ class FrozenLayer:
             )
         if kind.quantised:
             return "codes of a quantised weight that is offloaded" if self.away else None
-        if is_plain(weight) and kind.usual(module) and kind.fits(module, weight):
+        if as_its_class(module) and is_plain(weight) and kind.usual(module) and kind.fits(module, weight):
             return None
         seen = type(weight), *(getattr(weight, name, None) for name in ("dtype", "shape", "is_meta"))
         if self._seen[0] != seen:
@@ -164,6 +164,8 @@ class FrozenLayer:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
         """
         weight = stored(self.module, "weight")
+        self._seen = None, None  # what the layer computes may have changed since it was tried
+        self.readable(weight)
         merged = self.kind.layout(self.module, matrix)
         merged = merged if self.kind.quantised else merged.to(weight.dtype)
         if not torch.isfinite(merged).all() or (bias is not None and not torch.isfinite(bias).all()):

@@ -15,7 +15,7 @@ from ..operators import Delta
 from .made import made_by
 from .stored import called_present, keeper
 
-__all__ = ["DTYPES", "LayerKind", "is_plain", "unhooked", "with_tensors"]
+__all__ = ["DTYPES", "LayerKind", "as_its_class", "is_plain", "unhooked", "with_tensors"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a weight's numbers may be stored in to be read as they are."""
@@ -135,6 +135,11 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
         },
     }
     return twin(*args, **kwargs)
+
+
+def as_its_class(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class: not one that somebody put on it; accelerate's calls that one."""
+    return "forward" not in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def is_plain(weight: Any) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import PeanutError
 from ..operators import Dense
-from .kind import DTYPES, LayerKind, is_plain
+from .kind import DTYPES, LayerKind, as_its_class, is_plain
 from .made import current
 
 __all__ = ["check_layer", "unreadable"]
@@ -53,7 +53,7 @@ def unreadable(module: Any, kind: LayerKind, weight: Any) -> str | None:
     if not is_plain(weight) and not (valueless or _behaves(kind.matrix(module, weight))):
         layout = "" if weight.layout is torch.strided else f" ({weight.layout})"
         return f"the weight is a {type(weight).__name__} of {weight.dtype}{layout}, not a plain tensor"
-    if not (valueless or kind.usual(module) or _computes(module, kind, weight)):
+    if not (valueless or (as_its_class(module) and kind.usual(module)) or _computes(module, kind, weight)):
         return f"a {type(module).__name__} computes something else than the product with its weight"
     return None
 
@@ -87,7 +87,7 @@ def _computes(module: Any, kind: LayerKind, weight: Tensor) -> bool:
     x = kind.trial(module, generator).to(weight.device)
     x = x.to(weight.dtype) if x.is_floating_point() else x
     try:
-        found = type(module).forward(module, x)
+        found = module.forward(x)
         expected = kind.respond(module, x, Dense(kind.matrix(module, weight)))
         bias = getattr(module, "bias", None)
         expected = expected if bias is None else kind.on_output(expected, lambda y: y + bias)

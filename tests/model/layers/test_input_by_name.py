@@ -72,11 +72,9 @@ class Head(nn.Module):
 class WithHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.head, self.reads, self.by_name = nn.Linear(6, 6), Head(), False, False
+        self.layer, self.head, self.by_name = nn.Linear(6, 6), Head(), False
 
     def forward(self, x: Tensor, there: Tensor) -> Any:
-        if self.reads:
-            return x @ self.head.out.weight.T
         tokens = self.layer(x)
         return self.head(tokens=tokens, there=there) if self.by_name else self.head(tokens, there, scale=1.0)
 
@@ -118,3 +116,9 @@ def test_a_head_that_differs_between_samples_is_not_read() -> None:
     torch.testing.assert_close(model(x), base.layer(x) @ base.head.modules_to_save["a"].weight.T)
     with pytest.raises(PeanutError, match=r"a module reads what belongs to 'head', .* differs between the samples"):
         model(x, adapter_names=["a", "__base__"])
+
+
+def test_numbers_that_may_be_of_the_samples_or_not_are_refused(model: PeftModel) -> None:
+    head = model.get_base_model().head
+    with pytest.raises(PeanutError, match=r"'head' is given 2 numbers beside a batch of 2 samples"):
+        model.adapters.state.called(head, (torch.ones(2, 5, 6), torch.ones(2)), {}, {"samples": ["a", "b"]})

@@ -123,7 +123,7 @@ def no_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def linear_net(reads: bool = True) -> Net | ReadingNet:
+def linear_net(reads: bool = True) -> Any:
     torch.manual_seed(1)
     net = Net(nn.Linear(12, 20)).double()
     return ReadingNet(net) if reads else net
@@ -266,6 +266,36 @@ def test_a_forward_in_a_backward_and_a_part_of_the_model_read_the_same() -> None
     for part in (reading, reading.get_base_model()):
         found = gradients_of(reading, part)
         assert max(distance(found[key], wanted[key]) for key in wanted) < 1e-9
+
+
+class Part(nn.Module):
+    """Checkpoints a function of its own that reads a weight."""
+
+    def __init__(self, net: Net, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = net.layer, reentrant
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(x), self.layer.weight, self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_function_that_is_checkpointed_reads_the_same_in_the_backward(reentrant: bool) -> None:
+    calling, reading = adapted(linear_net(reads=False)), adapted(Part(linear_net(reads=False), reentrant))
+    directed(calling(torch.tanh(X))).backward()
+    wanted = gradients(calling)
+    directed(reading(X.clone().requires_grad_())).backward()
+    found = gradients(reading)
+    assert len(found) == 2
+    assert max(distance(found[key], wanted[key]) for key in wanted) < 1e-9
+
+
+def test_forward_itself_reads_the_same() -> None:
+    model = adapted()
+    assert same_bits(model.get_base_model().forward(X), model(X))
 
 
 def gradients_of(model: PeftModel, part: nn.Module) -> dict[str, Tensor]:

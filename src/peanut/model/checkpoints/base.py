@@ -145,7 +145,7 @@ def _has_other_vocabulary(adapters: AdapterSet, name: str) -> bool:
         before = type(config).from_pretrained(
             source, local_files_only=True, revision=adapters.configs[name].revision or "main"
         )
-    except (OSError, ValueError):
+    except Exception:  # it is not here, or damaged, which is told in many ways
         return False
     sizes = [getattr(own.get_text_config(), "vocab_size", None) for own in (before, config)]
     return sizes[0] != sizes[1]

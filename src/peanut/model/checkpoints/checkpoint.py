@@ -22,7 +22,7 @@ from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
 from .base import SaveEmbeddings, plain_path, saved_embeddings
 from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
-from .integrity import SAVE, TRAINS, check_sum, labelled, save_id, staged_config, without_label, write_tensors
+from .integrity import SAVE, TRAINS, labelled, save_id, staged_config, without_label, write_tensors
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 from .reading import read_tensors, refuse_not_finite
 
@@ -210,7 +210,7 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
             config and the tensors are of two saves.
     """
     for attempt in range(_READS):
-        read, written = without_label(PeftConfig.from_pretrained(source, **hub) if config is None else config)
+        read, written = without_label(PeftConfig.read(source, **hub) if config is None else config)
         path = locate(source, WEIGHTS_NAME, **hub)
         state, metadata = _read(path, KeyStyle.of(read))
         save = metadata.get(SAVE, "")
@@ -233,21 +233,22 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
 def _training(folder: Path, style: KeyStyle, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
     """The training state in a folder, and whether it is of the save of the tensors whose metadata these are."""
     path, save = folder / TRAINING_NAME, metadata.get(SAVE)
-    if not path.is_file() or (save and TRAINS not in metadata):  # of a save before, if it was killed at its end
+    if save and TRAINS not in metadata:  # what is there is of a save before, which was killed at its end
         return {}, True
-    read = [_read(path, style)]
+    read = [_read(path, style)] if path.is_file() else []
     if save:
-        for staged in staged_files(folder, TRAINING_NAME):
+        for staged in staged_files(folder, TRAINING_NAME) if folder.is_dir() else ():
             with suppress(PeanutError, FileNotFoundError):  # never written to its end, or has just got its name
                 read.append(_read(staged, style))
     fitting = [state for state, own in read if not save or own.get(SAVE, save) == save]
-    return (fitting[0], True) if fitting else (read[0][0], False)
+    if fitting or not read:
+        return (fitting[0] if fitting else {}), True
+    return read[0][0], False
 
 
 def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, by key without the prefix, and its metadata."""
     state, metadata = read_tensors(path)
-    check_sum(metadata, state, path)
     return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 

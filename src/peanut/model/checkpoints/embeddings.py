@@ -12,6 +12,7 @@ from ...errors import PeanutError
 from ..adapters.adapter_set import AdapterSet, experts_of
 from .base import base_tensors, embedding_paths, plain_path
 from .checkpoint import StoredAdapter
+from .reading import check_kind
 
 __all__ = ["without_base"]
 
@@ -89,6 +90,7 @@ def _check_embedding(path: str, there: Tensor, value: Tensor, source: str) -> No
             "an embedding of numbers",
             "load the base without quantising or offloading it",
         )
+    check_kind(source, path, value, there)
     if there.shape != value.shape:
         resizes = there.dim() == value.dim() and there.shape[1:] == value.shape[1:]
         raise PeanutError(

@@ -125,6 +125,8 @@ def _shape(value: Tensor, embedding: bool) -> tuple[int, int]:
 
 def _fits(value: Tensor, size: int, rows: int) -> bool:
     """Whether a parameter has the shape that was recorded, or is an embedding with more rows."""
+    if rows and not (0 < rows <= size and size % rows == 0):
+        return False
     more = rows > 0 and value.dim() == 2 and len(value) > rows and value.shape[1] * rows == size
     return value.numel() == size or more
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import PeanutError
 from ...files import read_json, staged_files
 from ...protocols import PeftConfig
-from ...protocols.config import CONFIG_NAME
+from ...protocols.config import CONFIG_NAME, LABEL
 
 __all__ = [
     "SAVE",
@@ -37,7 +37,6 @@ __all__ = [
 SAVE, TRAINS = "peanut_save", "peanut_training"
 """Keys of a file's metadata: the id, and in the file of the tensors, whether the save has training state."""
 _SUM = "peanut_sum"
-_LABEL = "+peanut."
 
 
 def save_id(config: PeftConfig, *parts: Mapping[str, Tensor]) -> str:
@@ -47,12 +46,12 @@ def save_id(config: PeftConfig, *parts: Mapping[str, Tensor]) -> str:
 
 def labelled(config: PeftConfig, save: str) -> PeftConfig:
     """The config with the id of its save."""
-    return replace(config, peft_version=f"{config.peft_version}{_LABEL}{save}")
+    return replace(config, peft_version=f"{config.peft_version}{LABEL}{save}")
 
 
 def without_label(config: PeftConfig) -> tuple[PeftConfig, str]:
     """A config that was read and the id of its save, which is empty if its writer gave it none."""
-    version, _, save = str(config.peft_version).partition(_LABEL)
+    version, _, save = str(config.peft_version).partition(LABEL)
     return (replace(config, peft_version=version), save) if save else (config, "")
 
 

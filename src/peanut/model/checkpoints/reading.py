@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import PeanutError, shown
+from .integrity import check_sum
 
 __all__ = ["check_kind", "opened", "read_tensors", "refuse_not_finite"]
 
@@ -43,7 +44,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """The tensors of a file by name, those in one byte as float32, and its metadata.
 
     Raises:
-        PeanutError: it cannot be read, or holds values that are not finite.
+        PeanutError: it cannot be read, holds values that are not finite, or others than were written.
     """
     with opened(path) as file:
         metadata = file.metadata() or {}
@@ -51,9 +52,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         long = next((name for name in names if len(name) > _LONGEST), None)
         if long is not None:
             raise PeanutError(f"'{path}' holds a tensor called {shown(long)}", f"at most {_LONGEST} characters")
-        state = {name: _plain(file.get_tensor(name)) for name in names}
-    refuse_not_finite(state, f"'{path}'", "save the adapter again from a training that did not diverge")
-    return state, metadata
+        written = {name: file.get_tensor(name) for name in names}
+    refuse_not_finite(written, f"'{path}'", "save the adapter again from a training that did not diverge")
+    check_sum(metadata, written, path)
+    return {name: _plain(value) for name, value in written.items()}, metadata
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class SavedModule(nn.Module):
         if self.state.call.disabled or not names:
             return self.original_module
         own = self.modules_to_save[names[0]]
-        if any(value.is_meta for value in own.parameters()):
+        first = next(own.parameters(), None)  # all of them are there, or none
+        if first is not None and first.is_meta:
             bring_back(own)  # what is trained is not offloaded with the base
         return own
 
@@ -77,7 +78,7 @@ class SavedModule(nn.Module):
         x, args, kwargs = input_of(self.original_module, given, named)
 
         def answer(module: nn.Module, index: Tensor) -> Any:
-            own_args, own_kwargs = tree_map(lambda value: _rows(value, index, len(x)), (args, kwargs))
+            own_args, own_kwargs = tree_map(lambda value: _rows(value, index, len(x), self.path), (args, kwargs))
             return self._answer(module, x[index], *own_args, **own_kwargs)
 
         parts = (
@@ -117,10 +118,17 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
 
 
-def _rows(value: Any, index: Tensor, count: int) -> Any:
+def _rows(value: Any, index: Tensor, count: int, path: str) -> Any:
     """The rows of a tensor that has one for each of ``count`` samples."""
-    whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-    return value[index.to(value.device)] if whole else value
+    if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
+        return value
+    if value.dim() == 1:
+        raise PeanutError(
+            f"'{path}' is given {count} numbers beside a batch of {count} samples, which differ in their adapters",
+            "tensors of which one can tell whether they belong to the samples",
+            "give all samples of a batch one adapter",
+        )
+    return value[index.to(value.device)]
 
 
 def _cast(value: Any, found: torch.dtype, wanted: torch.dtype) -> Any:

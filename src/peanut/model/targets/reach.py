@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import OutOfReachWarning
 from ...protocols import PeftConfig
@@ -58,7 +59,7 @@ def reach_of(model: nn.Module) -> Reach:
         adaptable = kind_name(own) is not None and not inside_attention(path, modules)
         if whole or adaptable or (path and path.rpartition(".")[0] in reached):
             reached.add(path)
-        for name, parameter in own.named_parameters(recurse=isinstance(module, AdaptedLayer)):
+        for name, parameter in own.named_parameters(recurse=isinstance(module, AdaptedLayer) or is_parametrized(own)):
             counts[id(parameter)] = parameter.numel()
             if path in reached or not _is_matrix(parameter):
                 names[id(parameter)] = ""  # of a shared weight one reached place is enough
