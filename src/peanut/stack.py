@@ -18,7 +18,7 @@ def in_a_forward() -> bool:
         code = frame.f_code
         if code is nn.Module._call_impl.__code__ or code.co_filename == checkpoint.__file__:
             return True
-        if code.co_name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module):
+        if code.co_name == "forward" and isinstance(frame.f_locals.get((*code.co_varnames, "")[0]), nn.Module):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -130,3 +130,10 @@ def test_the_time_of_many_slow_matches_adds_up(impatient: None) -> None:
 def test_alternatives_are_one_pattern() -> None:
     assert [_block_index(path, "h|layers") for path in ("x.h.3.q", "layers.12.q", "q.4")] == [3, 12, None]
     assert matching_pattern({r"(q)\1": 1}, "a.qq") == r"(q)\1"
+
+
+@pytest.mark.parametrize("pattern", ["(?:(?:a{9999}){9999}){0}.*q_proj", "(?:q_proj){e<=3}", "q{s}"])
+def test_repetitions_of_nothing_and_inexact_matches_are_refused(pattern: str) -> None:
+    with pytest.raises(PeanutError, match=r"too large|braces that are no repetition"):
+        check_pattern("x", pattern)
+    check_pattern("x", r"q\{2\}[{}]?k{2,3}")

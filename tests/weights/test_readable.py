@@ -220,3 +220,25 @@ def test_an_adapted_model_can_be_sharded(one_process: Any) -> None:
 def test_peanut_reads_a_quantised_layer_only_if_the_weight_is_what_it_computes_with() -> None:
     with refused(net := Net(plain(made=Scaled)), "PEANUT at 'layer': a Scaled computes something else"):
         get_peft_model(net, PeanutConfig(target_modules=["layer"], r=2))
+
+
+def test_a_forward_that_changes_what_it_computes_is_tried_again_before_a_merge() -> None:
+    class Changing(nn.Linear):
+        factor = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.factor
+
+    config = LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
+    model = get_peft_model(Net(Changing(6, 5)), config).eval()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    layer = model.get_base_model().layer.base_layer
+    layer.factor = 3.0
+    with pytest.raises(PeanutError, match="computes something else than the product with its weight"):
+        model.merge_adapter()
+    layer.factor = 1.0
+    own = layer.forward
+    layer.forward = lambda x: own(x) * 3
+    with pytest.raises(PeanutError, match="computes something else than the product with its weight"):
+        model.merge_adapter()

@@ -268,3 +268,37 @@ def test_files_without_an_id_or_a_checksum_load(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({key: value * 2 for key, value in tensors.items()}, tmp_path / WEIGHTS)
     assert not same_bits(loaded(tmp_path), answer(model))
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+def test_a_kill_while_another_method_takes_the_place_leaves_one_of_them_whole(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_of(1).save_pretrained(tmp_path)
+    old, new = loaded(tmp_path), model_of(2, "ADALORA")
+    save_and_be_killed(new, tmp_path, renames, monkeypatch)
+    read = checkpoint.read_adapter(tmp_path)
+    whole = str(read.config.peft_type) == "ADALORA"
+    assert whole == (renames > 0)
+    assert read.fits
+    assert bool(read.passing) == whole
+    assert same_bits(loaded(tmp_path), answer(new) if whole else old)
+
+
+def test_a_config_that_was_read_has_no_label_to_leak(tmp_path: Path) -> None:
+    model_of(1).save_pretrained(tmp_path / "a")
+    config = PeftConfig.from_pretrained(tmp_path / "a")
+    assert "peanut" not in str(config.peft_version)
+    model = randomised(get_peft_model(base(), config)).eval()
+    model.save_pretrained(tmp_path / "b")
+    model.peft_config["default"].save_pretrained(tmp_path / "b")
+    assert same_bits(loaded(tmp_path / "b"), answer(model))
+
+
+def test_tensors_in_one_byte_are_summed_as_they_are_written(tmp_path: Path) -> None:
+    model = model_of(1)
+    for _, value in model.adapters.parameters("default"):
+        value.data = value.data.to(torch.float8_e4m3fn)
+    model.save_pretrained(tmp_path)
+    read = checkpoint.read_adapter(tmp_path)
+    assert {value.dtype for value in read.state.values()} == {torch.float32}

@@ -30,6 +30,10 @@ def naming(where: str) -> Iterator[None]:
         yield
     except PeanutError as error:
         raise PeanutError(f"{where}: {error}") from None
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise PeanutError(f"{where}: {error}", "sizes that a tensor can have", "lower its sizes") from None
 
 
 @dataclass(frozen=True)
