@@ -27,6 +27,7 @@ __all__ = ["add", "gathered", "name_for", "ready", "save_experts"]
 
 def add(adapters: AdapterSet, name: str, config: PeftConfig, *, meta: bool = False, wide: bool = True) -> PeftConfig:
     """``AdapterSet.add``, after the experts that ``config`` names; returns the config with their names."""
+    _check_class(config)
     with all_or_none(adapters):
         config = ready(adapters, config, wide=wide)
         adapters.add(name, config, meta=meta, wide=wide)
@@ -157,5 +158,16 @@ def save_experts(
 
 def name_for(adapters: AdapterSet, config: PeftConfig, name: str) -> str:
     """The name of a new adapter: a mixture whose expert has the default name is called after its method."""
+    _check_class(config)
     method, taken = method_of(config.peft_type), name == "default" and name in adapters.configs
     return method.name.lower() if taken and isinstance(method, MixtureMethod) else name
+
+
+def _check_class(config: object) -> None:
+    """Refuses what is no config of this library: one of Hugging Face PEFT, or a dictionary."""
+    if not isinstance(config, PeftConfig):
+        raise PeanutError(
+            f"{type(config).__module__}.{type(config).__name__} as the config of an adapter",
+            "a config of this library",
+            "import its class from peanut, or make it of a dictionary with PeftConfig.from_dict",
+        )
