@@ -162,7 +162,7 @@ def test_a_trace_of_what_changes_no_weight_serves_other_batches(method: Any, tin
     """Of other lengths and padding, although what such a method does depends on where a row's tokens are."""
     options = {
         "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 2},
-        "BOTTLENECK": {"init_weights": False},
+        "BOTTLENECK": {"init_weights": "bert"},
         "CPT": {"cpt_token_ids": [3, 4, 5], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
         "DIREFT": {"init_weights": False, "positions": 3},
         "LOREFT": {"init_weights": False, "positions": 3},

@@ -1,5 +1,6 @@
 """What type checkers read in place of ``__init__.py``: the public names. Written by ``make generated``."""
 
+from .errors import OutOfReachWarning as OutOfReachWarning
 from .errors import PeanutError as PeanutError
 from .export import from_lora as from_lora
 from .export import to_lora as to_lora

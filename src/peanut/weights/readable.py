@@ -17,6 +17,7 @@ from ..errors import PeanutError
 from ..operators import Dense
 from .kind import DTYPES, LayerKind, as_its_class, is_plain
 from .made import current
+from .stored import stored
 
 __all__ = ["check_layer", "unreadable"]
 
@@ -53,7 +54,7 @@ def unreadable(module: Any, kind: LayerKind, weight: Any) -> str | None:
     if not is_plain(weight) and not (valueless or _behaves(kind.matrix(module, weight))):
         layout = "" if weight.layout is torch.strided else f" ({weight.layout})"
         return f"the weight is a {type(weight).__name__} of {weight.dtype}{layout}, not a plain tensor"
-    if not (valueless or (as_its_class(module) and kind.usual(module)) or _computes(module, kind, weight)):
+    if not (valueless or (as_its_class(module) and kind.usual(module)) or _computes(module, kind)):
         return f"a {type(module).__name__} computes something else than the product with its weight"
     return None
 
@@ -81,8 +82,12 @@ def _behaves(matrix: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _computes(module: Any, kind: LayerKind, weight: Tensor) -> bool:
-    """Whether a layer with a forward of its own computes the product with its weight, tried on a small input."""
+def _computes(module: Any, kind: LayerKind) -> bool:
+    """Whether a layer with a forward of its own computes the product with its weight, tried on a small input.
+
+    The weight is the one that the layer has now, also while something is merged into it.
+    """
+    weight = stored(module, "weight")
     generator = torch.Generator().manual_seed(0)
     x = kind.trial(module, generator).to(weight.device)
     x = x.to(weight.dtype) if x.is_floating_point() else x

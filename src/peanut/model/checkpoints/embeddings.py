@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import PeanutError
+from ...weights.stored import stored as tensor_of
 from ..adapters.adapter_set import AdapterSet, experts_of
+from ..targets.paths import bare
 from .base import base_tensors, embedding_paths, plain_path
 from .checkpoint import StoredAdapter
 from .reading import check_kind
@@ -40,7 +42,7 @@ def without_base(
         there = base.get(path)
         if key in own or (there is None and not key.startswith(twice)):
             left[key] = value
-        elif key.startswith(twice) or (there is not None and _is_same(there, value)):
+        elif key.startswith(twice) or (there is not None and _is_same(_values(adapters, path, there), value)):
             continue
         elif path.rpartition(".")[0] not in embeddings:
             left[key] = value  # it is told as unexpected
@@ -73,6 +75,12 @@ def without_base(
             stacklevel=4,
         )
     return left, [(there, value) for _, there, value in changed.values()]
+
+
+def _values(adapters: AdapterSet, path: str, there: Tensor) -> Tensor:
+    """A parameter of the base with its values, also where it is offloaded."""
+    module, _, leaf = path.rpartition(".")
+    return tensor_of(adapters.own(bare(adapters.at(module))), leaf) if there.is_meta else there  # type: ignore[no-any-return]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
