@@ -230,12 +230,10 @@ def test_more_triplets_than_there_are_is_refused(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "init", ["pisa", "pissa_niter_", "pissa_niter_x", "eva", "corda", "loftq", "PISSA", "pissa_niter_99999", 3]
+    "init", ["pisa", "pissa_niter_", "pissa_niter_x", "eva", "corda", "loftq", "PISSA", "pissa_niter_99999", 3, 0]
 )
 def test_unknown_starts_are_refused(init: Any) -> None:
-    with pytest.raises(
-        PeanutError, match=r"^init_lora_weights=.*; expected True, False(, 'gaussian', 'pissa', | or a string)"
-    ):
+    with pytest.raises(PeanutError, match=r"^init_lora_weights=.*; expected True, False, 'gaussian', 'pissa', "):
         LoraConfig(init_lora_weights=init)
 
 

@@ -233,17 +233,19 @@ def test_a_base_without_storage_can_be_planned_on() -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-def test_configs_of_another_library_and_dictionaries_are_told() -> None:
+def another_librarys_config() -> object:
     import peft
 
-    for config in (peft.LoraConfig(target_modules=["layer"]), {"peft_type": "LORA", "target_modules": ["layer"]}):
-        wrong: Any = config
-        model = get_peft_model(Net(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["layer"]))
-        ways: list[Callable[[], object]] = [
-            lambda wrong=wrong: get_peft_model(Net(nn.Linear(4, 4)), wrong),
-            lambda wrong=wrong, model=model: model.add_adapter("b", wrong),
-            lambda wrong=wrong: inject_adapter_in_model(wrong, Net(nn.Linear(4, 4))),
-        ]
-        for way in ways:
-            with pytest.raises(PeanutError, match=r"as the config of an adapter; expected a config of this library"):
-                way()
+    return peft.LoraConfig(target_modules=["layer"])
+
+
+@pytest.mark.parametrize("make", [another_librarys_config, lambda: {"peft_type": "LORA", "target_modules": ["layer"]}])
+def test_configs_of_another_library_and_dictionaries_are_told(make: Callable[[], Any]) -> None:
+    expected = pytest.raises(PeanutError, match=r"as the config of an adapter; expected a config of this library")
+    model = get_peft_model(Net(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["layer"]))
+    with expected:
+        get_peft_model(Net(nn.Linear(4, 4)), make())
+    with expected:
+        model.add_adapter("b", make())
+    with expected:
+        inject_adapter_in_model(make(), Net(nn.Linear(4, 4)))

@@ -197,6 +197,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(run: Path, tmp_path: 
     assert {path.name for path in folder.iterdir()} == {
         ".mine",
         ".notes",
+        ".run.yaml.swp",
         "checkpoint-2",
         "checkpoint-mine",
         "run.yaml",

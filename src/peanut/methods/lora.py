@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Count
+from ..protocols.values import Bound, Count
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_with
 from .lora_fields import LoraFields
@@ -22,6 +22,11 @@ from .olora import orthonormal_factors
 from .pissa import minor_triplets, principal_triplets
 
 __all__ = ["Lora", "LoraConfig", "suffixes"]
+
+
+_STARTS = "True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'milora' or 'olora'"
+Start = Annotated[bool | str, Bound(_STARTS, lambda value: True)]
+"""How A and B start; which strings there are, the config checks."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +50,7 @@ class LoraConfig(LoraFields):
 
     r: Count = 8
     use_rslora: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: Start = True
     use_dora: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, Count] = field(default_factory=dict)
@@ -56,11 +61,7 @@ class LoraConfig(LoraFields):
         init = self.init_lora_weights
         read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of PEFT, once trained
         if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
-            raise PeanutError(
-                f"init_lora_weights={init!r}",
-                "True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'milora' or 'olora'",
-                "change it",
-            )
+            raise PeanutError(f"init_lora_weights={init!r}", _STARTS, "change it")
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
             raise PeanutError(f"lora_bias=True with {other}", "one of the two", "set lora_bias=False")

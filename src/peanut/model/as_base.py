@@ -6,11 +6,10 @@ import inspect
 import re
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import nn
 
-from ..errors import PeanutError
 from ..protocols import METHODS, InputMethod, method_of
+from .layers.adapted import refuse_symbolic
 
 __all__ = ["AsBase", "blank"]
 
@@ -62,12 +61,7 @@ def _shown_as(own: type[AsBase], base: type[nn.Module]) -> type[AsBase]:
         return _SHOWN[own, base]
 
     def forward(self: AsBase, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(args, torch.fx.Proxy):
-            raise PeanutError(
-                "torch.fx.symbolic_trace of a model with adapters",
-                "a graph of what is computed",
-                "use torch.export or make_fx, or trace what merge_and_unload() returns",
-            )
+        refuse_symbolic(args)
         return own.forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)

@@ -181,10 +181,10 @@ class _Turned(torch.autograd.Function):
         half, distances = ctx.half, ctx.distances
         need_x, need_factors, _, need_bias, *_ = ctx.needs_input_grad
         tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.empty_like(tokens) if need_x else None  # not touched where one span is all
         grad_factors: dict[int, Tensor] = {}
         last = len(distances) - 1 if need_factors else 0
         spans = _spans(tokens, batched(grad))
+        grad_x = torch.empty_like(tokens) if need_x and len(spans) > 1 else None
         for span in spans:
             part, seen = grads[span], _seen(tokens[span], factors[:last], half, distances[:last])
             if weight is not None:
@@ -198,10 +198,10 @@ class _Turned(torch.autograd.Function):
                 part = _scattered(torch.bmm(inner, blocks), half, distance)
                 if level:
                     part = part.reshape(-1, tokens.shape[1])
-                elif grad_x is not None and len(spans) == 1:
-                    grad_x = part.reshape(tokens.shape)
                 elif grad_x is not None:
                     grad_x[span].view(part.shape).copy_(part)
+                elif need_x:
+                    grad_x = part.reshape(tokens.shape)
         return (
             None if grad_x is None else grad_x.view(x.shape),
             torch.stack([grad_factors[level] for level in range(len(distances))]) if need_factors else None,

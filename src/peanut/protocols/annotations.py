@@ -83,6 +83,12 @@ def _bool(value: Any) -> bool:
     return bool(value)
 
 
+def _own_bool(value: Any) -> bool:
+    if type(value) is not bool and not _is_numpy(value, "bool"):
+        raise WrongError(value, "True or False")
+    return bool(value)
+
+
 def _int(value: Any) -> int:
     try:
         whole = operator.index(value)
@@ -128,6 +134,7 @@ def _is_numpy(value: Any, kind: str) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__.startswith(kind)
 
 
+_OWN_BOOL: tuple[Check, str] = (_own_bool, "True or False")
 _PLAIN: dict[Any, tuple[Check, str]] = {
     bool: (_bool, "True or False"),
     int: (_int, "a whole number"),
@@ -158,7 +165,9 @@ def _bounded(hint: Any, extras: Iterable[Any]) -> tuple[Check, str]:
 def _one_of(hints: tuple[Any, ...]) -> tuple[Check, str]:
     if any(isinstance(hint, type) and issubclass(hint, Enum) for hint in hints):
         hints = tuple(hint for hint in hints if hint is not str)  # the string names a member
-    checks = [check_of(hint) for hint in hints]
+    # Where a flag may be something else too, a number is no flag.
+    flag = set(hints) <= {bool, NoneType}
+    checks = [_OWN_BOOL if hint is bool and not flag else check_of(hint) for hint in hints]
     text = _either(text for _, text in checks if text != "None")
 
     def check(value: Any) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import PeanutError, nearest
+from ..errors import PeanutError, nearest, shown
 from .sections import DataSection, RunConfig, TaskName
 
 __all__ = ["RunConfig", "data_section", "differing_keys", "load_config", "parse_yaml", "to_yaml"]
@@ -201,10 +201,10 @@ def _one_line(error: ErrorDetails, name: str) -> PeanutError:
         expected = "a section with keys such as " + ", ".join(list(inner.model_fields)[:3]) if inner else expected
     elif key == "task":
         expected = "one of " + ", ".join(get_args(TaskName))
-        do = f"nearest: {nearest(_shown(error['input']), get_args(TaskName), 1)}"
+        do = f"nearest: {nearest(shown(error['input']), get_args(TaskName), 1)}"
     elif key == "training.eval_every":
         expected = "a whole number of at least 1, or 'epoch'"
-    return PeanutError(f"{key} is {_shown(error['input'])}", expected, do)
+    return PeanutError(f"{key} is {shown(error['input'])}", expected, do)
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
@@ -222,11 +222,3 @@ def _place(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _shown(value: Any) -> str:
-    """A value as an error shows it: Python refuses to write out an integer of thousands of digits."""
-    try:
-        return repr(value)
-    except ValueError:
-        return "a number of thousands of digits"

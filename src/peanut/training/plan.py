@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import OutOfReachWarning, PeanutError
+from ..errors import OutOfReachWarning
 from ..model.peft_model import PeftModel, get_peft_model
 from ..model.targets.reach import reach_of
 from .config import RunConfig
@@ -152,8 +152,6 @@ def _activations(model: PeftModel, batch: dict[str, Tensor], config: RunConfig) 
         ):
             try:
                 model(**inputs)
-            except PeanutError:
-                raise
             except RuntimeError:  # it looks at values, or uses kernels that tensors without storage do not have
                 return None
     return sum(sizes.values())

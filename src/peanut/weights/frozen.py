@@ -11,7 +11,7 @@ from ..errors import PeanutError
 from ..operators.delta import recomputed
 from .kind import LayerKind, as_its_class, is_plain
 from .made import about_to_change
-from .readable import check_layer, unreadable
+from .readable import unreadable
 from .stored import device_of, keeper, some_tensor, store, stored
 
 __all__ = ["FrozenLayer", "product"]
@@ -117,14 +117,6 @@ class FrozenLayer:
         if self._seen[0] != seen:
             self._seen = seen, unreadable(module, kind, weight)
         return self._seen[1]
-
-    def check(self) -> None:
-        """Refuses a layer that no adapter can act on.
-
-        Raises:
-            PeanutError: its weight has no shape yet, is complex, or is spread over several processes.
-        """
-        check_layer(self.module)
 
     def product(self, A: Tensor, *, transposed: bool = False) -> Tensor:
         """W Aᵀ for A (r, in), or transposed Wᵀ Aᵀ for A (r, out): (out, r) or (in, r) in A's dtype.

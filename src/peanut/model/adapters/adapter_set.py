@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
+from ...protocols import Method, MixtureMethod, PeftConfig, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, unhook
-from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
@@ -22,29 +20,16 @@ from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
 from .adding import put
+from .merging import Merging, changes
 from .room import room_for
 from .starting import New
-from .surgery import SHARED, Surgery, key_of
+from .surgery import SHARED, key_of
 from .training_hooks import follow, unfollow
 
 __all__ = ["SHARED", "AdapterSet", "changes"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def changes(method: Callable[Concatenate[AdapterSet, P], R]) -> Callable[Concatenate[AdapterSet, P], R]:
-    """A method that changes the adapters: calls that other threads make meanwhile are errors, not wrong outputs."""
-
-    @wraps(method)
-    def changing(self: AdapterSet, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.state.changing():
-            return method(self, *args, **kwargs)
-
-    return changing
-
-
-class AdapterSet(Surgery):
+class AdapterSet(Merging):
     """The adapters of ``model``, whose target layers are wrapped in place; ``AdapterSet.of`` finds them again."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -288,83 +273,7 @@ class AdapterSet(Surgery):
         trains = isinstance(method, MixtureMethod) and method.trains_experts(config)
         return experts_of(config) if trains else []
 
-    # Merging
-
-    def mergeable(self, names: str | Sequence[str]) -> list[str]:
-        """``names`` as a list.
-
-        Raises:
-            PeanutError: one of them is no change of a weight.
-        """
-        wanted = self.known(names)
-        for name in wanted:
-            if not isinstance(self.method(name), WeightMethod):
-                raise PeanutError(
-                    f"adapter {name!r}, of {self.method(name).name}, changes no weight, so it cannot be merged",
-                    "adapters that change weights",
-                    "name those, or unload() to leave it out",
-                )
-        return wanted
-
-    @changes
-    def merge(self, names: str | Sequence[str] | None = None, *, alone: bool = False) -> None:
-        """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
-
-        Args:
-            alone: only they, and what is merged already, are active afterwards.
-
-        Raises:
-            PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
-                head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
-        """
-        wanted = self.mergeable(self.state.active if names is None else names)
-        before = list(self.state.merged)
-        active = list(dict.fromkeys([*(() if alone else self.state.active), *before, *wanted]))
-        merged = list(dict.fromkeys([*before, *wanted]))
-        self._refuse_two_heads(active)
-        for _, layer in self.layers():
-            layer.check_merge(merged, active)
-        tied = _shared_parameters(self.model)
-
-        def shares(layer: AdaptedLayer) -> bool:
-            return id(layer.base_layer._parameters.get("weight")) in tied
-
-        try:
-            for _, layer in self.layers():
-                layer.merge([name for name in active if name in merged], shared=shares(layer))
-        except BaseException:
-            for _, layer in self.layers():
-                layer.unmerge()
-                layer.merge([name for name in active if name in before], shared=shares(layer))
-            raise
-        self.state.merged, self.state.active = merged, active
-
-    @changes
-    def unmerge(self) -> None:
-        """Restores every weight bit for bit; the adapters stay active."""
-        for _, layer in self.layers():
-            layer.unmerge()
-        self.state.merged = []
-
     # Leaving
-
-    def _tie_again(self) -> None:
-        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
-
-        If they do not, the model's config says so: else a saved model would come back with the head tied to the
-        embedding, and the merge lost.
-        """
-        apart: dict[int, list[AdaptedLayer]] = {}
-        for _, layer in self.layers():
-            if layer.frozen.untied_from is not None:
-                apart.setdefault(id(layer.frozen.untied_from), []).append(layer)
-        for first, *others in apart.values():
-            left = any(p is first.frozen.untied_from for p in self.model.parameters())
-            if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
-                for layer in others:
-                    layer.base_layer.weight = first.base_layer.weight
-            elif getattr(self.model, "config", None) is not None:
-                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
     def leave(self) -> None:
         """Leaves no trace of the adapters on the model."""
@@ -372,16 +281,6 @@ class AdapterSet(Surgery):
         unhook(self.model, self.state)
         unfollow(self)
         self.model.__dict__.pop("_adapter_set", None)
-
-    def _refuse_two_heads(self, names: Sequence[str]) -> None:
-        for path, saved in self.saved_modules():
-            both = [name for name in names if name in saved.modules_to_save]
-            if len(both) > 1:
-                raise PeanutError(
-                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
-                    "one such adapter at a time",
-                    "activate one of them",
-                )
 
 
 def overrides(method: Method[Any], name: str) -> bool:
@@ -393,13 +292,3 @@ def experts_of(config: PeftConfig) -> list[str]:
     """The adapters that an adapter with ``config`` mixes."""
     method = method_of(config.peft_type)
     return list(method.experts(config)) if isinstance(method, MixtureMethod) else []
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add(id(module))
-    return {parameter for parameter, modules in holders.items() if len(modules) > 1}

@@ -11,6 +11,7 @@ from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.patterns import matching_pattern
 from ...weights import kind_of
+from ...weights.readable import check_layer
 from ...weights.stored import check_by_layer, same_weight, some_tensor, stored
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
@@ -51,7 +52,8 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
         bank = new.tensors(method, config, "", frozen[0].beside, partial(method.shared, config, frozen))
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
-    keys = [next(id(other) for other in targets if other is target or _follow(other, target)) for target in targets]
+    following = [target for target in targets if target.method.follows_ties]
+    keys = [id(next((other for other in following if _follow(other, target)), target)) for target in targets]
     made: dict[int, Parameters] = {}
     alike: dict[Any, dict[str, torch.Tensor]] = {}
     for key, target in zip(keys, targets, strict=True):
@@ -98,7 +100,7 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
                 resolved = own.for_layer(place)
                 frozen = on.frozen(place)
                 with naming(f"'{place}'"):
-                    frozen.check()
+                    check_layer(frozen.module)
                 part.check(resolved, frozen, place)
                 planned[place] = Target(place, frozen, part, resolved)
     if getattr(config, "bias", "none") == "all":

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...errors import PeanutError
 from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
-from ..layers.layer import BIAS
 from ..layers.parameters import Parameters
+from ..layers.weight import BIAS
 from .room import Counted, Room
 
 __all__ = ["New", "Target", "naming"]

@@ -16,11 +16,11 @@ from ..layers.layer import AdaptedLayer
 from ..layers.saved_modules import SavedModule
 from ..targets.matching import is_all_linear
 
-__all__ = ["SaveEmbeddings", "base_tensors", "embedding_paths", "plain_path", "saved_embeddings", "whole"]
+__all__ = ["WRAPPERS", "SaveEmbeddings", "base_tensors", "embedding_paths", "plain_path", "saved_embeddings", "whole"]
 
 SaveEmbeddings = bool | Literal["auto"]
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 _INSIDE = ("base_layer", "original_module", "token_adapter")
 """What keys have between a layer's path and its weight where an adapter is around it; the last is the peer's."""
 _NAMED = ("embed_tokens", "lm_head")
@@ -53,7 +53,7 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]
         yield path, outer, inner
         for name, child in reversed(inner._modules.items()):
             if child is not None:
-                waiting.append((path if name in _WRAPPERS else f"{path}.{name}" if path else name, child))
+                waiting.append((path if name in WRAPPERS else f"{path}.{name}" if path else name, child))
 
 
 def plain_path(key: str) -> str:

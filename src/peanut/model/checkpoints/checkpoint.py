@@ -20,7 +20,7 @@ from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
-from .base import SaveEmbeddings, plain_path, saved_embeddings
+from .base import WRAPPERS, SaveEmbeddings, plain_path, saved_embeddings
 from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
 from .integrity import SAVE, TRAINS, labelled, save_id, staged_config, without_label, write_tensors
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
@@ -265,6 +265,6 @@ def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[s
 
 def _plain(key: str) -> str:
     """A state dict's key without what wrappers put before and into it."""
-    for token in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        key = key.replace(token, "")
+    for token in WRAPPERS:
+        key = key.replace(f"{token}.", "")
     return key.removeprefix("module.").removeprefix(PREFIX)

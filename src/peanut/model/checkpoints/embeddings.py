@@ -80,7 +80,7 @@ def without_base(
 def _values(adapters: AdapterSet, path: str, there: Tensor) -> Tensor:
     """A parameter of the base with its values, also where it is offloaded."""
     module, _, leaf = path.rpartition(".")
-    return tensor_of(adapters.own(bare(adapters.at(module))), leaf) if there.is_meta else there  # type: ignore[no-any-return]
+    return tensor_of(adapters.own(bare(adapters.at(module))), leaf) if there.is_meta else there
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

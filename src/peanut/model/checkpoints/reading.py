@@ -35,6 +35,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     except PeanutError:
         raise
     except Exception as error:  # safetensors and torch have many for a damaged header
+        if isinstance(error, MemoryError) or "memory" in str(error):  # the file is not to blame
+            raise
         raise PeanutError(
             f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
         ) from error

@@ -13,7 +13,7 @@ from ...protocols import PeftConfig
 from .parameters import NamedModules, Parameters
 from .state import AdapterState
 
-__all__ = ["Adapted", "walk"]
+__all__ = ["Adapted", "refuse_symbolic", "walk"]
 
 
 class Adapted(nn.Module):
@@ -99,22 +99,22 @@ class Adapted(nn.Module):
             "use torch.jit.trace, torch.export or torch.compile, or script what merge_and_unload() returns",
         )
 
-    def _check_symbolic(self, x: object) -> None:
-        """Refuses torch.fx.symbolic_trace, in which tensors have no sizes.
-
-        Raises:
-            PeanutError: ``x`` stands for a tensor and is none.
-        """
-        if isinstance(x, torch.fx.Proxy):
-            raise PeanutError(
-                f"torch.fx.symbolic_trace, and adapters at '{self.path}'",
-                "a graph of what is computed",
-                "use torch.export or make_fx, a Tracer in which this module is a leaf, or what merge_and_unload() "
-                "returns",
-            )
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
+
+
+def refuse_symbolic(x: object, path: str = "") -> None:
+    """Refuses torch.fx.symbolic_trace, in which tensors have no sizes.
+
+    Raises:
+        PeanutError: ``x`` stands for a tensor and is none.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise PeanutError(
+            f"torch.fx.symbolic_trace, and adapters{path and f' at {path!r}'}",
+            "a graph of what is computed",
+            "use torch.export or make_fx, a Tracer in which this module is a leaf, or what merge_and_unload() returns",
+        )
 
 
 def walk(model: nn.Module) -> Iterator[nn.Module]:

@@ -15,12 +15,13 @@ from ...operators import gated
 from ...operators.delta import captured, product_dtype
 from ...operators.inference import few_tokens
 from ...protocols import Change
+from .adapted import refuse_symbolic
 from .calls import BASE, CallState, scattered
 from .hooks import input_of
 from .plan import Plan, for_samples
-from .weight import BIAS, AdaptedWeight
+from .weight import AdaptedWeight
 
-__all__ = ["BIAS", "AdaptedLayer"]
+__all__ = ["AdaptedLayer"]
 
 MOST = 32
 """A layer that has cached as many values begins anew with the next mix of names."""
@@ -35,7 +36,7 @@ class AdaptedLayer(AdaptedWeight):
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
         base: Any = self._modules["base_layer"]
-        x, args, kwargs = (given[0], given[1:], named) if given else input_of(base, given, named)
+        x, args, kwargs = input_of(base, given, named)
         if "parametrizations" not in base._modules:
             return self._computed(x, *args, **kwargs)
         with parametrize.cached():  # what is read is what the layer computes with
@@ -44,7 +45,7 @@ class AdaptedLayer(AdaptedWeight):
             return self._computed(x, *args, **kwargs)
 
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._check_symbolic(x)
+        refuse_symbolic(x, self.path)
         call = self.state.call
         self.state.check(call)
         if call.disabled:

@@ -1,0 +1,130 @@
+"""``Merging``: writes adapters into the weights of a model's layers, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from ...errors import PeanutError
+from ...protocols import WeightMethod
+from ..layers.layer import AdaptedLayer
+from .surgery import Surgery
+
+__all__ = ["Merging", "changes"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=Surgery)
+
+
+def changes(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that changes the adapters: calls that other threads make meanwhile are errors, not wrong outputs."""
+
+    @wraps(method)
+    def changing(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.state.changing():
+            return method(self, *args, **kwargs)
+
+    return changing
+
+
+class Merging(Surgery):
+    """The adapters of a model that are merged, and what becomes of weights that layers share."""
+
+    def mergeable(self, names: str | Sequence[str]) -> list[str]:
+        """``names`` as a list.
+
+        Raises:
+            PeanutError: one of them is no change of a weight.
+        """
+        wanted = self.known(names)
+        for name in wanted:
+            if not isinstance(self.method(name), WeightMethod):
+                raise PeanutError(
+                    f"adapter {name!r}, of {self.method(name).name}, changes no weight, so it cannot be merged",
+                    "adapters that change weights",
+                    "name those, or unload() to leave it out",
+                )
+        return wanted
+
+    @changes
+    def merge(self, names: str | Sequence[str] | None = None, *, alone: bool = False) -> None:
+        """Writes the changes of ``names`` (default: the active adapters) into the weights; the others stay as they are.
+
+        Args:
+            alone: only they, and what is merged already, are active afterwards.
+
+        Raises:
+            PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
+                head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
+        """
+        wanted = self.mergeable(self.state.active if names is None else names)
+        before = list(self.state.merged)
+        active = list(dict.fromkeys([*(() if alone else self.state.active), *before, *wanted]))
+        merged = list(dict.fromkeys([*before, *wanted]))
+        self._refuse_two_heads(active)
+        for _, layer in self.layers():
+            layer.check_merge(merged, active)
+        tied = _shared_parameters(self.model)
+
+        def shares(layer: AdaptedLayer) -> bool:
+            return id(layer.base_layer._parameters.get("weight")) in tied
+
+        try:
+            for _, layer in self.layers():
+                layer.merge([name for name in active if name in merged], shared=shares(layer))
+        except BaseException:
+            for _, layer in self.layers():
+                layer.unmerge()
+                layer.merge([name for name in active if name in before], shared=shares(layer))
+            raise
+        self.state.merged, self.state.active = merged, active
+
+    @changes
+    def unmerge(self) -> None:
+        """Restores every weight bit for bit; the adapters stay active."""
+        for _, layer in self.layers():
+            layer.unmerge()
+        self.state.merged = []
+
+    def _tie_again(self) -> None:
+        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
+
+        If they do not, the model's config says so: else a saved model would come back with the head tied to the
+        embedding, and the merge lost.
+        """
+        apart: dict[int, list[AdaptedLayer]] = {}
+        for _, layer in self.layers():
+            if layer.frozen.untied_from is not None:
+                apart.setdefault(id(layer.frozen.untied_from), []).append(layer)
+        for first, *others in apart.values():
+            left = any(p is first.frozen.untied_from for p in self.model.parameters())
+            if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
+                for layer in others:
+                    layer.base_layer.weight = first.base_layer.weight
+            elif getattr(self.model, "config", None) is not None:
+                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def _refuse_two_heads(self, names: Sequence[str]) -> None:
+        for path, saved in self.saved_modules():
+            both = [name for name in names if name in saved.modules_to_save]
+            if len(both) > 1:
+                raise PeanutError(
+                    f"adapters {both[0]!r} and {both[1]!r} each have a trained copy of '{path}'",
+                    "one such adapter at a time",
+                    "activate one of them",
+                )
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in holders.items() if len(modules) > 1}
