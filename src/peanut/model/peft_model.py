@@ -19,8 +19,8 @@ from .adapters.adapter_set import AdapterSet
 from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
 from .as_base import AsBase, blank
-from .checkpoints.base import SaveEmbeddings
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
+from .checkpoints.embeddings import SaveEmbeddings
 from .checkpoints.loading import all_or_none, load_state, same_form
 from .checkpoints.mixtures import add, gathered, name_for, ready, save_experts
 from .injection import AdaptedModel

@@ -20,11 +20,12 @@ from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
-from .base import WRAPPERS, SaveEmbeddings, plain_path, saved_embeddings
+from .base_weights import WRAPPERS, plain_path
+from .embeddings import SaveEmbeddings, saved_embeddings
 from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
 from .integrity import SAVE, TRAINS, labelled, save_id, staged_config, without_label, write_tensors
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
-from .reading import read_tensors, refuse_not_finite
+from .tensor_files import read_tensors, refuse_not_finite
 
 __all__ = [
     "TRAINING_NAME",
@@ -100,7 +101,7 @@ def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
 
 
 def keys_of(adapters: AdapterSet, name: str, suffixes: Callable[[Method[Any], PeftConfig], frozenset[str]]) -> set[str]:
-    """The keys of the tensors of adapter ``name`` with the suffixes that are told for each of its methods."""
+    """The keys of the tensors of adapter ``name`` with the suffixes that are given for each of its methods."""
     return {
         key_of(path, suffix)
         for method, config, paths in parts_of(adapters, name)
@@ -164,7 +165,9 @@ def save_adapter(
     tensors, passing = _for_file(state, style), _for_file(training, style)
     save = save_id(config, tensors, passing)
     metadata = {"format": "pt", SAVE: save}
-    recorded = fingerprint(adapters, name, {*map(plain_path, embeddings)}, base)
+    recorded = fingerprint(
+        adapters, name, {*map(plain_path, embeddings)}, base, embeddings_may_differ=save_embedding_layers is False
+    )
     more = ({} if recorded is None else {FINGERPRINT: recorded}) | ({TRAINS: "true"} if passing else {})
     files: dict[str, Callable[[Path], object]] = {
         CONFIG_NAME: lambda path: path.write_text(f"{labelled(config, save)}\n", encoding="utf-8")

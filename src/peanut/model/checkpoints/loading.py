@@ -16,12 +16,12 @@ from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
-from .base import embedding_paths
+from .base_weights import embedding_paths
 from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, keys_of, parts_of
 from .embeddings import without_base
 from .fingerprint import check_base
 from .keys import flat
-from .reading import check_kind
+from .tensor_files import check_kind
 
 __all__ = ["all_or_none", "load_state", "same_form"]
 

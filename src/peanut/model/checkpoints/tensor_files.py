@@ -14,14 +14,14 @@ from torch import Tensor
 from ...errors import PeanutError, shown
 from .integrity import check_sum
 
-__all__ = ["check_kind", "opened", "read_tensors", "refuse_not_finite"]
+__all__ = ["check_kind", "open_tensors", "read_tensors", "refuse_not_finite"]
 
 _LONGEST = 1000
 """How many characters the name of a tensor may have."""
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A safetensors file, open for reading.
 
     Raises:
@@ -48,7 +48,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         PeanutError: it cannot be read, holds values that are not finite, or others than were written.
     """
-    with opened(path) as file:
+    with open_tensors(path) as file:
         metadata = file.metadata() or {}
         names = list(file.keys())
         long = next((name for name in names if len(name) > _LONGEST), None)

@@ -24,7 +24,7 @@ from peanut import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peanut.model.checkpoints.base import saved_embeddings
+from peanut.model.checkpoints.embeddings import saved_embeddings
 
 from ...support import PEER_WARNINGS, Net, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
