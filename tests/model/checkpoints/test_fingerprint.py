@@ -250,6 +250,7 @@ def test_what_the_base_has_no_file_for_is_a_warning_inside_it_and_refused_on_top
         PeftModel.from_pretrained(classifier(tmp_path / "base"), tmp_path / "top")
 
 
+@pytest.mark.filterwarnings("ignore:adapter_config.json in .* was saved by this library and")
 @pytest.mark.parametrize("factor", [1, 2])
 def test_the_samples_of_older_files_are_still_compared(factor: float, tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
@@ -271,6 +272,7 @@ def test_the_samples_of_older_files_are_still_compared(factor: float, tiny_llama
             PeftModel.from_pretrained(base, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:adapter_config.json in .* was saved by this library and")
 def test_files_without_one_load_on_any_base(tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     model.save_pretrained(tmp_path)

@@ -18,6 +18,7 @@ __all__ = [
     "base_statistics",
     "base_tensors",
     "embedding_paths",
+    "embedding_weights",
     "has_other_vocabulary",
     "plain_path",
     "saved_module_paths",
@@ -81,6 +82,11 @@ def embedding_paths(adapters: AdapterSet) -> list[str]:
         wanted += [adapters.model.get_output_embeddings()]  # type: ignore[operator]
     modules = _base_modules(adapters.model) if wanted else ()
     return [path for path, outer, inner in modules if any(outer is own or inner is own for own in wanted)]
+
+
+def embedding_weights(adapters: AdapterSet) -> set[str]:
+    """The paths of the weights of the base's embeddings."""
+    return {f"{path}.weight" for path in embedding_paths(adapters)}
 
 
 def saved_module_paths(adapters: AdapterSet, name: str) -> list[str]:

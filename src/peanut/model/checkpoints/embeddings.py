@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from ..layers.layer import AdaptedLayer
 from ..targets.matching import is_all_linear
 from ..targets.paths import bare
 from .base_weights import base_tensors, embedding_paths, has_other_vocabulary, plain_path, saved_module_paths
+from .stored_adapter import StoredAdapter
 from .tensor_files import check_kind
-
-if TYPE_CHECKING:
-    from .checkpoint import StoredAdapter
 
 __all__ = ["SaveEmbeddings", "saved_embeddings", "without_base"]
 

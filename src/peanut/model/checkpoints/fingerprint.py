@@ -20,13 +20,13 @@ from ..layers.adapted import walk
 from .base_weights import (
     base_statistics,
     base_tensors,
-    embedding_paths,
+    embedding_weights,
     has_other_vocabulary,
     saved_module_paths,
 )
 from .digests import Digest, changed, digest_of
 
-__all__ = ["FINGERPRINT", "OLD_FINGERPRINT", "check_base", "fingerprint"]
+__all__ = ["FINGERPRINT", "OLD_FINGERPRINT", "check_base", "fingerprint", "recorded_rows"]
 
 FINGERPRINT, OLD_FINGERPRINT = "peanut_base_values", "peanut_base"
 """Where a file's metadata has it; the second is of files that sampled the adapted layers only."""
@@ -63,7 +63,7 @@ def fingerprint(
         )
     elif _is_sharded(adapters.model):
         return None
-    left_out, embeddings = tuple(f"{path}." for path in saved_module_paths(adapters, name)), _embeddings(adapters)
+    left_out, embeddings = tuple(f"{path}." for path in saved_module_paths(adapters, name)), embedding_weights(adapters)
     base, statistics = (
         {
             path: value
@@ -119,7 +119,7 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     if others:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
-        resized = _embeddings(adapters) & set(others)
+        resized = embedding_weights(adapters) & set(others)
         weights = (
             _short([then, [digests[path][1] for path in sorted(changes)]]),
             _short([now, [digest_of(exact[path]) for path in sorted(changes)]]),
@@ -141,7 +141,9 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
             f"'{following[0]}' is another than when the adapter was saved, as statistics follow a training in train() "
             f"mode: train with '{following[0].rpartition('.')[0]}' in eval(), or in modules_to_save"
         )
-    longer = [path for path in sorted(_embeddings(adapters) & then.keys()) if _rows(base[path]) > int(then[path][1])]
+    longer = [
+        path for path in sorted(embedding_weights(adapters) & then.keys()) if _rows(base[path]) > int(then[path][1])
+    ]
     if longer and not has_other_vocabulary(adapters, name):
         rows = int(then[longer[0]][1])
         _warn(
@@ -163,6 +165,15 @@ def _digests(what: str, read: Any) -> dict[str, Digest]:
         if isinstance(dtype := getattr(torch, name, None), torch.dtype)
         for path, own in digests.items()
     }
+
+
+def recorded_rows(recorded: str | None) -> dict[str, int]:
+    """How many rows the base's embeddings had when an adapter was saved, by path, if its file says so."""
+    what = "the recorded fingerprint of the base"
+    read = parse_json(recorded, what) if recorded else {}
+    values = read.get("values", {}) if isinstance(read, dict) else {}
+    samples = check_value(what, dict[str, list[float]], values)
+    return {path: int(own[1]) for path, own in samples.items() if len(own) > 1 and own[1] > 0}
 
 
 def _first_rows(value: Tensor, rows: float = 0) -> Tensor:
@@ -233,10 +244,6 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
 
 
-def _embeddings(adapters: AdapterSet) -> set[str]:
-    return {f"{path}.weight" for path in embedding_paths(adapters)}
-
-
 def _is_random(adapters: AdapterSet, path: str, base: Mapping[str, Tensor]) -> bool:
     """Whether transformers made a module inside the base at random: it marks what it found in a file."""
 
@@ -246,7 +253,7 @@ def _is_random(adapters: AdapterSet, path: str, base: Mapping[str, Tensor]) -> b
     model, inside = adapters.model, f"{getattr(adapters.model, 'base_model_prefix', '')}."
     module = path.rpartition(".")[0]
     beside = [value for own, value in base.items() if own.rpartition(".")[0] == module]
-    if path not in base or path in _embeddings(adapters) or any(map(is_read, beside)):
+    if path not in base or path in embedding_weights(adapters) or any(map(is_read, beside)):
         return False
     on_top = hasattr(model, inside[:-1]) and not path.startswith(inside)
     return not on_top and any(map(is_read, base.values()))

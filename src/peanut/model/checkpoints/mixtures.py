@@ -17,9 +17,10 @@ from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet, experts_of
 from ..adapters.room import room_of_file
 from ..adapters.surgery import SHARED
-from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
+from .checkpoint import adapter_state, save_adapter
 from .embeddings import SaveEmbeddings
 from .loading import all_or_none, load_state, same_form
+from .stored_adapter import WEIGHTS_NAME, StoredAdapter, read_adapter
 from .tensor_files import open_tensors
 
 __all__ = ["add", "gathered", "name_for", "ready", "save_experts"]

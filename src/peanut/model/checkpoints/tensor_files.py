@@ -1,20 +1,23 @@
-"""Reads tensors that anybody may have written: they are finite, and of the kind that an adapter's own tensor is."""
+"""Writes tensors, and reads those that anybody may have written: they are finite, and of the kind that is needed."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PeanutError, shown
-from .integrity import check_sum
+from .integrity import check_sum, with_sum
 
-__all__ = ["check_kind", "open_tensors", "read_tensors", "refuse_not_finite"]
+__all__ = ["check_kind", "open_tensors", "read_tensors", "refuse_not_finite", "write_tensors"]
 
 _LONGEST = 1000
 """How many characters the name of a tensor may have."""
@@ -60,6 +63,19 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return {name: _plain(value) for name, value in written.items()}, metadata
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], sums: str) -> None:
+    """Writes a safetensors file with a checksum, from the tensors' ``checksums``; the same gives the same bytes."""
+    save_file(dict(tensors), path, metadata=with_sum(metadata, sums))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
+
+
 def _plain(value: Tensor) -> Tensor:
     """A tensor that torch computes with: of a float in one byte it knows little more than how to convert it."""
     return value.float() if value.is_floating_point() and value.element_size() == 1 else value
@@ -72,6 +88,12 @@ def refuse_not_finite(state: Mapping[str, Any], where: str, do: str) -> None:
         PeanutError: there are some.
     """
     for key, given in state.items():
+        if type(given).__name__ == "DTensor":
+            raise PeanutError(
+                f"{where} has a part of '{key}' in each process, as a DTensor",
+                "whole tensors",
+                "pass state_dict=, the full one as torch.distributed.checkpoint.state_dict gathers it",
+            )
         if not isinstance(given, Tensor) or given.is_meta or given.layout != torch.strided:
             kind = f"a {given.layout} tensor on {given.device}" if isinstance(given, Tensor) else shown(given)
             raise PeanutError(f"{where} holds {kind} in '{key}'", "a tensor with its values", do)
