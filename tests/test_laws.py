@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peanut import PeftModel, get_peft_model
-from peanut.model.checkpoints.checkpoint import read_adapter
+from peanut.model.checkpoints.stored_adapter import read_adapter
 from peanut.operators import LowRank
 from peanut.protocols import Change
 

@@ -25,13 +25,13 @@ except ImportError:  # no Unix
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "as_one_line",
     "check_new",
     "locked",
     "make_folder",
     "parse_json",
     "read_json",
     "staged_files",
-    "told",
     "write_files",
     "write_folder",
     "write_json",
@@ -48,7 +48,7 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         PeanutError: the path is a file, or cannot be made or written to.
     """
     path = Path(folder)
-    with told(f"cannot write into folder '{path}'"):
+    with as_one_line(f"cannot write into folder '{path}'"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -73,7 +73,7 @@ def write_files(
     """
     path = make_folder(folder)
     staged: dict[str, Path] = {}
-    with told(f"cannot write {', '.join(writers)} into '{path}'"), locked(path) as alone:
+    with as_one_line(f"cannot write {', '.join(writers)} into '{path}'"), locked(path) as alone:
         try:
             for name, write in writers.items():
                 handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=path)
@@ -153,7 +153,7 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     parent = make_folder(target.parent)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     whole = staged / target.name
-    with told(f"cannot write '{target}'"), ExitStack() as writing:
+    with as_one_line(f"cannot write '{target}'"), ExitStack() as writing:
         with locked(parent) as alone:
             if alone:
                 _remove_left_folders(target)
@@ -234,7 +234,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def as_one_line(what: str) -> Iterator[None]:
     """Turns an error of the system into one line that says what to do.
 
     safetensors reports a failed write with an exception of its own, tokenizers with a bare ``Exception``.

@@ -114,7 +114,8 @@ def test_files_written_on_windows_load(tmp_path: Path) -> None:
     key = "base_model.model.layer.shira_indices"
     assert tensors[key].dtype == torch.int32
     save_file(tensors | {key: tensors[key].float()}, file, {"format": "pt"})
-    again = PeftModel.from_pretrained(Net(nn.Linear(8, 6)), tmp_path)
+    with pytest.warns(UserWarning, match="was saved by this library and"):
+        again = PeftModel.from_pretrained(Net(nn.Linear(8, 6)), tmp_path)
     assert same_bits(values_of(again)["shira_indices"], tensors[key])
 
 

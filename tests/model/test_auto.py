@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 import peanut
-from peanut import PeanutConfig, PeanutError, get_peft_model
+from peanut import LoraConfig, PeanutConfig, PeanutError, get_peft_model
 
 from ..support import distance, one_thread, randomised, same_bits, save_small_llama  # noqa: F401
 
@@ -95,6 +95,25 @@ def test_the_base_is_resized_by_the_tokenizer_in_the_folder(smollm2: Path, tmp_p
     with torch.no_grad():
         assert same_bits(loaded(ids).logits, model(ids).logits)
     assert len(loaded.get_input_embeddings().weight) == rows + added
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["", "embedding adapted"])
+def test_a_base_that_was_padded_beyond_the_tokenizer_is_padded_again(
+    targets: list[str], smollm2: Path, tmp_path: Path
+) -> None:
+    save_small_llama(tmp_path / "base", smollm2)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    rows = len(base.get_input_embeddings().weight)
+    model = randomised(get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets))).eval()
+    model.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    loaded = peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert len(loaded.get_input_embeddings().weight) == rows > len(tokenizer)
+    with torch.no_grad():
+        assert same_bits(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_a_smaller_tokenizer_resizes_nothing(smollm2: Path, tmp_path: Path) -> None:

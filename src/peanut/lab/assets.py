@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import PeanutError, nearest
-from ..files import make_folder, told
+from ..files import as_one_line, make_folder
 
 __all__ = ["ASSETS", "Asset", "fetch"]
 
@@ -74,7 +74,7 @@ def fetch(name: str, quiet: bool = False) -> Path:
     folder = cache / f"{name}-{asset.version}"
     if not folder.is_dir():
         make_folder(cache)
-        with told(f"cannot put {name} into '{cache}' (chosen by the environment variable PEANUT_CACHE)"):
+        with as_one_line(f"cannot put {name} into '{cache}' (chosen by the environment variable PEANUT_CACHE)"):
             _build(name, asset, cache, folder, quiet)
     return folder / asset.main
 

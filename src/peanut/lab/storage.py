@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..model.checkpoints.checkpoint import TRAINING_NAME
+from ..model.checkpoints.stored_adapter import TRAINING_NAME
 from .measure import now
 from .variants import Life, Variant
 

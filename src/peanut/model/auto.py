@@ -12,6 +12,11 @@ from torch import nn
 from ..errors import PeanutError
 from ..hub import locate
 from ..protocols import PeftConfig
+from .checkpoints.base_weights import plain_path
+from .checkpoints.fingerprint import FINGERPRINT, recorded_rows
+from .checkpoints.keys import PREFIX
+from .checkpoints.stored_adapter import WEIGHTS_NAME
+from .checkpoints.tensor_files import open_tensors
 from .peft_model import PeftModel
 
 __all__ = [
@@ -22,7 +27,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
-    "resize_for",
+    "resize_to",
 ]
 
 _ADAPTER = ("subfolder", "revision")
@@ -56,7 +61,8 @@ class AutoPeftModel:
     ) -> PeftModel:
         """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
 
-        If the folder holds a tokenizer with more tokens than the base has embeddings, the base is resized first.
+        If the folder holds a tokenizer with more tokens than the base has embeddings, the base is resized first, to
+        the rows that it had in training.
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
@@ -85,16 +91,28 @@ class AutoPeftModel:
         model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
         tokenizer = _tokenizer(pretrained_model_name_or_path, kwargs.get("trust_remote_code", False), **hub)
         if tokenizer is not None:
-            resize_for(model, tokenizer)
+            resize_to(model, _rows(model, pretrained_model_name_or_path, len(tokenizer), **hub))
         return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, given, **own, **hub
         )
 
 
-def resize_for(model: nn.Module, tokenizer: Any) -> None:
-    """Gives a base's embeddings as many rows as the tokenizer has tokens, if they have fewer."""
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # type: ignore[operator]
-        model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+def resize_to(model: nn.Module, rows: int) -> None:
+    """Gives a base's embeddings so many rows, if they have fewer."""
+    if rows > len(model.get_input_embeddings().weight):  # type: ignore[operator]
+        model.resize_token_embeddings(rows)  # type: ignore[operator]
+
+
+def _rows(model: nn.Module, adapter: str | os.PathLike[str], tokens: int, **hub: Any) -> int:
+    """How many rows the embeddings need for so many tokens: those that they had when the adapter was saved."""
+    with open_tensors(locate(adapter, WEIGHTS_NAME, **hub)) as file:
+        held = {plain_path(key.removeprefix(PREFIX)): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        recorded = recorded_rows((file.metadata() or {}).get(FINGERPRINT))
+    embeddings: Any = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    paths = [f"{path}.weight" for path, module in model.named_modules() if any(module is own for own in embeddings)]
+    return max(
+        (held[path][0] if held.get(path) else max(tokens, recorded.get(path, 0)) for path in paths), default=tokens
+    )
 
 
 def _tokenizer(adapter: str | os.PathLike[str], trust_remote_code: bool, **hub: Any) -> Any:

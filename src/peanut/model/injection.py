@@ -11,12 +11,13 @@ from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
-from .checkpoints.base import SaveEmbeddings, saved_embeddings
-from .checkpoints.checkpoint import StoredAdapter, adapter_state, base_state
+from .checkpoints.checkpoint import adapter_state, base_state
+from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
 from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
-from .checkpoints.reading import refuse_not_finite
+from .checkpoints.stored_adapter import StoredAdapter
+from .checkpoints.tensor_files import refuse_not_finite
 from .targets.reach import warn_of_unreached
 
 __all__ = [

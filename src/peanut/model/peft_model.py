@@ -19,13 +19,17 @@ from .adapters.adapter_set import AdapterSet
 from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
 from .as_base import AsBase, blank
-from .checkpoints.base import SaveEmbeddings
-from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
+from .checkpoints.base_weights import embedding_paths
+from .checkpoints.checkpoint import save_adapter
+from .checkpoints.embeddings import SaveEmbeddings
 from .checkpoints.loading import all_or_none, load_state, same_form
 from .checkpoints.mixtures import add, gathered, name_for, ready, save_experts
+from .checkpoints.stored_adapter import TRAINING_NAME, StoredAdapter, read_adapter
 from .injection import AdaptedModel
 from .keywords import LOADING, SAVING
+from .layers.adapted import Adapted
 from .layers.calls import Context
+from .layers.saved_modules import SavedModule
 from .models import model_of
 from .targets.reach import reach_of, warn_of_unreached
 
@@ -212,6 +216,23 @@ class PeftModel(AsBase):
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
         return self.adapters.unload()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model's; arguments as for transformers.
+
+        Raises:
+            PeanutError: an adapter changes an embedding, or trains it whole.
+        """
+        changed = (Adapted, SavedModule)
+        for path in embedding_paths(self.adapters) if args or kwargs else ():
+            if any(isinstance(module, changed) for module in self.adapters.at(path).modules()):
+                raise PeanutError(
+                    f"an adapter changes '{path}', which is to be resized",
+                    "embeddings without adapters",
+                    "resize the base before get_peft_model or from_pretrained",
+                )
+        resize: Any = self.get_base_model().resize_token_embeddings
+        return resize(*args, **kwargs)  # type: ignore[no-any-return]
 
     # Counting
 

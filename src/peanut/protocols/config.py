@@ -27,6 +27,7 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "TaskType",
+    "default_of",
     "get_peft_config",
 ]
 
@@ -141,7 +142,7 @@ class PeftConfig:
         plain: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in self.only_here and value == _default(field):
+            if field.name in self.only_here and value == default_of(field):
                 continue
             plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
@@ -199,7 +200,8 @@ def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig.from_dict(values)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value that a field has where none is given."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from ..files import told, write_files
+from ..files import as_one_line, write_files
 
 __all__ = ["Progress", "RunLog", "plot"]
 
@@ -57,7 +57,7 @@ class RunLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not state.log_history:
             return
-        with told(f"cannot write '{self.path}'"), self.path.open("a", encoding="utf-8") as file:
+        with as_one_line(f"cannot write '{self.path}'"), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(state.log_history[-1]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import PeanutError
-from ..files import told
+from ..files import as_one_line
 
 __all__ = ["alone"]
 
@@ -25,7 +25,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     path = folder / ".lock"
     lock = FileLock(path)
-    with told(f"cannot write into folder '{folder}'"):
+    with as_one_line(f"cannot write into folder '{folder}'"):
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeanutError
 from ..files import read_json, write_json
-from ..model.auto import resize_for
-from ..model.checkpoints.reading import opened
+from ..model.auto import resize_to
+from ..model.checkpoints.tensor_files import open_tensors
 from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import PeftConfig, TaskType
 from ..protocols.config import CONFIG_NAME
@@ -159,7 +159,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     revision = None if base_model else config.revision
     base, _ = load_base(path, task, processor, dtype, revision)
     if (folder / "tokenizer_config.json").is_file():
-        resize_for(base, processor)
+        resize_to(base, len(processor))
     return Trained(PeftModel.from_pretrained(base, folder), task, processor, folder, path)
 
 
@@ -212,7 +212,7 @@ def _default_data(base: str) -> DataSection:
 
 def _classes(folder: Path) -> int:
     """How many classes the stored head tells apart."""
-    with opened(folder / "adapter_model.safetensors") as file:
+    with open_tensors(folder / "adapter_model.safetensors") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     rows = [shape[0] for key, shape in shapes.items() if shape and (".classifier." in key or ".score." in key)]
     if not rows:

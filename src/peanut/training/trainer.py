@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
 from ..errors import PeanutError
-from ..files import told
+from ..files import as_one_line
 from ..model.peft_model import PeftModel
 from .checkpoints import (
     check_complete,
@@ -143,7 +143,7 @@ class AdapterTrainerMixin(_Base):
         adapted.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None and self.args.should_save:
-            with told(f"cannot write the checkpoint '{folder}'"):
+            with as_one_line(f"cannot write the checkpoint '{folder}'"):
                 processor.save_pretrained(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -240,3 +240,25 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
     assert distance(model(ids).logits, expected) < 1e-5
     model.merge_adapter(["turns", "turns too"])
     assert distance(model(ids).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [
+        (["shared"], True),
+        *((names, whole) for names in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]) for whole in (0, 1)),
+    ],
+)
+def test_tied_weights_that_differ_once_merged_are_all_saved(names: list[str], whole: bool, tmp_path: Path) -> None:
+    """T5 ties four, of which "shared" is never called; transformers ties what it finds once to what it is tied to."""
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    torch.manual_seed(0)
+    base = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
+    options = {"modules_to_save": names, "target_modules": ["q"]} if whole else {"target_modules": names}
+    model = randomised(get_peft_model(base, LoraConfig(r=2, **options))).eval()
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        model.merge_and_unload().save_pretrained(tmp_path)
+        loaded = hf.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert distance(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected) < 1e-5

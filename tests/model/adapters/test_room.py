@@ -34,6 +34,7 @@ from peanut.protocols.registry import registered
 
 from ...support import one_thread  # noqa: F401
 
+pytestmark = pytest.mark.filterwarnings("ignore:adapter_config.json in .* is not as it was saved")
 Builder = Callable[..., hf.PreTrainedModel]
 OWN: dict[str, dict[str, Any]] = {
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
+from peanut.model.checkpoints.digests import digest_of
 from peanut.model.checkpoints.fingerprint import fingerprint
 from peanut.protocols import METHODS
 
@@ -111,6 +114,70 @@ def test_a_change_of_any_weight_of_the_base_is_found(name: str, tiny_llama: Buil
         PeftModel.from_pretrained(base, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (7,), (64,), (3, 1), (5, 6), (4, 8), (2, 3, 5), ()])
+def test_a_change_of_any_one_entry_is_found(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(shape).to(dtype)
+    before, places = digest_of(value), range(value.numel())
+    assert digest_of(value.clone()) == digest_of(torch.stack([value, value])[1]) == before
+    assert digest_of(value.to(torch.float64).to(dtype)) == before
+    for place in places:
+        other = value.clone()
+        other.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]).view(-1)[place] ^= 1
+        assert digest_of(other) != before
+    assert len(places) > 0
+    if len(shape) > 0 and shape[0] > 1:
+        assert digest_of(value.roll(1, 0)) != before
+
+
+def test_one_entry_of_a_weight_that_no_sample_is_taken_of(tiny_llama: Build, tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    model.save_pretrained(tmp_path)
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        base = tiny_llama()
+        with torch.no_grad():
+            base.get_parameter(name).view(-1)[1] += 1
+        with refused(base, rf"'{name}' differs; expected the base that it was trained on; "):
+            PeftModel.from_pretrained(base, tmp_path)
+    assert_loads(tiny_llama(), tmp_path, model)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_rounded_is_the_base_and_a_change_in_it_is_one(
+    half: torch.dtype, tiny_llama: Build, tmp_path: Path
+) -> None:
+    """As it is read in half precision and computes in float32, then or now."""
+    model, rounded = adapted(tiny_llama()), adapted(tiny_llama().to(half).float())
+    model.save_pretrained(tmp_path / "wide")
+    rounded.save_pretrained(tmp_path / "rounded")
+    for base in (tiny_llama(), tiny_llama().to(half).float(), tiny_llama().to(half), tiny_llama().double()):
+        for folder, expected in (("wide", model), ("rounded", rounded)):
+            assert_loads(copy.deepcopy(base), tmp_path / folder, expected)
+    for base in (tiny_llama(), tiny_llama().to(half).float(), tiny_llama().double()):
+        with torch.no_grad():
+            base.lm_head.weight[7, 3] += 1
+        with refused(base, r"'lm_head.weight' differs"):
+            PeftModel.from_pretrained(base, tmp_path / "rounded")
+
+
+def test_statistics_that_followed_the_training_are_a_warning_unless_they_are_saved(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+
+    x = torch.randn(4, 2, 3, 3)
+    for folder, modules, mode in (("moved", None, True), ("kept", None, False), ("saved", ["1"], True)):
+        model = randomised(get_peft_model(base(), LoraConfig(target_modules=["0"], modules_to_save=modules)))
+        model.train(mode)(x)
+        model.eval().save_pretrained(tmp_path / folder)
+        if folder == "moved":
+            with pytest.warns(UserWarning, match=r"^'1.running_mean' is another than when the adapter was saved, as "):
+                PeftModel.from_pretrained(base(), tmp_path / folder)
+        else:
+            assert same_bits(PeftModel.from_pretrained(base(), tmp_path / folder)(x), model(x))
+
+
 def test_new_rows_of_an_embedding_are_found_and_rows_of_this_base_alone_are_not(
     tiny_llama: Build, tmp_path: Path
 ) -> None:
@@ -127,9 +194,27 @@ def test_new_rows_of_an_embedding_are_found_and_rows_of_this_base_alone_are_not(
     for other in (resized(2), tiny_llama()):
         with refused(other, rf"'lm_head.weight' and 1 more differ; .*; load that one, {hint}"):
             PeftModel.from_pretrained(other, tmp_path / "resized")
-    model = adapted(tiny_llama())
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base)
     model.save_pretrained(tmp_path / "plain")
-    assert_loads(resized(1), tmp_path / "plain", model)  # as scripts pad a vocabulary after training
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(104, mean_resizing=False)
+    assert_loads(base, tmp_path / "plain", model)  # as scripts pad a vocabulary after training
+
+
+def test_a_base_with_rows_that_were_not_added_since_is_a_warning(tiny_llama: Build, tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.resize_token_embeddings(70)
+    adapted(base).save_pretrained(tmp_path)
+    message = (
+        "^'lm_head.weight' has 101 rows here and had 70 when the adapter was trained, so it answers over other tokens; "
+    )
+    with pytest.warns(UserWarning, match=message):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    base = tiny_llama()
+    base.resize_token_embeddings(70)
+    assert PeftModel.from_pretrained(base, tmp_path)(IDS).logits.shape[-1] == 70
 
 
 def test_a_head_that_is_trained_whole_may_differ_and_one_that_is_not_may_not(tiny_bert: Build, tmp_path: Path) -> None:
@@ -155,12 +240,17 @@ def test_what_the_base_has_no_file_for_is_a_warning_inside_it_and_refused_on_top
     torch.manual_seed(2)
     with pytest.warns(UserWarning, match=r"^'pooler.dense.weight' was made at random, as the base's files lack it"):
         PeftModel.from_pretrained(hf.BertModel.from_pretrained(tmp_path / "base"), tmp_path / "inside")
+    base = hf.BertModel.from_pretrained(tmp_path / "base")
+    base.encoder.layer[0].output.dense.weight = nn.Parameter(torch.randn(32, 64))  # no part of it is without a file
+    with refused(base, r"'encoder.layer.0.output.dense.weight'"):
+        PeftModel.from_pretrained(base, tmp_path / "inside")
     classifier = hf.BertForSequenceClassification.from_pretrained
     adapted(classifier(tmp_path / "base"), target_modules=["query"]).save_pretrained(tmp_path / "top")
     with pytest.raises(PeanutError, match=r"'classifier.weight' differs"):
         PeftModel.from_pretrained(classifier(tmp_path / "base"), tmp_path / "top")
 
 
+@pytest.mark.filterwarnings("ignore:adapter_config.json in .* was saved by this library and")
 @pytest.mark.parametrize("factor", [1, 2])
 def test_the_samples_of_older_files_are_still_compared(factor: float, tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
@@ -182,6 +272,7 @@ def test_the_samples_of_older_files_are_still_compared(factor: float, tiny_llama
             PeftModel.from_pretrained(base, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:adapter_config.json in .* was saved by this library and")
 def test_files_without_one_load_on_any_base(tiny_llama: Build, tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     model.save_pretrained(tmp_path)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peanut import AdaLoraConfig, LoraConfig, PeanutError, PeftConfig, PeftModel, get_peft_model
-from peanut.model.checkpoints import checkpoint
-from peanut.model.checkpoints.integrity import check_sum, with_sum
+from peanut.model.checkpoints import integrity, stored_adapter
+from peanut.model.checkpoints.checkpoint import training_state
+from peanut.model.checkpoints.integrity import check_sum, checksums, with_sum
 
 from ...support import Net, one_thread, randomised, refused, same_bits  # noqa: F401
 
@@ -94,7 +95,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new_one(
         expected = new if renames else old
         assert same_bits(answer(found.eval()), answer(expected))
         assert found.peft_config["default"].lora_alpha == expected.peft_config["default"].lora_alpha
-        mine, theirs = (checkpoint.training_state(model.adapters, "default") for model in (found, expected))
+        mine, theirs = (training_state(model.adapters, "default") for model in (found, expected))
         assert mine.keys() == theirs.keys()
         assert all(same_bits(value, theirs[key]) for key, value in mine.items())
         assert len(os.listdir(folder)) > len(FILES[method])
@@ -109,7 +110,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new_one(
 def test_a_save_between_the_reads_of_config_and_tensors(
     times: int, ids: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models, read, count = [model_of(1), model_of(64)], checkpoint._read, [0]
+    models, read, count = [model_of(1), model_of(64)], stored_adapter._read, [0]
     models[0].save_pretrained(tmp_path)
     if not ids:
         edited(tmp_path, peft_version="0.18.0")
@@ -121,7 +122,7 @@ def test_a_save_between_the_reads_of_config_and_tensors(
             models[count[0] % 2].save_pretrained(tmp_path)
         return read(*args)
 
-    monkeypatch.setattr(checkpoint, "_read", beside)
+    monkeypatch.setattr(stored_adapter, "_read", beside)
     assert same_bits(loaded(tmp_path), answer(models[times % 2]))
     assert count[0] == times
 
@@ -140,7 +141,7 @@ def test_readers_beside_two_writers(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     try:
-        found = [checkpoint.read_adapter(tmp_path) for _ in range(60)]
+        found = [stored_adapter.read_adapter(tmp_path) for _ in range(60)]
     finally:
         ended.set()
         for writer in writers:
@@ -181,7 +182,7 @@ def test_training_state_of_another_save_is_refused_for_training(tmp_path: Path) 
     model_of(1).save_pretrained(tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b")) == [CONFIG, WEIGHTS]  # one that has none removes it
     shutil.copy(tmp_path / "a" / TRAINING, tmp_path / "b" / TRAINING)  # as if it had been killed before that
-    assert not checkpoint.read_adapter(tmp_path / "b").passing
+    assert not stored_adapter.read_adapter(tmp_path / "b").passing
 
 
 def edited(folder: Path, **fields: Any) -> None:
@@ -195,13 +196,88 @@ def test_a_config_may_be_edited(version: str | None, tmp_path: Path) -> None:
     edited(tmp_path, lora_alpha=3, base_model_name_or_path="moved", target_modules=r".*layer")
     if version != "kept":
         edited(tmp_path, peft_version=version)
-    config = PeftModel.from_pretrained(base(), tmp_path).peft_config["default"]
+    changed = r"^adapter_config.json in '.*' is not as it was saved; if you have not changed it, copy or save"
+    with pytest.warns(UserWarning, match=changed):
+        config = PeftModel.from_pretrained(base(), tmp_path).peft_config["default"]
     assert (config.lora_alpha, config.base_model_name_or_path, config.target_modules) == (3, "moved", ".*layer")
     assert config.peft_version == ("0.18.0" if version == "0.18.0" else "0.21.2")
     config = PeftConfig.from_pretrained(tmp_path)
     config.lora_alpha = 5
     config.save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(base(), tmp_path).peft_config["default"].lora_alpha == 5
+    with pytest.warns(UserWarning, match=changed):
+        assert PeftModel.from_pretrained(base(), tmp_path).peft_config["default"].lora_alpha == 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_model_name_or_path": "moved"},
+        {"revision": "main", "task_type": "CAUSAL_LM", "inference_mode": False},
+        {"peft_version": "0.18.0"},
+        {"peft_version": None, "target_modules": ["layer"], "use_rslora": False},
+    ],
+)
+def test_a_config_may_say_otherwise_where_the_adapter_lies(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(1)
+    model.save_pretrained(tmp_path)
+    edited(tmp_path, **fields)
+    assert same_bits(loaded(tmp_path), answer(model))
+
+
+def test_a_flipped_bit_of_the_config_is_found(tmp_path: Path) -> None:
+    model = model_of(8)
+    model.save_pretrained(tmp_path)
+    path, expected = tmp_path / CONFIG, answer(model)
+    whole, found = path.read_bytes(), 0
+    bits = range(0, 8 * len(whole), 37)
+    for bit in bits:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                other = loaded(tmp_path)
+            except PeanutError:
+                found += 1
+            else:
+                found += bool(warned)
+                assert warned or same_bits(other, expected), flipped.decode(errors="replace")
+    assert found > len(bits) / 3
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_and_a_damaged_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read, reads = model_of(1), stored_adapter._read, [0]
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+
+    def beside(path: Any, *args: Any) -> Any:
+        reads[0] += 1
+        if reads[0] < 4:  # another writer is done while this file is open
+            Path(path).write_bytes(whole[: -reads[0]])
+        elif reads[0] == 4:
+            Path(path).write_bytes(whole)
+        return read(path, *args)
+
+    monkeypatch.setattr(stored_adapter, "_read", beside)
+    assert same_bits(loaded(tmp_path), answer(model))
+    assert reads == [4]
+    (tmp_path / WEIGHTS).write_bytes(whole[:-1])
+    with pytest.raises(PeanutError, match=r"^cannot read '"):
+        loaded(tmp_path)
+    assert reads == [5]
+
+
+def test_each_tensor_is_summed_once_when_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed = []
+    crc = integrity._crc
+    monkeypatch.setattr(integrity, "_crc", lambda value: summed.append(value) or crc(value))
+    model = model_of(1, "ADALORA")
+    model.save_pretrained(tmp_path)
+    files = [load_file(tmp_path / name) for name in (WEIGHTS, TRAINING)]
+    assert len(summed) == sum(map(len, files)) > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -254,7 +330,7 @@ def test_no_flipped_bit_changes_an_answer(low_cpu_mem_usage: bool, tmp_path: Pat
 @pytest.mark.parametrize("shape", [(5, 4), (8,), (1,)])
 def test_values_of_any_size_are_summed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     value = torch.randn(shape).to(dtype)
-    metadata = with_sum({"format": "pt"}, {"a": value})
+    metadata = with_sum({"format": "pt"}, checksums({"a": value}))
     check_sum(metadata, {"a": torch.stack([value, value])[1]}, "the file")
     others = [value[None], value.double() * 2, -value, -value.roll(1)]
     for other in ({"b": value}, *({"a": other} for other in others)):
@@ -267,6 +343,9 @@ def test_files_without_an_id_or_a_checksum_load(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({key: value * 2 for key, value in tensors.items()}, tmp_path / WEIGHTS)
+    with pytest.warns(UserWarning, match="was saved by this library and adapter_model.safetensors by another; "):
+        assert not same_bits(loaded(tmp_path), answer(model))
+    edited(tmp_path, peft_version="0.18.0")
     assert not same_bits(loaded(tmp_path), answer(model))
 
 
@@ -277,7 +356,7 @@ def test_a_kill_while_another_method_takes_the_place_leaves_one_of_them_whole(
     model_of(1).save_pretrained(tmp_path)
     old, new = loaded(tmp_path), model_of(2, "ADALORA")
     save_and_be_killed(new, tmp_path, renames, monkeypatch)
-    read = checkpoint.read_adapter(tmp_path)
+    read = stored_adapter.read_adapter(tmp_path)
     whole = str(read.config.peft_type) == "ADALORA"
     assert whole == (renames > 0)
     assert read.fits
@@ -300,5 +379,5 @@ def test_tensors_in_one_byte_are_summed_as_they_are_written(tmp_path: Path) -> N
     for _, value in model.adapters.parameters("default"):
         value.data = value.data.to(torch.float8_e4m3fn)
     model.save_pretrained(tmp_path)
-    read = checkpoint.read_adapter(tmp_path)
+    read = stored_adapter.read_adapter(tmp_path)
     assert {value.dtype for value in read.state.values()} == {torch.float32}

@@ -222,6 +222,7 @@ class AdapterSet(Merging):
             self.put(path, layer.base_layer)
         for path, saved in list(self.saved_modules()):
             self.put(path, saved.adopted())
+        self._untie()
         for place in list(self.places()):
             self.emptied(place)
         self.leave()

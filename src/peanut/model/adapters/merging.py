@@ -109,6 +109,23 @@ class Merging(Surgery):
             elif getattr(self.model, "config", None) is not None:
                 self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
+    def _untie(self) -> None:
+        """Gives tensors of their own to what transformers ties to one that was merged or trained, and now differs.
+
+        Of tensors that still share one, it writes the first, and would tie the others to the changed one.
+        """
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        apart = {source for target, source in ties.items() if named.get(target) is not named.get(source)}
+        seen = {id(named[source]): source for source in apart if source in named}
+        for target, source in ties.items() if apart else ():
+            own = named.get(target)
+            if own is not None and source in apart and seen.setdefault(id(own), target) != target:
+                module, _, leaf = target.rpartition(".")
+                setattr(self.model.get_submodule(module), leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
+        if apart:
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
     def _refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
             both = [name for name in names if name in saved.modules_to_save]

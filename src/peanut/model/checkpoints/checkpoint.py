@@ -1,69 +1,38 @@
-"""Saves and reads adapters in Hugging Face PEFT's format: ``adapter_config.json``, ``adapter_model.safetensors``."""
+"""Saves adapters in Hugging Face PEFT's format: ``adapter_config.json``, ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...errors import PeanutError
-from ...files import staged_files, write_files
-from ...hub import locate
+from ...files import write_files
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
-from .base import WRAPPERS, SaveEmbeddings, plain_path, saved_embeddings
-from .fingerprint import FINGERPRINT, OLD_FINGERPRINT, fingerprint
-from .integrity import SAVE, TRAINS, labelled, save_id, staged_config, without_label, write_tensors
-from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
-from .reading import read_tensors, refuse_not_finite
+from .base_weights import WRAPPERS, plain_path
+from .embeddings import SaveEmbeddings, saved_embeddings
+from .fingerprint import FINGERPRINT, fingerprint
+from .integrity import CONFIG, SAVE, TRAINS, checksums, config_digest, file_text, save_id, without_label
+from .keys import PREFIX, KeyStyle, file_key, flat
+from .stored_adapter import TRAINING_NAME, WEIGHTS_NAME
+from .tensor_files import refuse_not_finite, write_tensors
 
 __all__ = [
-    "TRAINING_NAME",
-    "WEIGHTS_NAME",
-    "StoredAdapter",
     "adapter_state",
     "base_state",
     "by_place",
     "file_config",
     "keys_of",
     "parts_of",
-    "read_adapter",
     "save_adapter",
 ]
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-TRAINING_NAME = "adapter_training.safetensors"
-"""Training state (statistics of schedules), saved separately for resuming; an adapter loaded for use ignores it."""
-_READS = 20
-"""How often files are read that are of two saves, as they are beside a writer."""
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """What an adapter's folder holds.
-
-    Args:
-        state: the adapter's tensors by key, without the prefix.
-        base: the fingerprint of the base that it was trained on, if its writer recorded one.
-        passing: training state, by key.
-        fits: whether that is of the same save.
-    """
-
-    config: PeftConfig
-    state: dict[str, Tensor]
-    base: str | None
-    source: str
-    passing: Mapping[str, Tensor] = field(default_factory=dict)
-    fits: bool = True
 
 
 def adapter_state(
@@ -100,7 +69,7 @@ def training_state(adapters: AdapterSet, name: str) -> dict[str, Tensor]:
 
 
 def keys_of(adapters: AdapterSet, name: str, suffixes: Callable[[Method[Any], PeftConfig], frozenset[str]]) -> set[str]:
-    """The keys of the tensors of adapter ``name`` with the suffixes that are told for each of its methods."""
+    """The keys of the tensors of adapter ``name`` with the suffixes that are given for each of its methods."""
     return {
         key_of(path, suffix)
         for method, config, paths in parts_of(adapters, name)
@@ -162,16 +131,20 @@ def save_adapter(
     config, _ = without_label(file_config(adapters, name, config))
     style = KeyStyle.of(config)
     tensors, passing = _for_file(state, style), _for_file(training, style)
-    save = save_id(config, tensors, passing)
+    sums, passing_sums = checksums(tensors), checksums(passing)
+    save = save_id(config, sums, passing_sums)
     metadata = {"format": "pt", SAVE: save}
-    recorded = fingerprint(adapters, name, {*map(plain_path, embeddings)}, base)
-    more = ({} if recorded is None else {FINGERPRINT: recorded}) | ({TRAINS: "true"} if passing else {})
+    recorded = fingerprint(
+        adapters, name, {*map(plain_path, embeddings)}, base, embeddings_may_differ=save_embedding_layers is False
+    )
+    more = {CONFIG: config_digest(config)} | ({} if recorded is None else {FINGERPRINT: recorded})
+    more |= {TRAINS: "true"} if passing else {}
     files: dict[str, Callable[[Path], object]] = {
-        CONFIG_NAME: lambda path: path.write_text(f"{labelled(config, save)}\n", encoding="utf-8")
+        CONFIG_NAME: lambda path: path.write_text(file_text(config, save), encoding="utf-8")
     }
     if passing:
-        files[TRAINING_NAME] = lambda path: write_tensors(passing, path, metadata)
-    files[WEIGHTS_NAME] = lambda path: write_tensors(tensors, path, metadata | more)
+        files[TRAINING_NAME] = lambda path: write_tensors(passing, path, metadata, passing_sums)
+    files[WEIGHTS_NAME] = lambda path: write_tensors(tensors, path, metadata | more, sums)
     return write_files(folder, files, outdated=() if passing else (TRAINING_NAME,))
 
 
@@ -197,59 +170,6 @@ def _for_file(state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]
         tensors[file_key(key, style)] = own.clone() if place in seen else own
         seen.add(place)
     return tensors
-
-
-def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
-    """Reads an adapter's folder (or hub repository) whole, before any model is touched.
-
-    Files of two saves are read again: a writer may be at work. Of one that was killed, the tensors that have their
-    name tell which save it is, and the other files of it are there under temporary names.
-
-    Raises:
-        PeanutError: a file is missing, truncated, damaged or not safetensors, holds values that are not finite, or the
-            config and the tensors are of two saves.
-    """
-    for attempt in range(_READS):
-        read, written = without_label(PeftConfig.read(source, **hub) if config is None else config)
-        path = locate(source, WEIGHTS_NAME, **hub)
-        state, metadata = _read(path, KeyStyle.of(read))
-        save = metadata.get(SAVE, "")
-        if config is None and save and save != written:
-            staged = staged_config(path.parent, save)
-            if staged is None and (written or attempt == 0):  # one without an id may have been written by hand
-                time.sleep(0.001 * attempt)
-                continue
-            read = staged or read
-        passing, fits = _training(path.parent, KeyStyle.of(read), metadata)
-        base = metadata.get(FINGERPRINT) or metadata.get(OLD_FINGERPRINT)
-        return StoredAdapter(read, state, base, str(source), passing, fits)
-    raise PeanutError(
-        f"'{source}' holds {CONFIG_NAME} of one save and {WEIGHTS_NAME} of another",
-        "files that were saved together",
-        f"copy both from one folder, or, if you are sure, pass config=PeftConfig.from_pretrained('{source}')",
-    )
-
-
-def _training(folder: Path, style: KeyStyle, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
-    """The training state in a folder, and whether it is of the save of the tensors whose metadata these are."""
-    path, save = folder / TRAINING_NAME, metadata.get(SAVE)
-    if save and TRAINS not in metadata:  # what is there is of a save before, which was killed at its end
-        return {}, True
-    read = [_read(path, style)] if path.is_file() else []
-    if save:
-        for staged in staged_files(folder, TRAINING_NAME) if folder.is_dir() else ():
-            with suppress(PeanutError, FileNotFoundError):  # never written to its end, or has just got its name
-                read.append(_read(staged, style))
-    fitting = [state for state, own in read if not save or own.get(SAVE, save) == save]
-    if fitting or not read:
-        return (fitting[0] if fitting else {}), True
-    return read[0][0], False
-
-
-def _read(path: str | os.PathLike[str], style: KeyStyle) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, by key without the prefix, and its metadata."""
-    state, metadata = read_tensors(path)
-    return {plain_key(key, style): value for key, value in state.items()}, metadata
 
 
 def _target_modules(adapters: AdapterSet, name: str, held: PeftConfig) -> list[str] | str | None:

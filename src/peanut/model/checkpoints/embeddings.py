@@ -1,9 +1,10 @@
-"""Embeddings of the base in an adapter's file: put into the base that it is loaded on, or refused."""
+"""Embeddings of the base that an adapter's file holds: which are saved, and how they get into another base."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +12,75 @@ from torch import Tensor
 from ...errors import PeanutError
 from ...weights.stored import stored as tensor_of
 from ..adapters.adapter_set import AdapterSet, experts_of
+from ..layers.layer import AdaptedLayer
+from ..targets.matching import is_all_linear
 from ..targets.paths import bare
-from .base import base_tensors, embedding_paths, plain_path
-from .checkpoint import StoredAdapter
-from .reading import check_kind
+from .base_weights import base_tensors, embedding_paths, has_other_vocabulary, plain_path, saved_module_paths
+from .stored_adapter import StoredAdapter
+from .tensor_files import check_kind
 
-__all__ = ["without_base"]
+__all__ = ["SaveEmbeddings", "saved_embeddings", "without_base"]
+
+SaveEmbeddings = bool | Literal["auto"]
+
+_NAMED = ("embed_tokens", "lm_head")
+"""The embeddings that the peer saves where they are targets, by name."""
+
+
+def saved_embeddings(
+    adapters: AdapterSet, name: str, save: SaveEmbeddings, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The base's embeddings that are saved with adapter ``name``, by the keys that Hugging Face PEFT gives them.
+
+    Args:
+        save: ``True``, ``False``, or ``"auto"``: those that are named as targets, and both if the base has another
+            vocabulary than the model that it was loaded from.
+        state_dict: base tensors by their plain path, to take the values from.
+
+    Raises:
+        PeanutError: ``save`` is something else, or an embedding is not there as numbers.
+    """
+    if save is not True and save is not False and save != "auto":
+        raise PeanutError(f"save_embedding_layers={save!r}", "'auto', True or False", "change it")
+    if save is False:
+        return {}
+    paths = [path for path in embedding_paths(adapters) if path not in saved_module_paths(adapters, name)]
+    layers = {path: layer for path, layer in adapters.layers(name) if path in paths}
+    if save is True and not paths and not saved_module_paths(adapters, name):
+        warnings.warn(f"{type(adapters.model).__name__} has no embeddings that could be saved", stacklevel=2)
+    needed = save is True or (bool(paths) and has_other_vocabulary(adapters, name))
+    if not needed:
+        paths = [path for path in layers if _is_named(adapters, name, path)]
+    found: dict[str, Tensor] = {}
+    for path, value in base_tensors(adapters).items() if paths else ():
+        module, _, leaf = path.rpartition(".")
+        if module not in paths:
+            continue
+        own = (state_dict or {}).get(path, value).detach()
+        if own.is_meta or not own.is_floating_point():
+            if not needed:
+                continue  # it is as it was, as codes are never changed
+            raise PeanutError(
+                f"'{path}' is {'on the meta device' if own.is_meta else 'quantised'}, and is to be saved",
+                "embeddings that are numbers",
+                "load the base without quantising or offloading it, or pass save_embedding_layers=False",
+            )
+        inside = f"{_inside(adapters, name, layers[module])}." if module in layers else ""
+        found[f"{module}.{inside}{leaf}"] = own
+    return found
+
+
+def _inside(adapters: AdapterSet, name: str, layer: AdaptedLayer) -> str:
+    """What the peer's keys have before the weight of an embedding that is adapted, or has tokens trained beside."""
+    return "base_layer" if layer.method_of(name)[0] == adapters.method(name) else "token_adapter.base_layer"
+
+
+def _is_named(adapters: AdapterSet, name: str, path: str) -> bool:
+    """Whether an adapted embedding is one that the config names, and not for the sake of some tokens."""
+    config = adapters.configs[name]
+    targets, tokens = config.target_modules, getattr(config, "trainable_token_indices", None)
+    named = targets is not None and not is_all_linear(targets) and path.rpartition(".")[2] in _NAMED
+    return named and tokens is None and config.peft_type != "TRAINABLE_TOKENS"
 
 
 def without_base(
@@ -45,7 +109,7 @@ def without_base(
         elif key.startswith(twice) or (there is not None and _is_same(_values(adapters, path, there), value)):
             continue
         elif path.rpartition(".")[0] not in embeddings:
-            left[key] = value  # it is told as unexpected
+            left[key] = value  # reported as unexpected
         else:
             assert there is not None
             _check_embedding(path, there, value, source)

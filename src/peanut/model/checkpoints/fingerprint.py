@@ -1,4 +1,4 @@
-"""Samples of the base's frozen weights, saved with an adapter, so that loading it on another base is an error."""
+"""Samples and digests of the base's frozen weights, saved with an adapter: loading it on another base is an error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from ...files import parse_json
 from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
 from ..layers.adapted import walk
-from .base import base_tensors, embedding_paths, whole
+from .base_weights import (
+    base_statistics,
+    base_tensors,
+    embedding_weights,
+    has_other_vocabulary,
+    saved_module_paths,
+)
+from .digests import Digest, changed, digest_of
 
-__all__ = ["FINGERPRINT", "OLD_FINGERPRINT", "check_base", "fingerprint"]
+__all__ = ["FINGERPRINT", "OLD_FINGERPRINT", "check_base", "fingerprint", "recorded_rows"]
 
 FINGERPRINT, OLD_FINGERPRINT = "peanut_base_values", "peanut_base"
 """Where a file's metadata has it; the second is of files that sampled the adapted layers only."""
@@ -35,43 +42,57 @@ def fingerprint(
     name: str,
     saved: Collection[str] = (),
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    embeddings_may_differ: bool = False,
 ) -> str | None:
-    """JSON of the shape and a few values of every parameter of the base; of embeddings, of their last row too.
+    """JSON of the shape, a digest and a few values of every parameter of the base; of embeddings, their last row too.
 
-    Rows that were added to an embedding are its last. Values, not a hash: the same base in another precision must be
-    recognised. What has no plain values (the meta device, codes, shards) is left out, and so are the modules that
-    adapter ``name`` trains whole; ``None`` if nothing is left. Of very many parameters, some are taken.
+    Rows that were added to an embedding are its last. The values are for a base in another precision, of which the
+    digest says nothing. What has no plain values (the meta device, codes, shards) is left out, and so are the modules
+    that adapter ``name`` trains whole; ``None`` if nothing is left. Of very many parameters, some are sampled.
 
     Args:
         saved: parameters that the adapter's file holds.
         state_dict: the base's tensors by path, gathered, to take the values from.
+        embeddings_may_differ: give embeddings no digest: rows that were added may have been made at random.
     """
-    base = base_tensors(adapters)
+    base, statistics = base_tensors(adapters), base_statistics(adapters)
     if state_dict and state_dict.keys() & base.keys():
-        base = {path: state_dict[path] for path in base if path in state_dict}
+        base, statistics = (
+            {path: state_dict[path] for path in own if path in state_dict} for own in (base, statistics)
+        )
     elif _is_sharded(adapters.model):
         return None
-    left_out, embeddings = tuple(f"{path}." for path in whole(adapters, name)), _embeddings(adapters)
-    base = {
-        path: value
-        for path, value in {id(value): (path, value) for path, value in reversed(base.items())}.values()
-        if _has_values(value) and path not in saved and not path.startswith(left_out)
-    }
+    left_out, embeddings = tuple(f"{path}." for path in saved_module_paths(adapters, name)), embedding_weights(adapters)
+    base, statistics = (
+        {
+            path: value
+            for path, value in {id(value): (path, value) for path, value in reversed(own.items())}.values()
+            if _has_values(value) and path not in saved and not path.startswith(left_out)
+        }
+        for own in (base, statistics)
+    )
     step = max(1, -(-len(base) // _PARAMETERS))
     taken = {path: base[path] for number, path in enumerate(base) if number % step == 0 or path in embeddings}
     samples = _samples({path: (value, _shape(value, path in embeddings)) for path, value in taken.items()})
     shapes = {path: _shape(value, path in embeddings) for path, value in taken.items()}
     found = {path: [*shapes[path], *(float(f"{value:.5g}") for value in own)] for path, own in samples.items()}
-    return json.dumps({"values": found}, sort_keys=True, separators=(",", ":")) if found else None
+    digests: dict[str, dict[str, str]] = {}
+    for path, value in (base | statistics).items():
+        if not (embeddings_may_differ and path in embeddings):
+            digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(value)
+    record = {"digests": digests, "values": found}
+    return json.dumps(record, sort_keys=True, separators=(",", ":")) if found else None
 
 
 @torch.no_grad()
 def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on: str | None) -> None:
     """Compares the base under adapter ``name`` with the fingerprint that its file records, if it does.
 
-    A value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it. Parameters that this base does not have are
-    passed over, and so are rows that its embeddings have beyond those recorded. What transformers has made at random,
-    as the base's files lack it, is a warning where it may not be used: inside the base (a pooler), not on top of it.
+    A sampled value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it. Parameters that this base does not have
+    are passed over, and so are rows that its embeddings have beyond those recorded, with a warning if they were not
+    added here. What transformers has made at random, as the base's files lack it, is a warning where it may not be
+    used: inside the base (a pooler), not on top of it. So are a norm's statistics, which follow the training.
 
     Raises:
         PeanutError: the weights differ by more.
@@ -83,27 +104,85 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     new = isinstance(read, dict) and "values" in read
     samples = check_value(what, dict[str, list[float]], read["values"] if new else read)
     then, now = _of_base(adapters, samples) if new else _of_layers(adapters, name, samples)
-    apart = sorted(path for path in then if path not in now or _apart(then[path], now[path]))
-    base = base_tensors(adapters) if apart else {}
+    differing = {path for path in then if path not in now or _apart(then[path], now[path])}
+    base, statistics = base_tensors(adapters), base_statistics(adapters)
+    digests = {} if _is_sharded(adapters.model) else _digests(what, read.get("digests", {}) if new else {})
+    exact = {
+        path: _first_rows(value, *samples.get(path, ())[1:2])
+        for path, value in (base | statistics).items()
+        if path in digests and path not in differing and _has_values(value)
+    }
+    changes = changed(exact, digests)
+    apart = sorted((differing | changes) - statistics.keys())
     random = [path for path in apart if _is_random(adapters, path, base)]
     others = [path for path in apart if path not in random]
     if others:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
-        resized = _embeddings(adapters) & set(others)
+        resized = embedding_weights(adapters) & set(others)
+        weights = (
+            _short([then, [digests[path][1] for path in sorted(changes)]]),
+            _short([now, [digest_of(exact[path]) for path in sorted(changes)]]),
+        )
         raise PeanutError(
-            f"the adapter was trained on '{trained_on or 'another model'}' (weights {_short(then)}) and this base is "
-            f"'{here}' (weights {_short(now)}): '{others[0]}'{more}",
+            f"the adapter was trained on '{trained_on or 'another model'}' (weights {weights[0]}) and this base is "
+            f"'{here}' (weights {weights[1]}): '{others[0]}'{more}",
             "the base that it was trained on",
             f"load that one, {'save the adapter with save_embedding_layers=True, ' if resized else ''}"
             "or pass check_base=False",
         )
     if random:
-        warnings.warn(
+        _warn(
             f"'{random[0]}' was made at random, as the base's files lack it, and is another than when the adapter was "
-            "trained: its answers are right only if the model does not use it",
-            stacklevel=2,
+            "trained: its answers are right only if the model does not use it"
         )
+    if following := sorted(changes & statistics.keys()):
+        _warn(
+            f"'{following[0]}' is another than when the adapter was saved, as statistics follow a training in train() "
+            f"mode: train with '{following[0].rpartition('.')[0]}' in eval(), or in modules_to_save"
+        )
+    longer = [
+        path for path in sorted(embedding_weights(adapters) & then.keys()) if _rows(base[path]) > int(then[path][1])
+    ]
+    if longer and not has_other_vocabulary(adapters, name):
+        rows = int(then[longer[0]][1])
+        _warn(
+            f"'{longer[0]}' has {_rows(base[longer[0]])} rows here and had {rows} when the adapter was trained, so it "
+            f"answers over other tokens; call resize_token_embeddings({rows}) first if they were not added since"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=7)  # where an adapter is loaded
+
+
+def _digests(what: str, read: Any) -> dict[str, Digest]:
+    """The digests that a file records, by path."""
+    by_dtype = check_value(what, dict[str, dict[str, str]], read)
+    return {
+        path: (dtype, own)
+        for name, digests in by_dtype.items()
+        if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+        for path, own in digests.items()
+    }
+
+
+def recorded_rows(recorded: str | None) -> dict[str, int]:
+    """How many rows the base's embeddings had when an adapter was saved, by path, if its file says so."""
+    what = "the recorded fingerprint of the base"
+    read = parse_json(recorded, what) if recorded else {}
+    values = read.get("values", {}) if isinstance(read, dict) else {}
+    samples = check_value(what, dict[str, list[float]], values)
+    return {path: int(own[1]) for path, own in samples.items() if len(own) > 1 and own[1] > 0}
+
+
+def _first_rows(value: Tensor, rows: float = 0) -> Tensor:
+    """The rows of an embedding that it had already, as ``_fits`` has found; other parameters as they are."""
+    return value[: int(rows)] if 0 < rows < _rows(value) else value
+
+
+def _rows(value: Tensor) -> int:
+    return len(value) if value.dim() == 2 else 0
 
 
 def _of_base(adapters: AdapterSet, recorded: Mapping[str, list[float]]) -> tuple[Samples, Samples]:
@@ -120,7 +199,7 @@ def _of_base(adapters: AdapterSet, recorded: Mapping[str, list[float]]) -> tuple
 
 def _shape(value: Tensor, embedding: bool) -> tuple[int, int]:
     """How many values a parameter has; and how many rows, if it is an embedding, else 0."""
-    return value.numel(), len(value) if embedding and value.dim() == 2 else 0
+    return value.numel(), _rows(value) if embedding else 0
 
 
 def _fits(value: Tensor, size: int, rows: int) -> bool:
@@ -165,17 +244,19 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
 
 
-def _embeddings(adapters: AdapterSet) -> set[str]:
-    return {f"{path}.weight" for path in embedding_paths(adapters)}
-
-
 def _is_random(adapters: AdapterSet, path: str, base: Mapping[str, Tensor]) -> bool:
-    """Whether transformers made a parameter inside the base at random: it marks those that it found in a file."""
+    """Whether transformers made a module inside the base at random: it marks what it found in a file."""
+
+    def is_read(value: Tensor) -> bool:
+        return getattr(value, "_is_hf_initialized", False)
+
     model, inside = adapters.model, f"{getattr(adapters.model, 'base_model_prefix', '')}."
-    if path not in base or path in _embeddings(adapters) or getattr(base[path], "_is_hf_initialized", False):
+    module = path.rpartition(".")[0]
+    beside = [value for own, value in base.items() if own.rpartition(".")[0] == module]
+    if path not in base or path in embedding_weights(adapters) or any(map(is_read, beside)):
         return False
     on_top = hasattr(model, inside[:-1]) and not path.startswith(inside)
-    return not on_top and any(getattr(value, "_is_hf_initialized", False) for value in base.values())
+    return not on_top and any(map(is_read, base.values()))
 
 
 def _of_layers(adapters: AdapterSet, name: str, recorded: Samples) -> tuple[Samples, Samples]:

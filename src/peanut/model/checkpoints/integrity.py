@@ -1,58 +1,84 @@
-"""What shows that the files of an adapter are of one save, and that no bit of its tensors has flipped since.
+"""What shows that the files of an adapter are of one save, and that no bit of them has flipped since.
 
 Both files carry the save's id: the tensors in their metadata, the config as a label of ``peft_version``
-(``0.21.2+peanut.<id>``), which Hugging Face PEFT reads as the same version. It stays when a user edits the config.
+(``0.21.2+peanut.<id>``), which Hugging Face PEFT reads as the same version. It stays when a user edits the config, of
+which the tensors' metadata have a digest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PeanutError
 from ...files import read_json, staged_files
 from ...protocols import PeftConfig
-from ...protocols.config import CONFIG_NAME, LABEL
+from ...protocols.config import CONFIG_NAME, LABEL, default_of
 
 __all__ = [
+    "CIRCUMSTANCES",
+    "CONFIG",
     "SAVE",
     "TRAINS",
     "check_sum",
-    "labelled",
+    "checksums",
+    "config_digest",
+    "file_text",
     "save_id",
     "staged_config",
     "with_sum",
     "without_label",
-    "write_tensors",
 ]
 
-SAVE, TRAINS = "peanut_save", "peanut_training"
-"""Keys of a file's metadata: the id, and in the file of the tensors, whether the save has training state."""
+SAVE, TRAINS, CONFIG = "peanut_save", "peanut_training", "peanut_config"
+"""Keys of a file's metadata: the id; in the file of the tensors, whether the save has training state, and a digest."""
+CIRCUMSTANCES = frozenset(
+    {
+        "adapters",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+"""Fields of a config that say where, on what and for what an adapter was saved, not what it computes."""
 _SUM = "peanut_sum"
 
 
-def save_id(config: PeftConfig, *parts: Mapping[str, Tensor]) -> str:
-    """The id of a save: the same for the same config and tensors, so that the same adapter gives the same files."""
-    return _digest(str(config), *map(_summed, parts))
+def save_id(config: PeftConfig, *sums: str) -> str:
+    """The id of a save: the same for the same config and checksums, so that the same adapter gives the same files."""
+    return _digest(str(config), *sums)
 
 
-def labelled(config: PeftConfig, save: str) -> PeftConfig:
-    """The config with the id of its save."""
-    return replace(config, peft_version=f"{config.peft_version}{LABEL}{save}")
+def config_digest(config: PeftConfig) -> str:
+    """A digest of what a config says of the adapter; a field that is at its default counts as one that is not there."""
+    values = config.to_dict()
+    said = {
+        field.name: values[field.name]
+        for field in dataclasses.fields(config)
+        if field.name in values and field.name not in CIRCUMSTANCES and values[field.name] != default_of(field)
+    }
+    return _digest(json.dumps(said, sort_keys=True))
+
+
+def file_text(config: PeftConfig, save: str) -> str:
+    """What the file of a config says, with the id of its save."""
+    return f"{dataclasses.replace(config, peft_version=f'{config.peft_version}{LABEL}{save}')}\n"
 
 
 def without_label(config: PeftConfig) -> tuple[PeftConfig, str]:
     """A config that was read and the id of its save, which is empty if its writer gave it none."""
     version, _, save = str(config.peft_version).partition(LABEL)
-    return (replace(config, peft_version=version), save) if save else (config, "")
+    return (dataclasses.replace(config, peft_version=version), save) if save else (config, "")
 
 
 def staged_config(folder: Path, save: str) -> PeftConfig | None:
@@ -67,22 +93,9 @@ def staged_config(folder: Path, save: str) -> PeftConfig | None:
     return None
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with a checksum; its metadata are in order, so that the same gives the same bytes."""
-    save_file(dict(tensors), path, metadata=with_sum(metadata, tensors))
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) <= length:
-            file.seek(8)
-            file.write(ordered.ljust(length))
-
-
-def with_sum(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata of a file with a checksum of itself and of the tensors."""
-    return {**metadata, _SUM: _digest(json.dumps(metadata, sort_keys=True), _summed(tensors))}
+def with_sum(metadata: Mapping[str, str], sums: str) -> dict[str, str]:
+    """The metadata of a file with a checksum of itself and of the tensors, of which ``checksums`` are given."""
+    return {**metadata, _SUM: _digest(json.dumps(dict(metadata), sort_keys=True), sums)}
 
 
 def check_sum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: object) -> None:
@@ -92,7 +105,7 @@ def check_sum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: 
         PeanutError: it is not what was written.
     """
     others = {key: value for key, value in metadata.items() if key != _SUM}
-    if _SUM in metadata and with_sum(others, tensors)[_SUM] != metadata[_SUM]:
+    if _SUM in metadata and with_sum(others, checksums(tensors))[_SUM] != metadata[_SUM]:
         raise PeanutError(
             f"'{path}' does not hold what was written: its checksum differs",
             "the tensors as they were saved",
@@ -100,7 +113,7 @@ def check_sum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: 
         )
 
 
-def _summed(tensors: Mapping[str, Tensor]) -> str:
+def checksums(tensors: Mapping[str, Tensor]) -> str:
     """The tensors' names, dtypes, shapes and CRCs."""
     return repr([(key, str(value.dtype), [*value.shape], _crc(value)) for key, value in sorted(tensors.items())])
 

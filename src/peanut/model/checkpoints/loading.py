@@ -16,12 +16,14 @@ from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
-from .base import embedding_paths
-from .checkpoint import TRAINING_NAME, StoredAdapter, adapter_state, by_place, keys_of, parts_of
+from .base_weights import base_tensors, embedding_paths, embedding_weights
+from .checkpoint import adapter_state, by_place, keys_of, parts_of
 from .embeddings import without_base
 from .fingerprint import check_base
+from .integrity import CIRCUMSTANCES
 from .keys import flat
-from .reading import check_kind
+from .stored_adapter import TRAINING_NAME, StoredAdapter
+from .tensor_files import check_kind
 
 __all__ = ["all_or_none", "load_state", "same_form"]
 
@@ -102,11 +104,12 @@ def load_state(
         )
     for key, parameter in own.items():
         if parameter.shape != state[key].shape:
+            rows = _rows_of(adapters, key, state[key], parameter)
             raise PeanutError(
                 f"'{stored.source}' holds {key} of shape {tuple(state[key].shape)}",
                 f"{tuple(parameter.shape)}",
-                f"call resize_token_embeddings({len(state[key])}) on the base first"
-                if key.rpartition(".")[0] in embedding_paths(adapters)
+                f"call resize_token_embeddings({rows}) on the base first"
+                if rows
                 else "load it on the base it was trained on (for a head: with the same number of labels)",
             )
         check_kind(stored.source, key, state[key], parameter)
@@ -145,6 +148,14 @@ def load_state(
             if written is not None:
                 written.append((weight, weight.clone()))
             weight.copy_(value.to(weight.device))
+
+
+def _rows_of(adapters: AdapterSet, key: str, value: Tensor, own: Tensor) -> int:
+    """How many tokens the base had for which a tensor of its embedding's adapter was made; 0 if that is not why."""
+    if value.dim() != own.dim() or not key.startswith(tuple(f"{path}." for path in embedding_paths(adapters))):
+        return 0
+    here = {len(value) for path, value in base_tensors(adapters).items() if path in embedding_weights(adapters)}
+    return next((read for read, there in zip(value.shape, own.shape, strict=True) if read != there in here), 0)
 
 
 def _untie(adapters: AdapterSet, name: str, own: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -211,20 +222,8 @@ def same_form(adapters: AdapterSet, name: str, config: PeftConfig) -> bool:
     """Whether ``config``, read from a file, is what adapter ``name`` would be saved with: then it stays as it is."""
     held, _ = adapter_state(adapters, name)
     mine, read = held.to_dict(), config.to_dict()
-    return all(mine.get(field) == read.get(field) for field in (mine.keys() | read.keys()) - _CIRCUMSTANCES)
-
-
-_CIRCUMSTANCES = {
-    "adapters",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "modules_to_save",
-    "peft_version",
-    "revision",
-    "target_modules",
-}
-"""Fields that say where and on what an adapter was saved, not what it computes."""
+    aside = CIRCUMSTANCES | {"modules_to_save", "target_modules"}
+    return all(mine.get(field) == read.get(field) for field in (mine.keys() | read.keys()) - aside)
 
 
 def _without_storage(adapters: AdapterSet, name: str) -> dict[str, tuple[Parameters, str, torch.device]]:

@@ -17,10 +17,11 @@ from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet, experts_of
 from ..adapters.room import room_of_file
 from ..adapters.surgery import SHARED
-from .base import SaveEmbeddings
-from .checkpoint import WEIGHTS_NAME, StoredAdapter, adapter_state, read_adapter, save_adapter
+from .checkpoint import adapter_state, save_adapter
+from .embeddings import SaveEmbeddings
 from .loading import all_or_none, load_state, same_form
-from .reading import opened
+from .stored_adapter import WEIGHTS_NAME, StoredAdapter, read_adapter
+from .tensor_files import open_tensors
 
 __all__ = ["add", "gathered", "name_for", "ready", "save_experts"]
 
@@ -120,7 +121,7 @@ def _is_whole(folder: Path) -> bool:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         return True  # reading it says so
-    with opened(path) as file:
+    with open_tensors(path) as file:
         return not any(key.startswith("base_model.lora_model.") for key in file.keys())  # noqa: SIM118
 
 
@@ -135,7 +136,7 @@ def gathered(stored: StoredAdapter) -> StoredAdapter:
         path = Path(stored.source) / name / WEIGHTS_NAME
         if not path.is_file() or _is_whole(path.parent):
             continue
-        with opened(path) as file:
+        with open_tensors(path) as file:
             for key in file.keys():  # noqa: SIM118
                 plain = key.removeprefix("base_model.")
                 if not plain.startswith("lora_model.") and f"{SHARED}{plain}" not in state:

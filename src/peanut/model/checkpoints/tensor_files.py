@@ -1,27 +1,30 @@
-"""Reads tensors that anybody may have written: they are finite, and of the kind that an adapter's own tensor is."""
+"""Writes tensors, and reads those that anybody may have written: they are finite, and of the kind that is needed."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import PeanutError, shown
-from .integrity import check_sum
+from .integrity import check_sum, with_sum
 
-__all__ = ["check_kind", "opened", "read_tensors", "refuse_not_finite"]
+__all__ = ["check_kind", "open_tensors", "read_tensors", "refuse_not_finite", "write_tensors"]
 
 _LONGEST = 1000
 """How many characters the name of a tensor may have."""
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A safetensors file, open for reading.
 
     Raises:
@@ -48,7 +51,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         PeanutError: it cannot be read, holds values that are not finite, or others than were written.
     """
-    with opened(path) as file:
+    with open_tensors(path) as file:
         metadata = file.metadata() or {}
         names = list(file.keys())
         long = next((name for name in names if len(name) > _LONGEST), None)
@@ -58,6 +61,19 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     refuse_not_finite(written, f"'{path}'", "save the adapter again from a training that did not diverge")
     check_sum(metadata, written, path)
     return {name: _plain(value) for name, value in written.items()}, metadata
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], sums: str) -> None:
+    """Writes a safetensors file with a checksum, from the tensors' ``checksums``; the same gives the same bytes."""
+    save_file(dict(tensors), path, metadata=with_sum(metadata, sums))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -72,6 +88,12 @@ def refuse_not_finite(state: Mapping[str, Any], where: str, do: str) -> None:
         PeanutError: there are some.
     """
     for key, given in state.items():
+        if type(given).__name__ == "DTensor":
+            raise PeanutError(
+                f"{where} has a part of '{key}' in each process, as a DTensor",
+                "whole tensors",
+                "pass state_dict=, the full one as torch.distributed.checkpoint.state_dict gathers it",
+            )
         if not isinstance(given, Tensor) or given.is_meta or given.layout != torch.strided:
             kind = f"a {given.layout} tensor on {given.device}" if isinstance(given, Tensor) else shown(given)
             raise PeanutError(f"{where} holds {kind} in '{key}'", "a tensor with its values", do)

@@ -24,7 +24,7 @@ from peanut import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peanut.model.checkpoints.base import saved_embeddings
+from peanut.model.checkpoints.embeddings import saved_embeddings
 
 from ...support import PEER_WARNINGS, Net, distance, one_thread, randomised, refused, same_bits  # noqa: F401
 
@@ -260,3 +260,26 @@ def test_trained_tokens_alone_need_no_embeddings(base: Base, tmp_path: Path) -> 
     model = get_peft_model(base(), TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]))
     model.save_pretrained(tmp_path / "a")
     assert not held(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head", "both", "embedding trained whole", "other layers"])
+def test_resizing_under_an_adapter_is_right_or_one_line(kind: str, base: Base, tmp_path: Path) -> None:
+    model = randomised(get_peft_model(base(), config_of(peanut, kind))).eval()
+    assert len(model.resize_token_embeddings().weight) == 101
+    if kind != "other layers":
+        message = r"^an adapter changes '.*', which is to be resized; expected embeddings without adapters; resi"
+        with refused(model, message):
+            model.resize_token_embeddings(104)
+        return
+    assert len(model.resize_token_embeddings(104, mean_resizing=False).weight) == 104
+    model.save_pretrained(tmp_path / "a")
+    assert same_bits(logits(PeftModel.from_pretrained(base(2), tmp_path / "a")), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head"])
+def test_the_rows_to_resize_to_are_those_of_the_file(kind: str, base: Base, tmp_path: Path) -> None:
+    """Not the rank, which is the first size of an embedding's A."""
+    get_peft_model(base(1), config_of(peanut, kind)).save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    small = base()
+    with refused(small, r"; call resize_token_embeddings\(104\) on the base first$"):
+        PeftModel.from_pretrained(small, tmp_path / "a")

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from peanut import (
     LoraConfig,
@@ -28,6 +30,7 @@ from peanut import (
 )
 from peanut.files import read_json
 
+pytestmark = pytest.mark.filterwarnings("ignore:adapter_config.json in .* was saved by this library and")
 A = "base_model.model.0.lora_A.weight"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -252,3 +255,19 @@ def test_encodings_of_a_config(folder: Path) -> None:
     assert read_json(path) == json.loads(text)
     path.write_bytes(text.encode("utf-16"))
     refused(folder, "cannot read .*utf-8")
+
+
+def test_a_shard_of_a_tensor_is_not_saved_and_the_gathered_one_is(tmp_path: Path) -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    full = {key: value.clone() for key, value in model.state_dict().items()}
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model.get_base_model(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(PeanutError, match=r"^adapter 'default' has a part of '.*' in each process, as a DTens"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+        model.save_pretrained(tmp_path, state_dict=full)
+    finally:
+        distributed.destroy_process_group()
+    found = get_peft_model_state_dict(PeftModel.from_pretrained(net(), tmp_path))
+    assert torch.equal(found[A], next(value for key, value in full.items() if "lora_A" in key))
