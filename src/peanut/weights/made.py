@@ -8,15 +8,24 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..stack import in_a_forward
 
-__all__ = ["about_to_change", "current", "is_made", "made_by"]
+__all__ = ["about_to_change", "current", "is_made", "made_by", "makes_tensor"]
+
+
+def makes_tensor(hook: Any) -> bool:
+    """Whether a hook is one of torch's that make a tensor of their module."""
+    return isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
 
 
 def made_by(hook: Any) -> str | None:
     """The name of the tensor that a hook of torch makes: of ``weight_norm`` and ``spectral_norm``, or of pruning."""
-    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)
+    if not makes_tensor(hook):
+        return None
+    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+    return name
 
 
 def is_made(module: nn.Module, name: str) -> bool:

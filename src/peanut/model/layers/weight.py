@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
+from .hooks import has_hooks
 from .reading import Reading
 from .state import AdapterState
 
@@ -147,6 +149,12 @@ class AdaptedWeight(Adapted):
         names = [name for name in names if name in self.adapters]
         if not names:
             return
+        if has_hooks(self.base_layer):
+            warnings.warn(
+                f"hooks were put on '{self.path}.base_layer', not on '{self.path}': while adapters are merged they see "
+                "what is computed with the merged weight",
+                stacklevel=2,
+            )
         change = Change.together([self.change(name) for name in names])
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
