@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..operators import Delta
-from .made import made_by
+from .made import current, made_by
 from .stored import called_present, keeper
 
 __all__ = ["DTYPES", "LayerKind", "as_its_class", "is_plain", "unhooked", "with_tensors"]
@@ -126,6 +126,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     kind = type(module)
     if "parametrizations" in module._modules:
         kind = parametrize.type_before_parametrizations(module)
+        tensors = {**{name: current(module, name) for name in module.parametrizations}, **tensors}  # type: ignore[union-attr]
     twin = kind.__new__(kind)
     twin.__dict__ = {
         **{name: value for name, value in module.__dict__.items() if name not in tensors},
