@@ -12,7 +12,7 @@ from ..operators.delta import recomputed
 from .kind import DTYPES, LayerKind, as_its_class, is_plain
 from .made import about_to_change, made_now
 from .readable import unreadable
-from .stored import device_of, keeper, some_tensor, store, stored
+from .stored import device_of, offload_hook, some_tensor, store, stored
 
 __all__ = ["FrozenLayer", "product"]
 
@@ -52,16 +52,16 @@ class FrozenLayer:
         return self._tied
 
     @property
-    def away(self) -> bool:
+    def offloaded(self) -> bool:
         """Whether the weight is offloaded."""
         own = self.module._parameters.get("weight")
-        return isinstance(own, Tensor) and own.is_meta and keeper(self.module) is not None
+        return isinstance(own, Tensor) and own.is_meta and offload_hook(self.module) is not None
 
     @property
     def without_storage(self) -> bool:
         """Whether the weight is nowhere."""
         own = self.module._parameters.get("weight")
-        return own is not None and own.is_meta and keeper(self.module) is None
+        return own is not None and own.is_meta and offload_hook(self.module) is None
 
     @property
     def weight(self) -> Tensor:
@@ -114,7 +114,7 @@ class FrozenLayer:
                 "parametrizations, or eval() of the layer, would do)"
             )
         if kind.quantised:
-            return "codes of a quantised weight that is offloaded" if self.away else None
+            return "codes of a quantised weight that is offloaded" if self.offloaded else None
         if usual and is_plain(weight) and kind.fits(module, weight):
             self._plain = weight if weight is module._parameters.get("weight") else None
             return None
@@ -180,7 +180,7 @@ class FrozenLayer:
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
             if shared and not self.kind.quantised:
                 self._tied = self.module.weight
-            if self.kind.quantised or (shared and not self.away):
+            if self.kind.quantised or (shared and not self.offloaded):
                 self._shared = weight
             if self._shared is not None and not self.kind.quantised:
                 self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..operators import Delta
 from .made import current, made_by
-from .stored import called_present, keeper
+from .stored import called_onloaded, offload_hook
 
 __all__ = ["DTYPES", "LayerKind", "as_its_class", "is_plain", "unhooked", "with_tensors"]
 
@@ -117,8 +117,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     put on the module itself, need the tensors in the module; and where accelerate has offloaded the module's own, they
     are brought for the call.
     """
-    if keeper(module) is not None:
-        return called_present(module, tensors, *args, **kwargs)
+    if offload_hook(module) is not None:
+        return called_onloaded(module, tensors, *args, **kwargs)
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
     # Whatever puts tensors of these names into the module otherwise stays outside: FSDP, which keeps views of its own

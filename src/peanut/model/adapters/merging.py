@@ -118,7 +118,7 @@ class Merging(Surgery):
             return False
         found: Any = (getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
         ends = [end.base_layer if isinstance(end, AdaptedLayer) else end for end in found]
-        adapted = any(layer.base_layer in ends and layer.frozen.away for _, layer in self.layers())
+        adapted = any(layer.base_layer in ends and layer.frozen.offloaded for _, layer in self.layers())
         return adapted and None not in ends and not same_weight(*ends)
 
     def _refuse_two_heads(self, names: Sequence[str]) -> None:

@@ -245,10 +245,10 @@ class AdaptedWeight(Adapted):
         if not (compiled or in_a_forward()):
             return getattr(self.base_layer, name)
         if name == "bias" or compiled or self.state.call.disabled or not self._read_with(self.state.call):
-            return self._now(name)
-        return Reading(self.base_layer.weight, partial(self._now, name), self.path)  # type: ignore[arg-type]
+            return self._effective(name)
+        return Reading(self.base_layer.weight, partial(self._effective, name), self.path)  # type: ignore[arg-type]
 
-    def _now(self, name: str) -> Any:
+    def _effective(self, name: str) -> Any:
         """The weight or bias that the layer has in the call that is made now."""
         call = self.state.call
         self.state.check(call)
@@ -259,7 +259,7 @@ class AdaptedWeight(Adapted):
             return getattr(self.base_layer, name)
         if name == "weight":
             return self._weight(call, names)
-        return self._whole(call, names, sample=False).offset(self.frozen.bias())  # no method draws a bias
+        return self._combined(call, names, sample=False).offset(self.frozen.bias())  # no method draws a bias
 
     def _read_with(self, call: CallState) -> list[str]:
         """The adapters that change what is read; none where all of them are merged."""
@@ -269,13 +269,13 @@ class AdaptedWeight(Adapted):
 
     def _weight(self, call: CallState, names: Sequence[str]) -> Tensor:
         """W', as the layer stores it."""
-        change, kind = self._whole(call, names, sample=self.training or call.sampling), self.frozen.kind
+        change, kind = self._combined(call, names, sample=self.training or call.sampling), self.frozen.kind
         if kind.quantised:
             raise self._unread("it is quantised: its weight is codes")
         matrix = self._written(change, self._wide_matrix())
         return kind.layout(self.base_layer, matrix).to(self.frozen.weight.dtype)
 
-    def _whole(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
+    def _combined(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
         """What the adapters ``names`` make of the layer, whatever its input.
 
         Raises:
