@@ -114,7 +114,7 @@ def test_several_gradients_at_once(case: Case) -> None:
 
 
 def traced(model: PeftModel, x: Tensor) -> Callable[[Tensor], Tensor]:
-    return torch.jit.trace(model, (x,), check_trace=False)  # type: ignore[no-any-return]
+    return torch.jit.trace(model, (x,))  # type: ignore[no-any-return]
 
 
 def traced_in_inference(model: PeftModel, x: Tensor) -> Callable[[Tensor], Tensor]:

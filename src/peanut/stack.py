@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
-__all__ = ["in_a_forward", "in_a_function"]
+__all__ = ["called_by", "in_a_forward", "in_a_function"]
 
 
 def in_a_forward() -> bool:
@@ -22,6 +23,11 @@ def in_a_forward() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def called_by(function: Any) -> bool:
+    """Whether whoever calls this was called by ``function``."""
+    return sys._getframe(2).f_code is function.__code__
 
 
 def in_a_function() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -200,3 +201,37 @@ def test_a_bias_that_is_pruned_is_moved_but_not_merged_into() -> None:
     y = still(X)
     still.merge_adapter()  # which leaves the bias alone
     assert distance(still(X), y) < 1e-12
+
+
+def test_what_a_thread_makes_is_kept_for_its_call_alone() -> None:
+    model, plain = adapted("weight_norm"), parametrizations.weight_norm(nn.Linear(6, 6))
+    y, found = model(X), list[Tensor]()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    layer_of(model).base_layer.register_forward_hook(wait)
+    thread = threading.Thread(target=lambda: found.append(model(X)))
+    thread.start()
+    assert inside.wait(10)
+    before = plain.weight.detach().clone()
+    with torch.no_grad():
+        plain.parametrizations.weight.original0.mul_(2)  # type: ignore[union-attr,operator]
+    after = plain.weight
+    go_on.set()
+    thread.join()
+    assert distance(after, 2 * before) < 1e-6
+    assert same_bits(found[0], y)
+
+
+@pytest.mark.parametrize("method", ["OFT", "LORA", "PEANUT"])
+def test_a_bias_that_is_made_is_used_where_the_weight_is_changed(method: str) -> None:
+    case = next(case for case in FIRST_CASES if (case.method, case.kind) == (method, "conv2d"))
+    net = case.net()
+    parametrizations.weight_norm(net.layer, "bias", dim=None)
+    torch.manual_seed(3)
+    model = randomised(get_peft_model(net, case.config())).eval()
+    torch.manual_seed(3)
+    assert distance(model(case.input()), case.adapted()(case.input())) < 1e-12

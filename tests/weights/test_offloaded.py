@@ -12,7 +12,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from peanut import PeftModel, get_peft_model
-from peanut.weights.stored import keeper
+from peanut.weights.stored import offload_hook
 
 from ..support import FIRST_CASES, Case, Net, directed, distance, filled, gradients, one_thread  # noqa: F401
 
@@ -38,7 +38,7 @@ def two(case: Case, way: str, folder: Path) -> tuple[PeftModel, PeftModel]:
     else:
         net: Any = offloaded(case.net(), way, folder)
         other = filled(get_peft_model(net, case.config()).eval(), values)
-    assert keeper(other.get_base_model().layer.base_layer) is not None
+    assert offload_hook(other.get_base_model().layer.base_layer) is not None
     assert other.get_base_model().layer.base_layer.weight.is_meta
     return model, other
 

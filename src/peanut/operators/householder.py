@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cayley import in_full
-from .delta import product_dtype, shaped, wide
+from .delta import captured, product_dtype, shaped, wide
 from .low_rank import LowRank
 from .rotation import Rotation
 
@@ -75,7 +75,7 @@ class Householder(Rotation):
 
         Without a gradient few tokens are multiplied themselves: W V costs as much as W's rows would.
         """
-        if not torch.is_grad_enabled() and x.numel() < weight.numel():
+        if not (torch.is_grad_enabled() or captured()) and x.numel() < weight.numel():
             return super().turned(x, weight, bias)
         dtype = product_dtype(x)
         x, weight, vectors, core = (value.to(dtype) for value in (x, weight, self.vectors, self.core))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.delta import recomputed
-from .kind import LayerKind, as_its_class, is_plain
-from .made import about_to_change
+from .kind import DTYPES, LayerKind, as_its_class, is_plain
+from .made import about_to_change, made_now
 from .readable import unreadable
-from .stored import device_of, keeper, some_tensor, store, stored
+from .stored import device_of, offload_hook, some_tensor, store, stored
 
 __all__ = ["FrozenLayer", "product"]
 
@@ -31,6 +31,7 @@ class FrozenLayer:
         self._bias: Tensor | None = None
         self._shared: nn.Parameter | None = None
         self._tied: nn.Parameter | None = None
+        self._plain: Tensor | None = None
         self._seen: tuple[Any, str | None] = None, None
 
     @property
@@ -51,16 +52,16 @@ class FrozenLayer:
         return self._tied
 
     @property
-    def away(self) -> bool:
+    def offloaded(self) -> bool:
         """Whether the weight is offloaded."""
         own = self.module._parameters.get("weight")
-        return isinstance(own, Tensor) and own.is_meta and keeper(self.module) is not None
+        return isinstance(own, Tensor) and own.is_meta and offload_hook(self.module) is not None
 
     @property
     def without_storage(self) -> bool:
         """Whether the weight is nowhere."""
         own = self.module._parameters.get("weight")
-        return own is not None and own.is_meta and keeper(self.module) is None
+        return own is not None and own.is_meta and offload_hook(self.module) is None
 
     @property
     def weight(self) -> Tensor:
@@ -104,14 +105,18 @@ class FrozenLayer:
     def unreadable(self, weight: Any) -> str | None:
         """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
         kind, module = self.kind, self.module
+        usual = as_its_class(module) and kind.usual(module)
+        if usual and isinstance(weight, Tensor) and weight is self._plain and weight.dtype in DTYPES:
+            return None
         if about_to_change(module, "weight"):
             return (
                 "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
                 "parametrizations, or eval() of the layer, would do)"
             )
         if kind.quantised:
-            return "codes of a quantised weight that is offloaded" if self.away else None
-        if as_its_class(module) and is_plain(weight) and kind.usual(module) and kind.fits(module, weight):
+            return "codes of a quantised weight that is offloaded" if self.offloaded else None
+        if usual and is_plain(weight) and kind.fits(module, weight):
+            self._plain = weight if weight is module._parameters.get("weight") else None
             return None
         seen = type(weight), *(getattr(weight, name, None) for name in ("dtype", "shape", "is_meta"))
         if self._seen[0] != seen:
@@ -175,7 +180,7 @@ class FrozenLayer:
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
             if shared and not self.kind.quantised:
                 self._tied = self.module.weight
-            if self.kind.quantised or (shared and not self.away):
+            if self.kind.quantised or (shared and not self.offloaded):
                 self._shared = weight
             if self._shared is not None and not self.kind.quantised:
                 self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
@@ -186,10 +191,16 @@ class FrozenLayer:
         if bias is not None:
             store(self.module, "bias", bias)
 
+    def output(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output."""
+        module = self.module
+        made = made_now(module) if "parametrizations" in module._modules else {}
+        return self.kind.called_with(module, made, x, *args, **kwargs) if made else module(x, *args, **kwargs)
+
     def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its original weight, bit for bit; the merged weight stays where others read it."""
         if not self.merged:
-            return self.module(x, *args, **kwargs)
+            return self.output(x, *args, **kwargs)
         own, bias = {"weight": self.weight}, self.bias()
         return self.kind.called_with(self.module, own if bias is None else {**own, "bias": bias}, x, *args, **kwargs)
 

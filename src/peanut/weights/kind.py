@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..operators import Delta
-from .made import made_by
-from .stored import called_present, keeper
+from .made import current, made_by
+from .stored import called_onloaded, offload_hook
 
 __all__ = ["DTYPES", "LayerKind", "as_its_class", "is_plain", "unhooked", "with_tensors"]
 
@@ -117,8 +117,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     put on the module itself, need the tensors in the module; and where accelerate has offloaded the module's own, they
     are brought for the call.
     """
-    if keeper(module) is not None:
-        return called_present(module, tensors, *args, **kwargs)
+    if offload_hook(module) is not None:
+        return called_onloaded(module, tensors, *args, **kwargs)
     if torch.compiler.is_compiling() or "forward" in module.__dict__:
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
     # Whatever puts tensors of these names into the module otherwise stays outside: FSDP, which keeps views of its own
@@ -126,6 +126,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     kind = type(module)
     if "parametrizations" in module._modules:
         kind = parametrize.type_before_parametrizations(module)
+        tensors = {**{name: current(module, name) for name in module.parametrizations}, **tensors}  # type: ignore[union-attr]
     twin = kind.__new__(kind)
     twin.__dict__ = {
         **{name: value for name, value in module.__dict__.items() if name not in tensors},

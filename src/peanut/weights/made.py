@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..stack import in_a_forward
 
-__all__ = ["about_to_change", "current", "is_made", "made_by"]
+__all__ = ["about_to_change", "current", "is_made", "made_by", "made_now", "made_once", "makes_tensor"]
+
+
+def makes_tensor(hook: Any) -> bool:
+    """Whether a hook is one of torch's that make a tensor of their module."""
+    return isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))
 
 
 def made_by(hook: Any) -> str | None:
     """The name of the tensor that a hook of torch makes: of ``weight_norm`` and ``spectral_norm``, or of pruning."""
-    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)
+    if not makes_tensor(hook):
+        return None
+    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+    return name
 
 
 def is_made(module: nn.Module, name: str) -> bool:
@@ -34,14 +48,54 @@ def about_to_change(module: nn.Module, name: str) -> bool:
     return any(isinstance(hook, SpectralNorm) and hook.name == name for hook in hooks) and in_a_forward()
 
 
+class _OfCalls(threading.local):
+    """What parametrisations have made for the calls that a thread is in, by the module and the tensor's name."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[nn.Module, str], Tensor] = {}
+
+
+_MADE = _OfCalls()
+
+
+def made_once(module: nn.Module) -> AbstractContextManager[None]:
+    """Within the context this thread makes the parametrised tensors of a module once, for all that reads them.
+
+    torch's own ``parametrize.cached`` is of the whole process: other threads would be given them.
+    """
+    return parametrize.cached() if torch.compiler.is_compiling() else _made_once(module)
+
+
+@contextmanager
+def _made_once(module: nn.Module) -> Iterator[None]:
+    before = _MADE.made
+    own = {(module, name): getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+    _MADE.made = {**before, **own}
+    try:
+        yield
+    finally:
+        _MADE.made = before
+
+
+def made_now(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module that were made for the call that this thread is in."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: value for (owner, name), value in _MADE.made.items() if owner is module}
+
+
 def current(module: nn.Module, name: str) -> Any:
     """The tensor ``name`` of a module; what a hook makes of it before the forward is made first.
 
     Reading it does not move it on, as a forward of training does with ``spectral_norm``.
     """
-    if name in module._parameters:
-        return module._parameters[name]
+    own = module._parameters
+    if name in own:
+        return own[name]
     if "parametrizations" in module._modules and is_parametrized(module, name):
+        made = made_now(module)
+        if name in made:
+            return made[name]
         moving = [part for part in module.parametrizations[name].modules() if part.training]  # type: ignore[index,union-attr]
         for part in moving:
             part.training = False

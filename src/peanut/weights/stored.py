@@ -18,12 +18,12 @@ from ..errors import PeanutError
 from .made import current
 
 __all__ = [
-    "bring_back",
-    "called_present",
+    "called_onloaded",
     "check_by_layer",
     "copied",
     "device_of",
-    "keeper",
+    "offload_hook",
+    "onload",
     "same_weight",
     "some_tensor",
     "store",
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 
-def keeper(module: nn.Module) -> Any:
-    """The hook that keeps the module's tensors elsewhere between forwards, ``None`` if none does."""
+def offload_hook(module: nn.Module) -> Any:
+    """accelerate's hook that offloads the module's tensors between forwards, ``None`` if none does."""
     return next((hook for hook in _hooks(module.__dict__.get("_hf_hook")) if getattr(hook, "offload", False)), None)
 
 
@@ -44,11 +44,11 @@ def _hooks(hook: Any) -> Iterator[Any]:
 
 
 def stored(module: nn.Module, name: str) -> Any:
-    """The tensor ``name`` of a module; one that is away is read from where it is, on the device of the forward."""
+    """The tensor ``name`` of a module; an offloaded one is read onto the device of the forward."""
     value = current(module, name)
     if not isinstance(value, Tensor) or not value.is_meta:
         return value
-    hook = keeper(module)
+    hook = offload_hook(module)
     if hook is None:
         return value
     with torch.device("cpu"):  # adapters may be being made on the meta device
@@ -59,19 +59,19 @@ def stored(module: nn.Module, name: str) -> Any:
 def device_of(module: nn.Module, name: str) -> torch.device:
     """Where ``stored`` finds the tensor."""
     value: Tensor = current(module, name)
-    hook = keeper(module) if value.is_meta else None
+    hook = offload_hook(module) if value.is_meta else None
     return value.device if hook is None else torch.empty(0, device=hook.execution_device).device
 
 
 @torch.no_grad()
 def store(module: nn.Module, name: str, value: Tensor) -> None:
-    """Writes ``value`` into the tensor ``name`` of a module, or in its place where that is away.
+    """Writes ``value`` into the tensor ``name`` of a module, or where that is offloaded to.
 
     Raises:
-        PeanutError: it is away, and where it is nothing can be written.
+        PeanutError: it is offloaded to where nothing can be written.
     """
     own: Tensor = current(module, name)
-    hook = keeper(module) if own.is_meta else None
+    hook = offload_hook(module) if own.is_meta else None
     if hook is None:
         own.copy_(value)
         return
@@ -97,7 +97,7 @@ def check_by_layer(model: nn.Module) -> None:
         PeanutError: there is such a hook.
     """
     for path, module in model.named_modules():
-        hook = keeper(module)
+        hook = offload_hook(module)
         if hook is not None and getattr(hook, "place_submodules", False) and next(module.children(), None) is not None:
             raise PeanutError(
                 f"'{path}', whose offloaded weights one hook brings together with those of all modules in it",
@@ -107,12 +107,12 @@ def check_by_layer(model: nn.Module) -> None:
 
 
 def same_weight(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules share their weight, also while it is away."""
+    """Whether two modules share their weight, also while it is offloaded."""
     a, b = current(one, "weight"), current(other, "weight")
     if a is None or a is b:
         return a is b and a is not None
-    away = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta and a.shape == b.shape
-    if not away or keeper(one) is None or keeper(other) is None:
+    offloaded = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta and a.shape == b.shape
+    if not offloaded or offload_hook(one) is None or offload_hook(other) is None:
         return False
     return torch.equal(stored(one, "weight"), stored(other, "weight"))
 
@@ -127,21 +127,21 @@ def some_tensor(module: nn.Module) -> Tensor | None:
     return None
 
 
-def bring_back(module: nn.Module) -> None:
-    """Puts all tensors of a module that are away into it for good, each as the object that it is."""
+def onload(module: nn.Module) -> None:
+    """Puts all offloaded tensors of a module into it for good, each as the object that it is."""
     for part in module.modules():
-        if keeper(part) is None:
+        if offload_hook(part) is None:
             continue
         for name, own in (*part._parameters.items(), *part._buffers.items()):
             if own is not None and own.is_meta:
                 here = stored(part, name)
                 here = nn.Parameter(here, own.requires_grad) if name in part._parameters else here
                 torch.utils.swap_tensors(own, here)
-        part.__dict__["_hf_hook"] = _without_keeping(part.__dict__["_hf_hook"])
+        part.__dict__["_hf_hook"] = _without_offloading(part.__dict__["_hf_hook"])
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of a module with all of its tensors in it, none of them away."""
+    """A copy of a module with all of its tensors in it, none of them offloaded."""
     memo = {} if memo is None else memo
     for part in module.modules():
         memo |= {
@@ -150,12 +150,12 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         made = (x for x in vars(part).values() if isinstance(x, Tensor) and not x.is_leaf)
         memo |= {id(x): x.detach().clone() for x in made}  # by hooks, of parameters: it is made again
     own = copy.deepcopy(module, memo)
-    bring_back(own)
+    onload(own)
     return own
 
 
-def called_present(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """The output of a module whose tensors are away, with some of them replaced; the module itself is left alone.
+def called_onloaded(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The output of a module whose tensors are offloaded, with some of them replaced; the module itself is left alone.
 
     Raises:
         PeanutError: its forward had been replaced before the hook came, by one that knows only that module.
@@ -167,7 +167,7 @@ def called_present(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any,
             "one of the two",
             "load the base without offloading it",
         )
-    hook = _without_keeping(module.__dict__["_hf_hook"])
+    hook = _without_offloading(module.__dict__["_hf_hook"])
     made: Any = type(module)
     twin = made.__new__(made)
 
@@ -184,10 +184,10 @@ def called_present(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any,
     return twin(*args, **kwargs)
 
 
-def _without_keeping(hook: Any) -> Any:
+def _without_offloading(hook: Any) -> Any:
     """A hook that moves inputs and outputs as ``hook`` does, and no weights."""
     own = copy.copy(hook)
     own.__dict__ |= {name: value for name, value in (("offload", False),) if name in own.__dict__}
     if hasattr(own, "hooks"):
-        own.hooks = tuple(_without_keeping(inner) for inner in own.hooks)
+        own.hooks = tuple(_without_offloading(inner) for inner in own.hooks)
     return own

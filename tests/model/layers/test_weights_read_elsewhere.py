@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peanut import HRAConfig, LoraConfig, OFTConfig, PeanutConfig, PeanutError, PeftModel, PolyConfig, get_peft_model
@@ -18,7 +20,7 @@ from peanut.model.layers.reading import Reading
 from peanut.protocols import METHODS
 from peanut.weights import kind_of
 
-from ...support import FIRST_CASES, Case, Net, directed, distance, gradients, one_thread, randomised, same_bits  # noqa: F401
+from ...support import FIRST_CASES, Case, Net, directed, distance, gradients, one_thread, randomised, refused, same_bits  # noqa: F401
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* returned no loss"),
@@ -232,13 +234,27 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "through data": lambda weight: weight.data.mul_(2),
     "at an index": lambda weight: weight.__setitem__(0, 1.0),
     "new data": lambda weight: setattr(weight, "data", weight.data * 2),
+    "with an operator": lambda weight: operator.imul(weight, 2),
+    "a row": lambda weight: weight[0].zero_(),
+    "a part of a part": lambda weight: weight.T.split(2)[1][0].__setitem__(0, 1.0),
+    "a view of the data": lambda weight: weight.data.view(-1).fill_(1.0),
+    "in the dtype that it has": lambda weight: weight.double().mul_(2),
+    "as an output": lambda weight: torch.mul(weight, 2, out=weight.data),
+    "several at once": lambda weight: torch._foreach_mul_([weight.data], 2),
+    "by a function": lambda weight: F.relu(weight.detach(), inplace=True),
+    "by an initialisation": lambda weight: nn.init.ones_(weight[1:]),
 }
 
 
 @pytest.mark.parametrize("way", WRITES)
 def test_a_weight_with_adapters_is_not_written_to_in_a_forward(way: str) -> None:
     model = adapted()
-    handle = model.get_base_model().register_forward_pre_hook(lambda module, args: WRITES[way](module.layer.weight))
+
+    def write(module: Any, args: Any) -> None:
+        with torch.no_grad():
+            WRITES[way](module.layer.weight)
+
+    handle = model.get_base_model().register_forward_pre_hook(write)
     before, own = layer_of(model).weight.clone(), layer_of(model).weight
     with pytest.raises(PeanutError, match=r"'layer', which adapters change, is written in a forward"):
         model(X)
@@ -247,6 +263,56 @@ def test_a_weight_with_adapters_is_not_written_to_in_a_forward(way: str) -> None
         model(X)
     handle.remove()
     assert not same_bits(own, before)
+
+
+class KeepingNet(ReadingNet):
+    """Reads the weight once, and computes with what it has kept."""
+
+    kept: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.kept or (self.layer.weight,)
+        return F.linear(x, self.kept[0], self.layer.bias)
+
+
+def test_a_weight_that_is_kept_is_that_of_the_call_that_uses_it() -> None:
+    calling, keeping = adapted(linear_net(reads=False)), adapted(KeepingNet(linear_net(reads=False)))
+    for model in (calling, keeping):
+        torch.manual_seed(4)
+        model.add_adapter("other", PeanutConfig(r=4, target_modules=["layer"]))
+        randomised(model, ["other"])
+    assert distance(keeping(X), calling(X)) < TIGHT
+    for names in (["other"], ["default", "other"]):
+        calling.set_adapter(names), keeping.set_adapter(names)
+        assert distance(keeping(X), calling(X)) < TIGHT
+    with keeping.disable_adapter():
+        assert same_bits(keeping(X), linear_net(reads=False)(X))
+    keeping.merge_adapter()
+    assert distance(keeping(X), calling(X)) < TIGHT
+
+
+def test_a_weight_that_is_read_is_made_no_parameter_of_another_module() -> None:
+    class Caching(ReadingNet):
+        def forward(self, x: Tensor) -> Tensor:
+            self.cached = self.layer.weight
+            return F.linear(x, self.cached)
+
+    model = adapted(Caching(linear_net(reads=False)))
+    names = list(model.state_dict())
+    with pytest.raises(PeanutError, match=r"'layer', which adapters change, is made a parameter of a module"):
+        model(X)
+    assert list(model.state_dict()) == names
+
+
+def test_parts_of_a_weight_that_is_read_have_gradients_in_a_kernel() -> None:
+    class Part(ReadingNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return Kernel.apply(x, self.layer.weight.view(20, 12)) + self.layer.bias
+
+    models = adapted(linear_net(reads=False)), adapted(Part(linear_net(reads=False)))
+    wanted, found = (directed(model(X)).backward() or gradients(model) for model in models)
+    assert len(wanted) == 2
+    assert max(distance(found[key], wanted[key]) for key in wanted) < 1e-9
 
 
 def test_what_differs_within_a_batch_cannot_be_read() -> None:
@@ -313,6 +379,13 @@ def test_a_compiled_model_reads_the_same() -> None:
     assert distance(torch.compile(model, backend="aot_eager", fullgraph=True)(X), wanted) < TIGHT
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_graph_that_reads_without_dropout_says_so() -> None:
+    model = get_peft_model(linear_net(), LoraConfig(r=4, target_modules=["layer"], lora_dropout=0.5)).train()
+    with pytest.warns(UserWarning, match=r"a compiled graph reads the weight of 'layer' in training.*is not applied"):
+        torch.compile(model, backend="eager", fullgraph=True)(X)
+
+
 def test_a_weight_is_set_where_it_is() -> None:
     model, given = adapted(linear_net(reads=False)), nn.Parameter(torch.randn(20, 12, dtype=torch.float64))
     layer = layer_of(model)
@@ -321,3 +394,24 @@ def test_a_weight_is_set_where_it_is() -> None:
     assert "weight" not in layer._parameters
     with model.disable_adapter():
         assert same_bits(model(X), F.linear(X, given, layer.bias))
+
+
+REPLACED: dict[str, Callable[[nn.Module], Any]] = {
+    "functional_call": lambda layer: torch.func.functional_call(layer, {"weight": torch.zeros(20, 12).double()}, (X,)),
+    "a key": lambda layer: layer._parameters["weight"],
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.* is deprecated")
+@pytest.mark.parametrize("way", REPLACED)
+def test_what_wants_a_parameter_of_the_adapted_layer_itself_is_told_where_it_is(way: str) -> None:
+    model = adapted(linear_net(reads=False))
+    layer = layer_of(model)
+    with refused(model, r"expected (one in the place of )?base_layer\.weight"):
+        REPLACED[way](layer)
+    own = {"base_layer.weight": torch.zeros(20, 12).double()}
+    wanted = X @ layer.delta("default").T + layer.base_layer.bias
+    assert distance(torch.func.functional_call(layer, own, (X,)), wanted) < TIGHT

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from peanut import LoraConfig, OutOfReachWarning, PeanutConfig, get_peft_model
+from peanut import IA3Config, LoraConfig, OutOfReachWarning, PeanutConfig, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.model.targets.architectures import ARCHITECTURES
 from peanut.model.targets.matching import HEADS
@@ -106,6 +106,15 @@ def test_every_default_of_the_peer_is_ours() -> None:
     ours = {name: ARCHITECTURES[name] for name in scaled}
     assert {name: [*each.scaled_outputs, *each.scaled_inputs] for name, each in ours.items()} == scaled
     assert {name: [*each.scaled_inputs] for name, each in ours.items()} == inputs
+
+
+def test_a_default_leaves_out_what_the_model_has_no_more() -> None:
+    """Experts that transformers has fused have no ``w2``; the rest of (IA)³'s default is there."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(vocab_size=20, **sizes, **heads))
+    adapted = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+    assert [path.rpartition(".")[2] for path, _ in adapted.adapters.layers()] == ["k_proj", "v_proj"]
 
 
 def test_a_default_may_be_a_regular_expression() -> None:

@@ -21,6 +21,7 @@ from ..targets.matching import biased_paths, target_paths
 from ..targets.paths import bare, each_once, modules_by_path
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
+from .aliases import warn_of_aliases
 from .starting import New, Target, naming
 from .surgery import Surgery
 
@@ -61,6 +62,7 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
             made[key] = new.in_layer(target, alike)
     for key, target in zip(keys, targets, strict=True):
         _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
+    warn_of_aliases(on.model, targets)
     holder = next((target for target in targets if target.method == method), None)
     for key, target in zip(keys, targets, strict=True):
         shared = bank if bank.suffixes and target.method == method else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from ...errors import PeanutError
 from ...protocols import WeightMethod
+from ...weights.stored import same_weight
 from ..layers.layer import AdaptedLayer
 from .surgery import Surgery
 
@@ -108,6 +109,17 @@ class Merging(Surgery):
                     layer.base_layer.weight = first.base_layer.weight
             elif getattr(self.model, "config", None) is not None:
                 self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if self._offloaded_ends_differ():
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def _offloaded_ends_differ(self) -> bool:
+        """Whether a merge has parted an embedding and a head that are offloaded, of which nothing tells the tie."""
+        if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            return False
+        found: Any = (getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+        ends = [end.base_layer if isinstance(end, AdaptedLayer) else end for end in found]
+        adapted = any(layer.base_layer in ends and layer.frozen.offloaded for _, layer in self.layers())
+        return adapted and None not in ends and not same_weight(*ends)
 
     def _untie(self) -> None:
         """Gives tensors of their own to what transformers ties to one that was merged or trained, and now differs.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ...operators.delta import captured
+
 __all__ = ["follow", "unfollow"]
 
 _FOLLOWED: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -46,8 +48,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
     """The model's output with the penalty of its active adapters in its loss."""
     adapters = model.__dict__.get("_adapter_set")
-    if adapters is None or not model.training or not torch.is_grad_enabled():
-        return output
+    if adapters is None or not model.training or not (torch.is_grad_enabled() or captured()):
+        return output  # (torch.jit.trace checks its graph without gradients)
     if not torch.compiler.is_compiling():
         _FOLLOWED.add(adapters)  # a copied model has this hook, but its adapters are not registered yet
     if not adapters.state.call.penalising:

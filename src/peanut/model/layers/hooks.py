@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Hooking", "hook", "input_of", "move_hooks", "names_of", "unhook"]
+from ...weights.made import makes_tensor
+
+__all__ = ["Hooking", "has_hooks", "hook", "input_of", "move_hooks", "names_of", "unhook"]
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
@@ -58,7 +62,51 @@ def unhook(module: nn.Module, owner: Hooking | None = None) -> list[tuple[Callab
     return taken
 
 
+@dataclass(frozen=True)
+class _Carried:
+    """A user's hook of a module that is wrapped now; it is still called with that module."""
+
+    hook: Callable[..., Any]
+    module: nn.Module
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        return self.hook(self.module, *args)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are called with a module, other than those of torch that make a tensor of it."""
+    return any(not makes_tensor(function) for name in _HOOKS for function in module.__dict__[name].values())
+
+
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves this library's hooks from ``old`` to ``new``, which replaces it."""
-    for function, before in unhook(old):
-        hook(new, function, before=before)
+    """Moves the hooks of ``old`` to ``new``, which replaces it: they run around what the model computes there.
+
+    The dictionary itself moves where it can, so that the handles that users hold go on removing their hooks. Hooks of
+    torch that make a tensor of ``old`` (``weight_norm``, pruning) stay.
+    """
+    wraps = any(child is old for child in new.children())
+    for name in _HOOKS:
+        moving, there = old.__dict__[name], new.__dict__[name]
+        staying = {key: function for key, function in moving.items() if makes_tensor(function)}
+        if len(staying) == len(moving):
+            continue
+        for key in staying:
+            del moving[key]
+        for key, function in moving.items():
+            if isinstance(function, _Carried):
+                moving[key] = function.hook
+            elif wraps and not isinstance(getattr(function, "__self__", None), Hooking):
+                moving[key] = _Carried(function, old)
+        old.__dict__[name] = OrderedDict(staying)
+        if there:
+            there.update(moving)
+        else:
+            new.__dict__[name] = moving
+    for name in _FLAGS:
+        new.__dict__[name].update(old.__dict__[name])
+    if new._is_full_backward_hook is None:
+        new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None

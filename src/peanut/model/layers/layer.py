@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from ...errors import PeanutError
 from ...operators import gated
 from ...operators.delta import captured, product_dtype
 from ...operators.inference import few_tokens
 from ...protocols import Change
+from ...weights.made import made_once
 from .adapted import refuse_symbolic
 from .calls import BASE, CallState, scattered
 from .hooks import input_of
@@ -39,9 +39,7 @@ class AdaptedLayer(AdaptedWeight):
         x, args, kwargs = input_of(base, given, named)
         if "parametrizations" not in base._modules:
             return self._computed(x, *args, **kwargs)
-        with parametrize.cached():  # what is read is what the layer computes with
-            for name in base.parametrizations:
-                getattr(base, name)
+        with made_once(base):  # what is read is what the layer computes with
             return self._computed(x, *args, **kwargs)
 
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...weights.stored import bring_back
+from ...weights.stored import onload
 
 __all__ = ["NamedModules", "Parameters", "Place"]
 
@@ -87,7 +87,7 @@ class Parameters(nn.Module):
         values = {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
         for value in values.values():  # asked in every forward, so without a generator
             if value.is_meta:
-                bring_back(self)  # each stays the object that it is
+                onload(self)  # each stays the object that it is
                 break
         return values
 

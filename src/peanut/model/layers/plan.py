@@ -99,7 +99,7 @@ class Plan:
             return self._fused(x.to(dtype), weight, bias, change)
         change = change.to(x.dtype if kind.takes_activations else module.weight.dtype)
         seen = x if change.in_scale is None else change.in_scale.apply(x)
-        y = module(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
+        y = self.frozen.output(seen if change.rotation is None else change.rotation.apply(seen), *args, **kwargs)
         if change.delta is not None:
             if kind.quantised and change.rotation is None:  # reading W again would dequantise it again
                 y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import PeanutError
-from ...stack import in_a_function
+from ...operators.delta import captured
+from ...stack import called_by, in_a_function
 
 __all__ = ["Reading"]
 
@@ -22,6 +23,8 @@ _TOLD = frozenset(
     ]
 )
 """What can be told of a weight without its values; ``self.wo.weight.dtype`` is read by many models in each forward."""
+
+_WRITING = frozenset(["__set__", "__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"])
 
 
 class Reading(Tensor):
@@ -58,44 +61,94 @@ class Reading(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
+        name, first = _name(func), args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
             if name in _TOLD:
                 return func(*args, **kwargs)
-        first = args[0] if args else None
-        if isinstance(first, Reading):
-            if name in ("__set__", "__setitem__") or name[:1] != "_" == name[-1:]:
-                raise first._refusal("written in a forward")
-            if name in ("data", "detach"):  # what is done to them is done to the weight
-                return Reading(first.weight, lambda: first.values().detach(), first.path)
+        if name == "grad_fn" and isinstance(first, Reading) and called_by(nn.Module.register_parameter):
+            raise first._refusal("made a parameter of a module in a forward")
+        _refuse_writing(name, args, kwargs)
+        if isinstance(first, Reading) and name in ("data", "detach"):
+            return Reading(first.weight, lambda: first.values().detach(), first.path)
         given = tree_map_only(Reading, Reading._made, (args, kwargs))
-        return func(*given[0], **given[1])
+        return _Values.__torch_function__(func, types, *given)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = next(each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, Reading))
+        found = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Reading))
         raise found._refusal(f"read by {func}")
 
-    def _made(self) -> Tensor:
+    def _made(self) -> _Values:
         """W'."""
         if self.trains and in_a_function():
             raise self._refusal("read in a torch.autograd.Function, which would give the adapters no gradient")
         self.made = self.values()  # held, as a kernel may ask for its address
-        return self.made
+        return _Values.of(self.made, self.path)
 
     def _refusal(self, what: str) -> PeanutError:
-        return PeanutError(
-            f"the weight of '{self.path}', which adapters change, is {what}",
-            "a module that calls the layer, or reads its weight in functions of torch",
-            "switch the kernel off that does so, or leave the layer out of target_modules (exclude_modules)",
-        )
+        return _refusal(self.path, what)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "values", "path", "trains"):
             raise AttributeError(name)
         return getattr(self.weight, name)  # what others have hung on the parameter
+
+
+class _Values(Tensor):
+    """W' as it was made for one function, or a part of it: what is written to it would be lost."""
+
+    path: str
+
+    @staticmethod
+    def of(values: Tensor, path: str) -> _Values:
+        made = values.as_subclass(_Values)
+        made.path = path
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _refuse_writing(_name(func), args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = func(*args, **kwargs)
+            read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, _Values)]
+            if captured() or not read:
+                return answer
+            memory = {_memory(each): each.path for each in read}
+            return tree_map_only(
+                Tensor, lambda y: _Values.of(y, memory[_memory(y)]) if _memory(y) in memory else y, answer
+            )
+
+
+def _memory(values: Tensor) -> int | None:
+    """What tells whether two tensors share memory."""
+    return values.untyped_storage()._cdata if values.layout is torch.strided else None
+
+
+def _refuse_writing(name: str, args: Any, kwargs: Any) -> None:
+    """Refuses functions that write to a tensor that is read.
+
+    Raises:
+        PeanutError: it is one.
+    """
+    written: Any = ()
+    if name in _WRITING or (name[-1:] == "_" != name[-2:-1]):
+        written = args[:1]
+    elif kwargs.get("inplace"):
+        written = args
+    for each in tree_leaves((written, kwargs.get("out"))):
+        if isinstance(each, (Reading, _Values)):
+            raise _refusal(each.path, "written in a forward")
+
+
+def _refusal(path: str, what: str) -> PeanutError:
+    return PeanutError(
+        f"the weight of '{path}', which adapters change, is {what}",
+        "a module that calls the layer, or reads its weight in functions of torch",
+        "switch off what does so, or leave the layer out of target_modules (exclude_modules)",
+    )
 
 
 def _name(func: Any) -> str:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from ...errors import PeanutError
 from ...stack import in_a_forward
-from ...weights.stored import bring_back, copied
+from ...weights.stored import copied, onload
 from .calls import scattered
 from .hooks import input_of
 from .parameters import NamedModules
@@ -59,7 +59,7 @@ class SavedModule(nn.Module):
         own = self.modules_to_save[names[0]]
         first = next(own.parameters(), None)  # all of them are there, or none
         if first is not None and first.is_meta:
-            bring_back(own)  # what is trained is not offloaded with the base
+            onload(own)  # what is trained is not offloaded with the base
         return own
 
     def adopted(self) -> nn.Module:

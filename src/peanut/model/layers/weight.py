@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
+from .hooks import has_hooks
 from .reading import Reading
 from .state import AdapterState
 
@@ -27,11 +29,33 @@ BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
 
 
+class _Own(dict[str, Any]):
+    """The parameters of an adapted layer itself, which has no weight and no bias: they are those of its base layer."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise PeanutError(
+            f"{name!r} among the parameters of a layer with adapters itself",
+            f"base_layer.{name}",
+            f"read .{name}, or take its base_layer; reparametrise and prune before adapters are added",
+        )
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith(("weight_", "bias_")):  # weight_orig, which pruning makes
+            self.__missing__(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            self.__missing__(name)
+        super().__delitem__(name)
+
+
 class AdaptedWeight(Adapted):
     """A frozen layer and what adapters make of its weight and bias: W' and b', as ``Change.together`` says."""
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
+        self._parameters: dict[str, Any] = _Own()
         self.base_layer = base_layer
         self._frozen = FrozenLayer(base_layer, kind)
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
@@ -44,7 +68,7 @@ class AdaptedWeight(Adapted):
         Raises:
             PeanutError: what is there now is no layer that can be adapted.
         """
-        if self._frozen.module is not self.base_layer:
+        if self._frozen.module is not self._modules["base_layer"]:
             kind = kind_of(self.base_layer)
             if kind is None or self._frozen.merged:
                 raise PeanutError(
@@ -91,7 +115,8 @@ class AdaptedWeight(Adapted):
         change = method.change(config, values, self.frozen)
         if not isinstance(change, Change):
             raise PeanutError(f"{method.name} answered '{self.path}' with {type(change).__name__}", "a Change")
-        trained, bias = values.get(BIAS), self.frozen.bias()
+        trained = values.get(BIAS)
+        bias = None if trained is None else self.frozen.bias()
         if trained is None or bias is None:
             return change
         moved = trained - bias
@@ -147,6 +172,12 @@ class AdaptedWeight(Adapted):
         names = [name for name in names if name in self.adapters]
         if not names:
             return
+        if has_hooks(self.base_layer):
+            warnings.warn(
+                f"hooks were put on '{self.path}.base_layer', not on '{self.path}': while adapters are merged they see "
+                "what is computed with the merged weight",
+                stacklevel=2,
+            )
         change = Change.together([self.change(name) for name in names])
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
@@ -182,6 +213,9 @@ class AdaptedWeight(Adapted):
         self.frozen.restore()
 
     def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("_modules", {}).get(name)
+        if module is not None:  # nine times in a forward, and torch takes longer
+            return module
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -191,36 +225,57 @@ class AdaptedWeight(Adapted):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
+            if (
+                isinstance(value, Tensor)
+                and not isinstance(value, nn.Parameter)
+                and name in self.base_layer._parameters
+            ):
+                raise PeanutError(
+                    f"a tensor in the place of the {name} of '{self.path}', which adapters change",
+                    f"one in the place of base_layer.{name}, which they then change",
+                    f"give torch.func.functional_call 'base_layer.{name}'",
+                )
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
 
     def _read(self, name: str) -> Any:
         """The layer's weight or bias; where another module reads it in its forward, W' or b'."""
-        call, tensor = self.state.call, getattr(self.base_layer, name)
-        if not (torch.compiler.is_compiling() or in_a_forward()):
-            return tensor
+        compiled = torch.compiler.is_compiling()
+        if not (compiled or in_a_forward()):
+            return getattr(self.base_layer, name)
+        if name == "bias" or compiled or self.state.call.disabled or not self._read_with(self.state.call):
+            return self._effective(name)
+        return Reading(self.base_layer.weight, partial(self._effective, name), self.path)  # type: ignore[arg-type]
+
+    def _effective(self, name: str) -> Any:
+        """The weight or bias that the layer has in the call that is made now."""
+        call = self.state.call
         self.state.check(call)
         if call.disabled:
             return self.frozen.weight if name == "weight" else self.frozen.bias()
+        names = self._read_with(call)
+        if not names:
+            return getattr(self.base_layer, name)
+        if name == "weight":
+            return self._weight(call, names)
+        return self._combined(call, names, sample=False).offset(self.frozen.bias())  # no method draws a bias
+
+    def _read_with(self, call: CallState) -> list[str]:
+        """The adapters that change what is read; none where all of them are merged."""
         experts = {each for gates in call.running.gates.values() for each, _ in gates.get(self.path, [])}
         names = [each for each in (*self.state.acting(), *experts) if each in self.adapters]
-        if set(names) <= set(self.state.merged):
-            return tensor
-        if name == "weight":
-            values = partial(self._weight, call, names)
-            return values() if torch.compiler.is_compiling() else Reading(tensor, values, self.path)
-        return self._whole(call, names, sample=False).offset(self.frozen.bias())  # no method draws a bias
+        return [] if set(names) <= set(self.state.merged) else names
 
     def _weight(self, call: CallState, names: Sequence[str]) -> Tensor:
         """W', as the layer stores it."""
-        change, kind = self._whole(call, names, sample=self.training or call.sampling), self.frozen.kind
+        change, kind = self._combined(call, names, sample=self.training or call.sampling), self.frozen.kind
         if kind.quantised:
             raise self._unread("it is quantised: its weight is codes")
         matrix = self._written(change, self._wide_matrix())
         return kind.layout(self.base_layer, matrix).to(self.frozen.weight.dtype)
 
-    def _whole(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
+    def _combined(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
         """What the adapters ``names`` make of the layer, whatever its input.
 
         Raises:
@@ -231,9 +286,10 @@ class AdaptedWeight(Adapted):
             raise self._unread("adapters that differ between the samples or tokens of a batch act there")
         changes = [self.change(name, sample=sample) for name in names]
         drops = sample and self.training and self.frozen.kind.takes_activations
-        # Where a graph is made, nobody can tell who asks for a dtype only: there the Δ goes undropped.
-        if drops and any(change.dropout for change in changes) and not torch.compiler.is_compiling():
-            raise self._unread("adapters with dropout, which have no input to drop there, are trained")
+        if drops and any(change.dropout for change in changes):
+            if not torch.compiler.is_compiling():
+                raise self._unread("adapters with dropout, which have no input to drop there, are trained")
+            _warn_undropped(self.path)  # nobody can tell there who asks for a dtype only
         return Change.together(changes)
 
     def _unread(self, why: str) -> PeanutError:
@@ -242,6 +298,15 @@ class AdaptedWeight(Adapted):
             "a layer that is called",
             "leave it out of target_modules (exclude_modules)",
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it runs when the graph is made
+def _warn_undropped(path: str) -> None:
+    warnings.warn(
+        f"a compiled graph reads the weight of '{path}' in training; if it computes with it, the dropout of the "
+        "adapters there is not applied: leave the layer out of target_modules, or set the dropout to 0",
+        stacklevel=2,
+    )
 
 
 def _save_unmerged(layer: AdaptedWeight, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

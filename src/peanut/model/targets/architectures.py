@@ -17,8 +17,16 @@ def model_type_of(model: nn.Module) -> str | None:
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """What is known of a model's architecture; an empty entry if that is nothing."""
-    return ARCHITECTURES.get(str(model_type_of(model)), Architecture())
+    """What is known of a model's architecture; an empty entry if that is nothing.
+
+    Feed-forward layers that it has no more are left out: transformers fuses Mixtral's experts, which had a ``w2``.
+    """
+    found = ARCHITECTURES.get(str(model_type_of(model)), Architecture())
+    if not found.scaled_inputs:
+        return found
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    there = (name for name in found.scaled_inputs if name.rpartition(".")[2] in names)
+    return replace(found, scaled_inputs=tuple(there))
 
 
 _KV = ("k_proj", "v_proj")
