@@ -15,9 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Net returned no loss")  # of met
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 def test_an_empty_batch(case: Case) -> None:
     base, model, full = case.net(), case.adapted(), case.input()
-    for x in (full[:0], full[:0] if case.kind == "conv2d" else full[:, :0]):  # an image has pixels
-        expected = base(x).detach()
-        x = x.clone().requires_grad_(x.is_floating_point())
+    for part in (full[:0], full[:0] if case.kind == "conv2d" else full[:, :0]):  # an image has pixels
+        expected = base(part).detach()
+        x = part.clone().requires_grad_(part.is_floating_point())
         for training in (False, True):
             y = model.train(training)(x)
             assert same_bits(y.detach(), expected)

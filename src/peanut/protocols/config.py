@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
-from .patterns import check_pattern, matching_pattern
+from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types
 
@@ -108,8 +108,11 @@ class PeftConfig:
                     raise PeanutError(f"{name}={shown(value)}", "a list of names", "remove what is not a name")
                 setattr(self, name, sorted(set(value)))
         for _, patterns in self.by_layer:
-            for pattern in getattr(self, patterns) or {}:
-                check_pattern(patterns, pattern)
+            check_patterns(patterns, getattr(self, patterns) or {})
+        if isinstance(self.layers_pattern, list) and len(self.layers_pattern) > MOST_EXPRESSIONS:
+            raise PeanutError(
+                f"layers_pattern has {len(self.layers_pattern):,} names", f"at most {MOST_EXPRESSIONS:,}", "use fewer"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
@@ -122,9 +125,9 @@ class PeftConfig:
         """Whether the method adds virtual tokens (no weight method does)."""
         return False
 
-    def patterns(self) -> dict[str, list[str]]:
+    def patterns(self) -> Mapping[str, Collection[str]]:
         """By field, the names and regular expressions that are for some of the adapted layers."""
-        return {patterns: list(getattr(self, patterns) or {}) for _, patterns in self.by_layer}
+        return {patterns: getattr(self, patterns) or {} for _, patterns in self.by_layer}
 
     def for_layer(self, path: str) -> Self:
         """This config with what its patterns say for the layer at ``path`` filled in."""
@@ -134,7 +137,9 @@ class PeftConfig:
             pattern = matching_pattern(values, path)
             if pattern is not None:
                 found[name] = values[pattern]
-        return dataclasses.replace(self, **found) if found else self
+        if not found:
+            return self
+        return dataclasses.replace(self, **found | {patterns: {} for _, patterns in self.by_layer})
 
     def to_dict(self) -> dict[str, Any]:
         """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""
