@@ -16,8 +16,8 @@ from ..errors import PeanutError, check_keywords
 from ..hub import HUB_OPTIONS
 from ..protocols import PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
-from .adapters.room import room_of_file
 from .adapters.routing import Inference, called
+from .adapters.size_limits import limited_by_file
 from .as_base import AsBase, blank
 from .checkpoints.base import SaveEmbeddings
 from .checkpoints.checkpoint import TRAINING_NAME, StoredAdapter, read_adapter, save_adapter
@@ -298,7 +298,7 @@ class PeftModel(AsBase):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = AdapterSet.of(model)
         try:
-            with all_or_none(own), room_of_file(stored.source, stored.state):
+            with all_or_none(own), limited_by_file(stored.source, stored.state):
                 folder = model_id if config is None else None  # a config that is given says where experts lie
                 found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
                 adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
@@ -329,7 +329,7 @@ class PeftModel(AsBase):
         hub = check_keywords("load_adapter", hub, HUB_OPTIONS, LOADING)
         stored = gathered(read_adapter(model_id, **hub))
         fresh = adapter_name not in self.peft_config
-        with all_or_none(self.adapters), room_of_file(stored.source, stored.state):
+        with all_or_none(self.adapters), limited_by_file(stored.source, stored.state):
             if fresh:
                 stored = replace(stored, config=_opened(stored, is_trainable))
                 wide = autocast_adapter_dtype
