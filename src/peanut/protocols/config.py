@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,6 +50,14 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class _Signature:
+    """A class's signature, for ``inspect``, is its ``__init__``'s, whatever its ``__new__`` takes."""
+
+    def __get__(self, _: object, own: type) -> inspect.Signature:
+        _, *parameters = inspect.signature(own.__init__).parameters.values()  # type: ignore[misc]
+        return inspect.Signature(parameters)
+
+
 @dataclass(kw_only=True)
 class PeftConfig:
     """What every method's config holds.
@@ -67,9 +77,10 @@ class PeftConfig:
         layers_pattern: name of the list of blocks (``"layers"``, ``"h"``), if it is not a path's first numbered part.
 
     Raises:
-        PeanutError: a value is out of range.
+        PeanutError: a value is out of range, or a keyword is unknown.
     """
 
+    __signature__ = _Signature()
     method: ClassVar[str]
     """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
@@ -89,6 +100,11 @@ class PeftConfig:
     modules_to_save: list[str] | None = None
     layers_to_transform: list[Whole] | Whole | None = None
     layers_pattern: list[str] | str | None = None
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        own: Any = cls
+        check_keywords(cls.__name__, given, _keywords(own) or given, {})
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -202,6 +218,13 @@ class PeftConfig:
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary with a ``peft_type`` describes."""
     return PeftConfig.from_dict(values)
+
+
+@cache
+def _keywords(config_class: type[PeftConfig]) -> list[str]:
+    """The keywords that a config class knows; none where it takes any."""
+    parameters = inspect.signature(config_class).parameters
+    return [] if any(each.kind is each.VAR_KEYWORD for each in parameters.values()) else list(parameters)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
