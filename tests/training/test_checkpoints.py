@@ -94,7 +94,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         f"no {name}": (removed(name), f"it lacks {name};") for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     },
     **{
-        f"{what} {name}": (damage(name), f"{name} ({size} bytes) is no archive, as torch writes them; ")
+        f"{what} {name}": (damage(name), f"{name} ({size} bytes) is no archive of torch's; ")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
         for what, damage, size in (("half", cut, 50), ("junk", junk, 5))
     },

@@ -432,7 +432,7 @@ def test_a_length_that_nobody_gave_is_the_models(run: Config, minilm: Path, tmp_
     run["model"] = {"path": str(small)}
     assert plan(run).config.data.max_length == 40
     run["data"]["max_length"] = 41
-    with pytest.raises(PeanutError, match="data.max_length is 41; expected at most the model's 40"):
+    with pytest.raises(PeanutError, match=r"data\.max_length is 41; expected at most the model's 40"):
         plan(run)
 
 

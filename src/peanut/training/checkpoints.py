@@ -87,9 +87,7 @@ def check_complete(checkpoint: Path, *, processes: int, model_only: bool) -> Non
         raise refused(checkpoint, f"it lacks {', '.join(missing)}")
     for path in (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", random)):
         if path.is_file() and not zipfile.is_zipfile(path):
-            raise refused(
-                checkpoint, f"{path.name} ({path.stat().st_size:,} bytes) is no archive, as torch writes them"
-            )
+            raise refused(checkpoint, f"{path.name} ({path.stat().st_size:,} bytes) is no archive of torch's")
 
 
 def reading(checkpoint: Path, name: str) -> AbstractContextManager[None]:

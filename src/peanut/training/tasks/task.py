@@ -105,20 +105,10 @@ class Task(ABC):
         """The task's metrics from what ``reduce`` kept."""
 
 
-_BEHIND_PADDING = frozenset(
-    [
-        "camembert",
-        "data2vec-text",
-        "ibert",
-        "longformer",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    ]
-)
+_BEHIND_PADDING = {
+    *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
+}
 """``model_type`` of the models whose first position is the one behind the padding's."""
 
 
