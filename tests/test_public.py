@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +118,20 @@ def test_importing_costs_nothing(used: str) -> None:
     heavy = f"{{{torch_too}'transformers', 'datasets', 'pydantic', 'accelerate', 'peft', 'rich', 'matplotlib'}}"
     program = f"import sys, peanut; {used}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_what_the_core_imports_is_named_as_a_dependency() -> None:
+    """But for models of another library, quantised ones, and what only type checkers import."""
+    root = Path(peanut.__file__).parent
+    imported = set()
+    for path in root.rglob("*.py"):
+        if path.relative_to(root).parts[0] not in ("training", "lab", "cli"):
+            lines = re.findall(
+                r"^\s*(?:from (\w+)\S* import|import (\w+))", path.read_text(encoding="utf-8"), re.MULTILINE
+            )
+            imported |= {one or other for one, other in lines} - sys.stdlib_module_names
+    required = (root.parents[1] / "pyproject.toml").read_text().partition("\ndependencies = ")[2].partition("]")[0]
+    assert imported - {"peft", "bitsandbytes", "typing_extensions"} == set(re.findall(r'"(\w+)>=[\d.]+"', required))
 
 
 def test_core_needs_none_of_the_extras() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -38,6 +39,17 @@ def config(*tokens: int, **options: Any) -> TrainableTokensConfig:
 
 def llama(tiny_llama: Any, tied: bool) -> Any:
     return tiny_llama(tie_word_embeddings=tied).double()
+
+
+def test_the_tokens_of_a_whole_vocabulary() -> None:
+    count = 100_000
+    start = perf_counter()
+    net = Net(nn.Embedding(count, 2))
+    with refused(net, r"token_indices holds 7 twice"):
+        get_peft_model(net, config(*range(count), 7, 7))
+    model = get_peft_model(net, config(*range(count)))
+    assert perf_counter() - start < 5
+    assert model.get_base_model().layer.values("default")[SUFFIX].shape == (count, 2)
 
 
 def test_the_parameter_is_the_new_embedding() -> None:

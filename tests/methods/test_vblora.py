@@ -157,6 +157,6 @@ def test_variational_keywords_make_the_other_config() -> None:
     ):
         assert type(same) is VBLoRAConfig
         assert same == plain
-    with pytest.raises(TypeError):
+    with pytest.raises(PeanutError, match="VariationalLoraConfig is given 'num_vectors'"):
         VBLoRAConfig(vb_r=4, num_vectors=8)
     assert METHODS["VBLORA"].config_class is VBLoRAConfig

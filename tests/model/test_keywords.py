@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from peanut import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peanut.protocols.registry import registered
 
 Builder = Callable[..., hf.PreTrainedModel]
 
@@ -72,6 +74,15 @@ def test_a_keyword_that_is_not_known_is_named(name: str, tiny_llama: Builder, ad
     with pytest.raises((PeanutError, TypeError), match=rf"'?{keyword}'?") as error:
         call(tiny_llama, adapter, {keyword: True})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_a_config_names_the_keyword_that_it_does_not_know(name: str) -> None:
+    config_class = registered()[name].config_class
+    with pytest.raises(PeanutError, match=rf"^{config_class.__name__} is given 'target_layers'; .*target_modules.*; "):
+        config_class(target_layers=["q_proj"])
+    parameters = inspect.signature(config_class).parameters
+    assert set(parameters) == {each.name for each in dataclasses.fields(config_class)}
 
 
 SWALLOWING = {"forward", "generate", "from_pretrained", "load_adapter", "save_pretrained"}

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peanut import IA3Config, LoraConfig, PeanutConfig, PeanutError, PeftConfig, get_peft_model
-from peanut.model.targets.matching import _block_index
+from peanut.model.targets.selection import block_index
 from peanut.protocols import patterns
-from peanut.protocols.patterns import check_pattern, fullmatch, matching_pattern
+from peanut.protocols.patterns import check_pattern, fullmatch, matching_pattern, pattern_of_none
 
 from ..support import refused
 
@@ -58,6 +58,46 @@ def test_patterns_are_those_of_re(pattern: str, path: str) -> None:
     assert bool(fullmatch(pattern, path)) == bool(re.fullmatch(pattern, path))
     found = matching_pattern({pattern: 1}, path)
     assert (found is not None) == bool(re.match(rf"(.*\.)?({pattern})$", path))
+
+
+NAMES = st.lists(st.sampled_from(["q_proj", "layers", "0", "a", "x-1", "é", "q", "proj"]), min_size=1, max_size=3)
+KEYS = st.one_of(REGEX, NAMES.map(".".join), NAMES.map(r"\.".join))
+
+
+@settings(deadline=None, max_examples=300)
+@given(keys=st.lists(KEYS, max_size=6, unique=True), paths=st.lists(PATHS.filter(bool), max_size=4))
+def test_of_many_keys_the_first_that_matches_counts(keys: list[str], paths: list[str]) -> None:
+    def all_of(path: str) -> list[str]:
+        return [key for key in keys if re.match(rf"(.*\.)?({key})$", path)]
+
+    assert [matching_pattern(keys, path) for path in paths] == [next(iter(all_of(path)), None) for path in paths]
+    used = {key for path in paths for key in all_of(path)}
+    assert pattern_of_none(keys, paths) == next((key for key in keys if key not in used), None)
+
+
+def test_many_names_take_no_longer_than_their_number() -> None:
+    paths = [f"layers.{number}.experts.{expert}.up" for number in range(300) for expert in range(300)]
+    config = LoraConfig(rank_pattern={path: place + 1 for place, path in enumerate(paths)}, r=8)
+    start = perf_counter()
+    assert [config.for_layer(f"model.{path}").r for path in paths[-20:]] == list(range(89_981, 90_001))
+    assert pattern_of_none(config.rank_pattern, paths) is None
+    assert perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {f"m{i}": 4 for i in range(100_001)}}, r"^rank_pattern has 100,001 keys, 0 of them "),
+        ({"alpha_pattern": {f"m{i}.*x": 4 for i in range(1_001)}}, r"^alpha_pattern has 1,001 keys, 1,001 of them "),
+        ({"rank_pattern": {f"m.{'.' * (i // 40)}{'x' * (i % 40)}.": 4 for i in range(1_600)}}, r" or forms of names; "),
+        ({"layers_to_transform": 0, "layers_pattern": list(map(str, range(1_001)))}, r"^layers_pattern has 1,001 "),
+    ],
+)
+def test_more_patterns_than_can_be_tried_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    start = perf_counter()
+    with pytest.raises(PeanutError, match=message):
+        LoraConfig(target_modules=["q"], **options)
+    assert perf_counter() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -128,7 +168,7 @@ def test_the_time_of_many_slow_matches_adds_up(impatient: None) -> None:
 
 
 def test_alternatives_are_one_pattern() -> None:
-    assert [_block_index(path, "h|layers") for path in ("x.h.3.q", "layers.12.q", "q.4")] == [3, 12, None]
+    assert [block_index(path, "h|layers") for path in ("x.h.3.q", "layers.12.q", "q.4")] == [3, 12, None]
     assert matching_pattern({r"(q)\1": 1}, "a.qq") == r"(q)\1"
 
 

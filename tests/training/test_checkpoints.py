@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,24 @@ def cut(name: str) -> Damage:
     return lambda checkpoint: (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:50])
 
 
+def junk(name: str) -> Damage:
+    return lambda checkpoint: (checkpoint / name).write_text("junk\n")
+
+
 DAMAGE: dict[str, tuple[Damage, str]] = {
     **{
         f"no {name}": (removed(name), f"it lacks {name};") for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     },
     **{
-        f"half {name}": (cut(name), f"{what} is damaged or of another run: ")
-        for name, what in {
-            "optimizer.pt": "optimizer.pt or scheduler.pt",
-            "scheduler.pt": "optimizer.pt or scheduler.pt",
-            "rng_state.pth": "its random state",
-            "trainer_state.json": "trainer_state.json",
-        }.items()
+        f"{what} {name}": (damage(name), f"{name} ({size} bytes) is no archive of torch's; ")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        for what, damage, size in (("half", cut, 50), ("junk", junk, 5))
     },
+    "half trainer_state.json": (cut("trainer_state.json"), "trainer_state.json is damaged or of another run: "),
+    "another archive": (
+        lambda path: zipfile.ZipFile(path / "optimizer.pt", "w").close(),
+        "optimizer.pt or scheduler.pt is damaged or of another run: ",
+    ),
     "half adapter": (cut("adapter_model.safetensors"), "cannot read"),
     "moments that broadcast": (optimizer(lambda own: own.update(exp_avg=torch.zeros(1))), "exp_avg is (1,)"),
     "moments of text": (optimizer(lambda own: own.update(exp_avg_sq="x")), "exp_avg_sq is str"),

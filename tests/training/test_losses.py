@@ -11,8 +11,17 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from peanut import LoraConfig, PeftModel, get_peft_model
-from peanut.methods.prompt_tuning import PromptTuningConfig
+from peanut import (
+    CPTConfig,
+    LoraConfig,
+    PeanutError,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peanut.training.trainer import Trainer
 
 Builder = Callable[..., hf.PreTrainedModel]
@@ -118,6 +127,54 @@ def test_behind_virtual_tokens_every_label_counts(tiny_llama: Builder, tmp_path:
     torch.testing.assert_close(own, -logs.gather(-1, X[..., None])[..., 0][PADDED != -100].mean())
     smoothed = losses(trainer(model, tmp_path, 0.1, Trainer), {"input_ids": X, "labels": PADDED})[0]
     torch.testing.assert_close(smoothed, 0.9 * own - 0.1 * logs.mean(-1)[PADDED != -100].mean())
+
+
+PROMPTS = {
+    "CPT": CPTConfig(cpt_token_ids=[3, 4, 5]),
+    "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=3),
+    "P_TUNING": PromptEncoderConfig(num_virtual_tokens=3),
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_labels_beside_a_prompt_are_smoothed_by_our_trainer(
+    build: str, config: PeftConfig, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """transformers' own has as many logits as labels for a prefix only."""
+    model, batch = get_peft_model(request.getfixturevalue(build)(), config), {"input_ids": X, "labels": PADDED}
+    theirs = trainer(model, tmp_path, 0.1)
+    if isinstance(config, CPTConfig):
+        with pytest.raises(
+            PeanutError, match=r"^label_smoothing_factor=0\.1 for 'default', which has a loss of its own"
+        ):
+            trainer(model, tmp_path, 0.1, Trainer)
+        return
+    found = losses(trainer(model, tmp_path, 0.1, Trainer), batch)
+    if isinstance(config, PrefixTuningConfig):
+        torch.testing.assert_close(found, losses(theirs, batch))
+        return
+    logs, rows = model(X).logits[:, 2:-1].log_softmax(-1), PADDED != -100
+    nll = -logs.gather(-1, X[..., None])[..., 0][rows].mean()
+    expected = 0.9 * nll - 0.1 * logs.mean(-1)[rows].mean()
+    torch.testing.assert_close(found[2], expected)
+    with pytest.raises(PeanutError, match=r"^label smoothing in Trainer of 8 labels a row, and 11 logits: "):
+        losses(theirs, batch)
+
+
+@pytest.mark.parametrize("config", list(PROMPTS.values())[1:], ids=list(PROMPTS)[1:])
+def test_a_decoder_that_is_given_nothing_says_so_itself(tiny_t5: Builder, config: PeftConfig, tmp_path: Path) -> None:
+    base = tiny_t5(hf.T5ForConditionalGeneration)
+    batch = {"input_ids": X, "labels": PADDED}  # a Trainer that smooths them takes the labels out
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        losses(trainer(base, tmp_path, 0.1), batch)
+    model = get_peft_model(base, config)
+    for kind in (hf.Trainer, Trainer):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            losses(trainer(model, tmp_path, 0.1, kind), batch)
+    batch["decoder_input_ids"] = X
+    assert all(loss.isfinite() for loss in losses(trainer(model, tmp_path, 0.1), batch))
 
 
 def test_the_name_that_is_printed_is_ours(tiny_llama: Builder) -> None:

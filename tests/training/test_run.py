@@ -423,6 +423,19 @@ def test_plans_of_text_and_images(tiny_llm: Path, digits: Path, vit: Path, tmp_p
     assert image.memory.activations > 16 * 5 * 32 * 4  # at least one hidden state: 5 patches of width 32
 
 
+def test_a_length_that_nobody_gave_is_the_models(run: Config, minilm: Path, tmp_path: Path) -> None:
+    small = shutil.copytree(minilm, tmp_path / "small")
+    settings = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 40}))
+    del run["data"]["max_length"]
+    assert plan(run).config.data.max_length == 256
+    run["model"] = {"path": str(small)}
+    assert plan(run).config.data.max_length == 40
+    run["data"]["max_length"] = 41
+    with pytest.raises(PeanutError, match=r"data\.max_length is 41; expected at most the model's 40"):
+        plan(run)
+
+
 # Wrong inputs: one line, and nothing written
 
 

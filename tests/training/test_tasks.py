@@ -13,7 +13,7 @@ import transformers as hf
 from peanut import PeanutError
 from peanut.training.data import read_rows
 from peanut.training.sections import DataSection
-from peanut.training.tasks import TASKS, CausalLM, Instruction, Task, TextClassification
+from peanut.training.tasks import TASKS, CausalLM, Instruction, Task, TextClassification, positions
 from peanut.training.tasks.instruction import PLAIN
 
 
@@ -159,6 +159,20 @@ def test_too_little_text_is_refused(llama_tokenizer: Any) -> None:
 def test_an_encoder_is_refused_for_language_modelling(bert_tokenizer: Any) -> None:
     with pytest.raises(PeanutError, match="the model is a bert, which is no left-to-right decoder"):
         CausalLM(DataSection(train="")).fit(hf.BertConfig(), bert_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (hf.BertConfig(), 512),
+        (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (hf.GPT2Config(n_positions=64), 64),
+        (hf.T5Config(), None),
+    ],
+    ids=lambda each: getattr(each, "model_type", ""),
+)
+def test_how_many_tokens_a_model_has_positions_for(config: hf.PreTrainedConfig, longest: int | None) -> None:
+    assert positions(config) == longest
 
 
 def test_max_length_beyond_the_model_is_refused(bert_tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError, nearest
 from ..operators import Diagonal
 from ..protocols import Architecture, Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.patterns import check_pattern, fullmatch
+from ..protocols.patterns import check_pattern, ends, fullmatch
 from ..weights import FrozenLayer
 
 __all__ = ["IA3", "IA3Config"]
@@ -49,8 +50,9 @@ class IA3Config(PeftConfig):
             raise PeanutError(f"feedforward_modules={given!r}", "a list of names", "remove what is not a name")
         self.feedforward_modules = sorted(set(given))
         if isinstance(targets, list):
+            known = frozenset(targets)
             for name in self.feedforward_modules:
-                if not any(_ends(name, target) for target in targets):
+                if known.isdisjoint(ends(name)):
                     raise PeanutError(
                         f"feedforward_modules names {name!r}",
                         "names that are among target_modules",
@@ -62,7 +64,7 @@ class IA3Config(PeftConfig):
         """Of a config that ``for_layer`` returned: whether the layer's input is scaled."""
         return bool(self.feedforward_modules)
 
-    def patterns(self) -> dict[str, list[str]]:
+    def patterns(self) -> Mapping[str, Collection[str]]:
         names = self.feedforward_modules or []
         return {"feedforward_modules": [names] if isinstance(names, str) else names}
 
@@ -71,7 +73,7 @@ class IA3Config(PeftConfig):
         if isinstance(names, str):
             found = fullmatch(names, path) is not None
         else:
-            found = any(_ends(path, name) for name in names)
+            found = not frozenset(names).isdisjoint(ends(path))
         return replace(self, feedforward_modules=".*" if found else [])
 
 
@@ -96,8 +98,8 @@ class IA3(WeightMethod[IA3Config]):
             targets = [*outputs, *inputs]
         names: Any = config.feedforward_modules
         if names is None and isinstance(targets, list):
-            narrower = {name for name in inputs if any(_ends(name, target) for target in targets)}
-            names = narrower | {target for target in targets if any(_ends(target, name) for name in inputs)}
+            narrower = {name for name in inputs if not set(targets).isdisjoint(ends(name))}
+            names = narrower | {target for target in targets if not set(inputs).isdisjoint(ends(target))}
         return replace(config, target_modules=targets, feedforward_modules=inputs if names is None else names)
 
     def check(self, config: IA3Config, layer: FrozenLayer, path: str) -> None:
@@ -122,8 +124,3 @@ class IA3(WeightMethod[IA3Config]):
             return Change(left=Diagonal(gains))
         # The columns of a kernel's matrix are channel by channel, h·w of each.
         return Change(in_scale=Diagonal(gains.repeat_interleave(layer.in_features // gains.numel())))
-
-
-def _ends(path: str, name: str) -> bool:
-    """Whether the last parts of ``path`` are those of ``name``."""
-    return path == name or path.endswith("." + name)

@@ -93,4 +93,4 @@ def _ids_of(config: PromptTuningConfig) -> Tensor:
     ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
         raise PeanutError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens", "a text")
-    return torch.tensor((ids * (config.rows // len(ids) + 1))[: config.rows])
+    return torch.tensor(ids)[torch.arange(config.rows) % len(ids)]

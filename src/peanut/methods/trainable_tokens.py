@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,7 @@ class TrainableTokens(WeightMethod[TrainableTokensConfig]):
         vocabulary = layer.out_features if layer.kind.name == "linear" else layer.in_features
         tokens = config.token_indices
         outside = [token for token in tokens if token >= vocabulary]
-        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        repeated = sorted(token for token, count in Counter(tokens).items() if count > 1)
         if outside:
             found = f"token_indices holds {outside[0]}"
         elif repeated:

@@ -60,7 +60,7 @@ class VBLoRAConfig(PeftConfig):
 
     def __new__(cls, **options: Any) -> Any:
         # What is returned here is no VBLoRAConfig, so Python does not call this class's __init__ on it.
-        return VariationalLoraConfig(**options) if VARIATIONAL & options.keys() else super().__new__(cls)
+        return VariationalLoraConfig(**options) if VARIATIONAL & options.keys() else super().__new__(cls, **options)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from ..errors import PeanutError
 from ..protocols import METHODS, InputMethod, method_of
 from .layers.adapted import refuse_symbolic
 
@@ -38,8 +41,13 @@ class AsBase(nn.Module):
         return "" if any(not each.own_loss for each in virtual) else getattr(own.get_base_model(), "loss_type", None)
 
     def _get_name(self) -> str:
-        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels."""
+        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels.
+
+        Raises:
+            PeanutError: it asks, and has logits of virtual tokens too.
+        """
         own: Any = self
+        _check_smoothing(sys._getframe(1))
         base = own.get_base_model()
         name: str = getattr(base, "_orig_mod", base)._get_name()
         return name
@@ -50,6 +58,26 @@ class AsBase(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
         return made if self.shown is None else (blank, self.shown, *made[2:])
+
+
+def _check_smoothing(asking: FrameType) -> None:
+    """Refuses that transformers' own Trainer compares labels with more logits than there are labels."""
+    if asking.f_code.co_name != "compute_loss":
+        return
+    from transformers import Trainer
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    trainer, outputs, labels = (asking.f_locals[name] for name in ("self", "outputs", "labels"))
+    if asking.f_code is not Trainer.compute_loss.__code__ or not isinstance(trainer.label_smoother, LabelSmoother):
+        return
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if logits.shape[1:-1] != labels.shape[1:]:
+        raise PeanutError(
+            f"label smoothing in {type(trainer).__name__} of {labels.shape[1]} labels a row, and {logits.shape[1]} "
+            "logits: virtual tokens have some too",
+            "peanut.Trainer, which leaves the virtual tokens out",
+            "use it, or set label_smoothing_factor=0",
+        )
 
 
 _SHOWN: dict[tuple[type[AsBase], type[nn.Module]], type[AsBase]] = {}

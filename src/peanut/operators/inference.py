@@ -39,7 +39,8 @@ class Evaluated(Delta):
     def apply(self, x: Tensor) -> Tensor:
         if not few_tokens(x, self.few):
             return self.origin.apply(x)
-        return self.answer(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y = self.answer(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def joined(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not few_tokens(x, self.few):

@@ -74,8 +74,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, outer, inner)
         ctx.scaling = scaling
         each = x.reshape(-1, outer.shape[1], inner.shape[1])
-        hidden = (each.flatten(0, 1) @ inner.T).view(*each.shape[:2], -1)  # (tokens, c, b)
-        y = (hidden.mT.flatten(0, 1) @ outer.T).mul_(scaling).view(len(each), -1, outer.shape[0])
+        hidden = (each.flatten(0, 1) @ inner.T).view(*each.shape[:2], len(inner))  # (tokens, c, b)
+        y = (hidden.mT.flatten(0, 1) @ outer.T).mul_(scaling).view(len(each), len(inner), len(outer))
         return shaped(y.mT.flatten(1), x.shape[:-1])
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,8 +26,9 @@ class PerSample(Delta):
     scaling: float = 1.0
 
     def apply(self, x: Tensor) -> Tensor:
-        each = x.reshape(self.down.shape[0], -1, x.shape[-1])
-        return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], -1)
+        samples, places = len(self.down), x.shape[:-1]
+        each = x.reshape(samples, math.prod(places) // max(samples, 1), x.shape[-1])
+        return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*places, self.up.shape[1])
 
     def dense(self) -> Tensor:
         raise PeanutError(

@@ -84,7 +84,7 @@ class RandomBases(Delta):
         if transformed():
             up, down = self._factors()
             y = F.linear(_hidden(x, down), up * self.scaling)
-            y = y.reshape(*(x.shape[:-1] if x.is_floating_point() else x.shape), -1)
+            y = y.reshape(*(x.shape[:-1] if x.is_floating_point() else x.shape), y.shape[-1])
             return y if weight is None else F.linear(x, weight, bias) + y
         basis, fixed = self.basis.detach(), self.fixed.detach()
         return applied(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
-from .patterns import check_pattern, matching_pattern
+from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types
 
@@ -49,6 +51,14 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class _Signature:
+    """A class's signature, for ``inspect``, is its ``__init__``'s, whatever its ``__new__`` takes."""
+
+    def __get__(self, _: object, own: type) -> inspect.Signature:
+        _, *parameters = inspect.signature(own.__init__).parameters.values()  # type: ignore[misc]
+        return inspect.Signature(parameters)
+
+
 @dataclass(kw_only=True)
 class PeftConfig:
     """What every method's config holds.
@@ -68,9 +78,10 @@ class PeftConfig:
         layers_pattern: name of the list of blocks (``"layers"``, ``"h"``), if it is not a path's first numbered part.
 
     Raises:
-        PeanutError: a value is out of range.
+        PeanutError: a value is out of range, or a keyword is unknown.
     """
 
+    __signature__ = _Signature()
     method: ClassVar[str]
     """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
@@ -91,6 +102,11 @@ class PeftConfig:
     layers_to_transform: list[Whole] | Whole | None = None
     layers_pattern: list[str] | str | None = None
 
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        own: Any = cls
+        check_keywords(cls.__name__, given, _keywords(own) or given, {})
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_types(self)
         given = self.peft_type
@@ -109,8 +125,11 @@ class PeftConfig:
                     raise PeanutError(f"{name}={shown(value)}", "a list of names", "remove what is not a name")
                 setattr(self, name, sorted(set(value)))
         for _, patterns in self.by_layer:
-            for pattern in getattr(self, patterns) or {}:
-                check_pattern(patterns, pattern)
+            check_patterns(patterns, getattr(self, patterns) or {})
+        if isinstance(self.layers_pattern, list) and len(self.layers_pattern) > MOST_EXPRESSIONS:
+            raise PeanutError(
+                f"layers_pattern has {len(self.layers_pattern):,} names", f"at most {MOST_EXPRESSIONS:,}", "use fewer"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
                 f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
@@ -123,9 +142,9 @@ class PeftConfig:
         """Whether the method adds virtual tokens (no weight method does)."""
         return False
 
-    def patterns(self) -> dict[str, list[str]]:
+    def patterns(self) -> Mapping[str, Collection[str]]:
         """By field, the names and regular expressions that are for some of the adapted layers."""
-        return {patterns: list(getattr(self, patterns) or {}) for _, patterns in self.by_layer}
+        return {patterns: getattr(self, patterns) or {} for _, patterns in self.by_layer}
 
     def for_layer(self, path: str) -> Self:
         """This config with what its patterns say for the layer at ``path`` filled in."""
@@ -135,7 +154,9 @@ class PeftConfig:
             pattern = matching_pattern(values, path)
             if pattern is not None:
                 found[name] = values[pattern]
-        return dataclasses.replace(self, **found) if found else self
+        if not found:
+            return self
+        return dataclasses.replace(self, **found | {patterns: {} for _, patterns in self.by_layer})
 
     def to_dict(self) -> dict[str, Any]:
         """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""
@@ -198,6 +219,13 @@ class PeftConfig:
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary with a ``peft_type`` describes."""
     return PeftConfig.from_dict(values)
+
+
+@cache
+def _keywords(config_class: type[PeftConfig]) -> list[str]:
+    """The keywords that a config class knows; none where it takes any."""
+    parameters = inspect.signature(config_class).parameters
+    return [] if any(each.kind is each.VAR_KEYWORD for each in parameters.values()) else list(parameters)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

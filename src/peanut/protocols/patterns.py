@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 from ..errors import PeanutError, shown
 
-__all__ = ["check_pattern", "fullmatch", "matching_pattern"]
+__all__ = [
+    "MOST_EXPRESSIONS",
+    "check_pattern",
+    "check_patterns",
+    "ends",
+    "fullmatch",
+    "matching_pattern",
+    "pattern_of_none",
+]
 
 T = TypeVar("T")
 
@@ -24,6 +33,12 @@ _USUAL = {"compile": 1e-3, "match": 1e-4}
 """What compiling and matching may take without being slow."""
 _LARGEST = 100_000
 """How many characters a pattern may have with its repetitions written out, as ``regex`` compiles them."""
+_MOST_NAMES, MOST_EXPRESSIONS = 100_000, 1_000
+"""How many names, and how many regular expressions, a config may have for one value that differs between layers."""
+_BEFORE = r"(?:.*\.)?"
+"""What comes before the end of a path that they match."""
+_NAME = re.compile(r"(?:[\w-]|\\?\.)+")
+"""A key that is a name."""
 _FUZZY = re.compile(r"(?<!\\)\{(?!\d*(?:,\d*)?\})")
 """Braces that ``re`` takes for text, and ``regex`` for a match that need not be exact."""
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,\d*)?\}|.", re.DOTALL)
@@ -96,10 +111,10 @@ def _written_out(pattern: str) -> int:
     return size + sum(open_groups)
 
 
-def check_pattern(name: str, pattern: str) -> None:
+def check_pattern(name: str, pattern: str, before: str = "") -> None:
     """Refuses what is no regular expression."""
     try:
-        _compiled(pattern, "", "")
+        _compiled(pattern, before, "")
     except PeanutError as error:
         raise PeanutError(f"{name}={error.found}", error.expected, error.do) from None
     if _FUZZY.search(pattern):
@@ -120,6 +135,89 @@ def fullmatch(pattern: str, text: str, before: str = "", after: str = "") -> Any
     return _timed("match", pattern, lambda left: compiled.fullmatch(text, timeout=left))
 
 
-def matching_pattern(patterns: Mapping[str, Any], path: str) -> str | None:
-    """The key (a name or a regular expression) of a ``rank_pattern`` or its like that matches the end of ``path``."""
-    return next((key for key in patterns if fullmatch(key, path, before=r"(?:.*\.)?")), None)
+def ends(path: str) -> list[str]:
+    """All names that a path ends in: ``mlp.up_proj`` in itself and in ``up_proj``."""
+    names = path.split(".")
+    return [".".join(names[first:]) for first in range(len(names))]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Keys of a ``rank_pattern`` or its like, so that a path need not be compared with each.
+
+    Most are names, in which a dot stands for any character: they are looked up, once for each of their ``forms``.
+
+    Args:
+        names: by a name without its dots, the place of its key.
+        forms: by length, where names of this length have dots.
+        expressions: the places of the keys that are more than names.
+    """
+
+    names: dict[str, int]
+    forms: dict[int, set[tuple[int, ...]]]
+    expressions: list[int]
+
+    @classmethod
+    def of(cls, keys: tuple[str, ...]) -> _Index:
+        found = cls({}, {}, [])
+        for place, key in enumerate(keys):
+            if not _NAME.fullmatch(key):
+                found.expressions.append(place)
+                continue
+            name = re.sub(r"(?<!\\)\.", "\0", key).replace("\\.", ".")
+            found.names.setdefault(name, place)
+            found.forms.setdefault(len(name), set()).add(tuple(at for at, each in enumerate(name) if each == "\0"))
+        return found
+
+    def places(self, path: str) -> Iterator[int]:
+        """The places of the names that ``path`` ends in."""
+        for end in ends(path):
+            for form in self.forms.get(len(end), ()):
+                letters = list(end)
+                for at in form:
+                    letters[at] = "\0"
+                place = self.names.get("".join(letters))
+                if place is not None:
+                    yield place
+
+
+_indexed = lru_cache(maxsize=16)(_Index.of)
+
+
+def check_patterns(name: str, patterns: Collection[str]) -> None:
+    """Refuses a ``rank_pattern`` or its like with a key that is no regular expression, or with too many.
+
+    Raises:
+        PeanutError: it has.
+    """
+    keys = tuple(patterns)
+    index = _indexed(keys[:_MOST_NAMES])
+    many = len(index.expressions) + sum(map(len, index.forms.values()))
+    if len(keys) > _MOST_NAMES or many > MOST_EXPRESSIONS:
+        raise PeanutError(
+            f"{name} has {len(keys):,} keys, {len(index.expressions):,} of them regular expressions",
+            f"at most {_MOST_NAMES:,} names, and {MOST_EXPRESSIONS:,} regular expressions or forms of names",
+            "write layers that have one value as one expression",
+        )
+    for place in index.expressions:
+        check_pattern(name, keys[place], _BEFORE)
+
+
+def matching_pattern(patterns: Collection[str], path: str) -> str | None:
+    """The first key (a name or a regular expression) of a ``rank_pattern`` or its like that ``path`` ends in."""
+    keys = tuple(patterns)
+    index = _indexed(keys)
+    first = min(index.places(path), default=len(keys))
+    earlier = (place for place in index.expressions if place < first)
+    first = next((place for place in earlier if fullmatch(keys[place], path, _BEFORE)), first)
+    return keys[first] if first < len(keys) else None
+
+
+def pattern_of_none(patterns: Collection[str], paths: Sequence[str]) -> str | None:
+    """The first key that none of ``paths`` ends in."""
+    keys = tuple(patterns)
+    index = _indexed(keys)
+    used = {place for path in paths for place in index.places(path)}
+    alone = (place for place in index.expressions if any(fullmatch(keys[place], path, _BEFORE) for path in paths))
+    left = sorted({*range(len(keys))} - used - {*alone})
+    return keys[left[0]] if left else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def check_complete(checkpoint: Path, *, processes: int, model_only: bool) -> Non
         warnings.warn(f"'{checkpoint}' lacks {', '.join(missing)} (save_only_model): they begin anew", stacklevel=2)
     elif missing:
         raise refused(checkpoint, f"it lacks {', '.join(missing)}")
+    for path in (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", random)):
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise refused(checkpoint, f"{path.name} ({path.stat().st_size:,} bytes) is no archive of torch's")
 
 
 def reading(checkpoint: Path, name: str) -> AbstractContextManager[None]:

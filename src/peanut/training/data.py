@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def read_rows(source: str, *, text_columns: Iterable[str] = (), subset: str | No
         rows = _read_image_folder(path)
     elif path.exists() or path.suffix.lower() in _READERS:
         table = _read_file(path, tuple(text_columns))
-        twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
         if twice:
             raise PeanutError(f"'{path}' has the column {twice[0]!r} twice", "each name once", "rename or remove one")
         try:

@@ -24,5 +24,6 @@ def told_as(found: str, expected: str, do: str) -> Iterator[None]:
     except (PeanutError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        text = " ".join(str(error).split())[:300]
+        reason = text if " " in text else f"{type(error).__name__} {text}".strip()  # a key alone says nothing
         raise PeanutError(f"{found}: {reason}", expected, do) from error

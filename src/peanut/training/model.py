@@ -23,7 +23,7 @@ from ..protocols.config import CONFIG_NAME
 from .config import data_section
 from .foreign import told_as
 from .sections import AdapterSection, DataSection, RunConfig
-from .tasks import TASKS, CausalLM, Task, TextClassification
+from .tasks import TASKS, CausalLM, Task, TextClassification, positions
 
 __all__ = ["Trained", "build_model", "empty_base", "load_base", "load_trained", "model_config", "save_task"]
 
@@ -205,9 +205,15 @@ def _read_task(path: Path) -> Task:
 
 def _default_data(base: str) -> DataSection:
     """The data section's defaults, as far as the base model reaches."""
-    data = DataSection(train="")
-    longest = getattr(_read_config(base), "max_position_embeddings", data.max_length)
-    return data.model_copy(update={"max_length": min(longest, data.max_length)})
+    return fitted_data(DataSection(train=""), base)
+
+
+def fitted_data(data: DataSection, base: str, revision: str | None = None) -> DataSection:
+    """The data section with a ``max_length`` that nobody gave lowered to what the base model has positions for."""
+    longest = None if "max_length" in data.model_fields_set else positions(_read_config(base, revision))
+    if longest is None or longest >= data.max_length:
+        return data
+    return data.model_copy(update={"max_length": longest})
 
 
 def _classes(folder: Path) -> int:

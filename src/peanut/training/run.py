@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,11 @@ from .evaluation import evaluate, metrics_of
 from .folder import RunFolder
 from .lock import alone
 from .metrics import LOWER_IS_BETTER
-from .model import build_model, save_task
+from .model import build_model, fitted_data, save_task
 from .plan import Plan, make_plan
 from .prepare import best_metric, encode, make_task, run_rows
 from .sections import RunConfig
-from .tasks import Task
+from .tasks import TASKS, Task, TextTask
 from .trainer import Trainer
 
 __all__ = ["RunResult", "evaluate", "plan", "train"]
@@ -162,7 +162,13 @@ def plan(config: Source) -> Plan:
 
 
 def _config(config: Source) -> RunConfig:
-    return config if isinstance(config, RunConfig) else load_config(config)
+    """The run, with the model's length where it leaves that open."""
+    run = config if isinstance(config, RunConfig) else load_config(config)
+    if not issubclass(TASKS[run.task], TextTask):
+        return run
+    with suppress(PeanutError):  # a model that cannot be read is told where it is needed
+        run = run.model_copy(update={"data": fitted_data(run.data, run.model.path, run.model.revision)})
+    return run
 
 
 _CHECKPOINTING: Any = next(

@@ -74,7 +74,8 @@ class DataSection(Section):
         instruction, input, output: the same in three parts, ``input`` optional.
         template: how instruction data becomes text: the tokenizer's ``chat`` template, or ``plain`` (the parts one
             after the other with an empty line between). ``auto`` is ``chat`` where the tokenizer has a template.
-        max_length: longest sequence in tokens: longer texts are cut, plain text is packed to this length.
+        max_length: longest sequence in tokens: longer texts are cut, plain text is packed to this length. If not given,
+            it is no more than the model has positions for.
     """
 
     train: str

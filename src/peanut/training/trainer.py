@@ -16,12 +16,14 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.generic import can_return_loss, find_labels
 
 from ..errors import PeanutError
 from ..files import as_one_line
 from ..model.peft_model import PeftModel
+from ..protocols import method_of
 from .checkpoints import (
     check_complete,
     check_optimizer,
@@ -77,8 +79,22 @@ class AdapterTrainerMixin(_Base):
         self.model_accepts_loss_kwargs = (
             any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) if accepts is None else accepts
         )
-        shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        if self.label_smoother is not None and shifts and not getattr(base.config, "is_encoder_decoder", False):
+        if self.label_smoother is not None:
+            self._smooth(adapted, base)
+
+    def _smooth(self, adapted: PeftModel, base: Any) -> None:
+        """Lets label smoothing compare each label with the logits that predict it.
+
+        Raises:
+            PeanutError: an adapter has a loss of its own, in place of which it would come.
+        """
+        factor = self.args.label_smoothing_factor
+        for name in adapted.active_adapters:
+            if getattr(method_of(adapted.peft_config[name].peft_type), "own_loss", False):
+                raise PeanutError(f"label_smoothing_factor={factor} for {name!r}, which has a loss of its own", "0")
+        shifts = base._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        shifts = shifts or LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
+        if shifts and not getattr(base.config, "is_encoder_decoder", False):
             self.label_smoother = partial(_smoothed, self.label_smoother)  # type: ignore[assignment]
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
 from .adding import put
 from .merging import Merging, changes
-from .room import room_for
+from .size_limits import limit_for
 from .starting import New
 from .surgery import SHARED, key_of
 from .training_hooks import follow, unfollow
@@ -141,7 +141,7 @@ class AdapterSet(Merging):
             self.check_whole(path)
         try:
             seed = str(int(torch.randint(2**62, (), device="cpu").item()))
-            new = New(name, seed, meta, wide, room_for(self.model, name))
+            new = New(name, seed, meta, wide, limit_for(self.model, name))
             config = put(self, new, method, config, given)
             memo: dict[int, Any] = {}
             for path in heads:

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
-from ...protocols.patterns import matching_pattern
+from ...protocols.patterns import pattern_of_none
 from ...weights import kind_of
 from ...weights.readable import check_layer
 from ...weights.stored import check_by_layer, same_weight, some_tensor, stored
@@ -134,14 +134,14 @@ def _follow(one: Target, other: Target) -> bool:
 def _check_patterns(config: PeftConfig, paths: list[str]) -> None:
     """Refuses a pattern (of ranks, of feed-forward layers) that is for none of the adapted layers."""
     for field, patterns in config.patterns().items():
-        for pattern in patterns:
-            if not any(matching_pattern({pattern: None}, path) for path in paths):
-                names = {path.rpartition(".")[2] for path in paths}
-                raise PeanutError(
-                    f"{field} names {pattern!r}, which none of the {len(paths)} adapted layers is called",
-                    "names or regular expressions of adapted layers",
-                    f"nearest: {nearest(pattern, names)}",
-                )
+        pattern = pattern_of_none(patterns, paths)
+        if pattern is not None:
+            names = {path.rpartition(".")[2] for path in paths}
+            raise PeanutError(
+                f"{field} names {pattern!r}, which none of the {len(paths)} adapted layers is called",
+                "names or regular expressions of adapted layers",
+                f"nearest: {nearest(pattern, names)}",
+            )
 
 
 def _add_outputs(on: Surgery, new: New, method: OutputMethod[Any], config: PeftConfig) -> None:

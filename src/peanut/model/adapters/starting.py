@@ -16,7 +16,7 @@ from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
 from ..layers.parameters import Parameters
 from ..layers.weight import BIAS
-from .room import Counted, Room
+from .size_limits import Limited, SizeLimit
 
 __all__ = ["New", "Target", "naming"]
 
@@ -54,14 +54,14 @@ class New:
         seed: where its randomness comes from: a number drawn from torch's generator.
         meta: leave its parameters without storage, to be filled by loading.
         wide: store them in float32 at least, also on a half-precision base.
-        room: what it may make.
+        limit: what it may make.
     """
 
     name: str
     seed: str
     meta: bool
     wide: bool
-    room: Room
+    limit: SizeLimit
 
     def waits(self, method: Method[Any], config: PeftConfig) -> bool:
         """Whether its tensors are left without storage; where some are in no file, all have to be made."""
@@ -88,9 +88,9 @@ class New:
         where = f"{method.name} at '{path}'" if path else method.name
         without = meta or beside.is_meta
         on = torch.device("meta" if without else "cpu")
-        with naming(where), torch.no_grad(), on, Counted(self.room, meta=without):
+        with naming(where), torch.no_grad(), on, Limited(self.limit, meta=without):
             values = start(generator)
-        self.room.check(values)
+        self.limit.keep(values)
         coded = not beside.is_floating_point() or beside.dtype.itemsize < 2  # a quantised weight
         dtype = torch.float32 if coded else beside.dtype
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype

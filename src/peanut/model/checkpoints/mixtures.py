@@ -15,7 +15,7 @@ from ...errors import PeanutError
 from ...protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet, experts_of
-from ..adapters.room import room_of_file
+from ..adapters.size_limits import limited_by_file
 from ..adapters.surgery import SHARED
 from .checkpoint import adapter_state, save_adapter
 from .embeddings import SaveEmbeddings
@@ -65,7 +65,7 @@ def ready(
             _check_same(adapters, name, source, folder)
             continue
         stored = read_adapter(_found(name, source, folder))
-        with room_of_file(stored.source, stored.state):
+        with limited_by_file(stored.source, stored.state):
             adapters.add(name, replace(stored.config, inference_mode=True), wide=wide)
         load_state(adapters, name, stored, check=check_base)
     experts = list(wanted) or [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from ..layers.state import AdapterState
 from ..targets.shape import reading_stack
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
 from .first_pass import gates_of
+from .own_loss import own_loss
 from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
-from .reader import IGNORED, Reader, with_front
+from .reader import Reader, with_front
 from .replay import restore_in_checkpoints, restore_no_more
 
 __all__ = ["Runner"]
@@ -144,7 +144,7 @@ class Runner(Hooking):
         begun = length_of(past) > 0  # then all that comes before is in the cache
         prefix = self._front("keys_values", rows) if own and not begun else None
         tokens = self._front("tokens", rows) if not begun else None
-        width, there = self._room(kinds, rows, read.device)
+        width, there = self._taken(kinds, rows, read.device)
         prompt = reader.prompt(arguments, rows, count, begun, read.device)
         if width:
             check_grows(past)
@@ -159,7 +159,7 @@ class Runner(Hooking):
                 if arguments.get("input_ids") is not None:
                     now.pending = tokens.values.to(read.device), order
                 prompt = arranged(torch.cat([prompt.new_zeros(rows, inserted), prompt], dim=1), order)
-                now.after = (inserted, count, self._objective(arguments, extra), order)
+                now.after = (inserted, count, own_loss(self._inputs(), self.state, arguments, extra), order)
             if prefix is not None and prefix.there is not None:
                 reader.skip_prefix(arguments, prefix.there)
         running = Running(prompt, begun, None if prefix is None else PrefixView(prefix.values))
@@ -206,9 +206,11 @@ class Runner(Hooking):
         if self.state.call.disabled or inputs is None or reader is None:
             return (), arguments
         read = arguments.get("input_ids")
-        read = arguments["inputs_embeds"] if read is None else read
+        read = arguments.get("inputs_embeds") if read is None else read
+        if read is None:
+            return (), arguments  # the model says so itself
         rows, count = read.shape[0], read.shape[1]
-        width, there = self._room(("tokens",), rows, read.device)
+        width, there = self._taken(("tokens",), rows, read.device)
         states, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
         if width and states is not None and (mask is not None or there is not None):
             seen = states.shape[1] - width
@@ -216,7 +218,7 @@ class Runner(Hooking):
             if mask.dim() == 2 and mask.shape[1] == seen:
                 whole = with_front(mask, there, width)
                 arguments["encoder_attention_mask"] = arranged(whole, padding_first(whole, width))
-        wide, there = self._room(("keys_values",), rows, read.device)
+        wide, there = self._taken(("keys_values",), rows, read.device)
         if wide:
             past = arguments.get("past_key_values")
             begun = length_of(past) > 0
@@ -274,7 +276,7 @@ class Runner(Hooking):
         inputs = self._inputs()
         return None if inputs is None else inputs.front(kind, rows)
 
-    def _room(self, kinds: Sequence[str], rows: int, device: torch.device) -> tuple[int, Tensor | None]:
+    def _taken(self, kinds: Sequence[str], rows: int, device: torch.device) -> tuple[int, Tensor | None]:
         """p, the positions taken before the user's tokens, and (batch, p) which each row uses, ``None`` for all."""
         inputs = self._inputs()
         if inputs is None:
@@ -291,28 +293,3 @@ class Runner(Hooking):
         inputs = self._inputs()
         names = {read for name in inputs.adapters for read in inputs.method_of(name)[0].reads} if inputs else set()
         return {name: arguments.pop(name) for name in names if name in arguments}
-
-    def _objective(self, arguments: dict[str, Any], extra: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
-        """The loss of the acting method that has one of its own; the labels are then taken from the model."""
-        inputs, labels = self._inputs(), arguments.get("labels")
-        if inputs is None or labels is None:
-            return None
-        acting = inputs.acting("tokens")
-        names = [name for name in acting if inputs.method_of(name)[0].own_loss]
-        if not names:
-            return None
-        if self.state.call.samples is not None or names != acting[-1:]:
-            raise PeanutError(
-                f"labels while adapter {names[0]!r}, which has a loss of its own, is one of several",
-                "it alone, or as the last of the active prompts",
-                "activate it last, or leave the labels out",
-            )
-        del arguments["labels"]
-        own, items = labels[:, inputs.taken("tokens", len(labels))[0] :], arguments.get("num_items_in_batch")
-        return partial(_loss, *inputs.method_of(names[0]), own, extra, items)
-
-
-def _loss(method: Any, config: Any, labels: Tensor, extra: dict[str, Any], items: Any, logits: Tensor) -> Tensor:
-    """A method's own loss; where gradients of several batches add up to ``items`` labels, this batch's share of it."""
-    loss: Tensor = method.loss(config, logits[:, -(config.num_virtual_tokens + labels.shape[1]) :], labels, extra)
-    return loss if items is None else loss * (labels[:, 1:] != IGNORED).sum() / items

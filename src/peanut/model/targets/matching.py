@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
-from ...protocols.patterns import fullmatch
 from .architectures import architecture_of, model_type_of
 from .paths import (
     Modules,
@@ -22,8 +20,11 @@ from .paths import (
     matched,
     modules_by_path,
     outside,
+    starts,
+    unknown_name,
     unmatched,
 )
+from .selection import selected
 from .shape import is_pretrained
 from .tree import module_tree
 
@@ -100,7 +101,7 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
             f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
         )
     if wrong is not None:
-        raise _unknown("target_modules", wrong, model, _adaptable_names(modules, method))
+        raise unknown_name("target_modules", wrong, model, _adaptable_names(modules, method))
     return hits
 
 
@@ -116,7 +117,7 @@ def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Mo
     firsts = first_paths(modules)
     apart = set(outside(each_once(paths, modules), saved_paths(model, config)))
     there = [path for path in paths if firsts[path] in apart]
-    left = _chosen(model, there, config, modules)
+    left = selected(model, there, config, modules)
     chosen = set(left)
     for path in there:
         if (path in chosen) != (firsts[path] in chosen):
@@ -155,10 +156,11 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
         # Of a task's heads the end of the name counts, as in Hugging Face PEFT: DistilBERT's has a pre_classifier too.
         hits = [path for path in modules if path.endswith(name)] if name in heads else matched(modules, [name])
         if not hits and name not in heads:
-            raise _unknown("modules_to_save", name, model, last_names(modules))
-        found += [path for path in hits if path not in found]
+            raise unknown_name("modules_to_save", name, model, last_names(modules))
+        found += hits
     found = each_once(found, modules)
-    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+    taken = frozenset(found)
+    return [path for path in found if taken.isdisjoint(starts(path)[:-1])]
 
 
 def biased_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]) -> list[str]:
@@ -201,14 +203,6 @@ def _out_of_reach(found: str, parameter: str) -> PeanutError:
     )
 
 
-def _unknown(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
-    return PeanutError(
-        f"{field} names {name!r}, which no module of {type(model).__name__} is called",
-        "names of modules",
-        f"nearest: {nearest(name, names)}",
-    )
-
-
 def _whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
     """The modules that a method which trains whole modules takes."""
     method = method_of(config.peft_type)
@@ -219,7 +213,7 @@ def _whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
                 "names of modules to train whole",
                 f"name some of {', '.join(sorted(last_names(modules))[:12])}",
             )
-        return _chosen(model, matching_paths(model, config, method, modules), config, modules)
+        return selected(model, matching_paths(model, config, method, modules), config, modules)
     if method.trains == "all":
         own = [name for name, _ in model.named_parameters(recurse=False)]
         if own:
@@ -281,44 +275,6 @@ def _all_linear(model: nn.Module, config: PeftConfig, modules: Modules) -> list[
     linear = [path for path, module in modules.items() if kind_name(module) in ("linear", "conv1d")]
     left = outside(linear, head or saved_paths(model, config))
     return [path for path in left if not inside_attention(path, modules)]
-
-
-def _chosen(model: nn.Module, paths: list[str], config: PeftConfig, modules: Modules) -> list[str]:
-    """The paths that ``exclude_modules`` and ``layers_to_transform`` leave."""
-    excluded = config.exclude_modules
-    if excluded:
-        hits = matched(modules, excluded)
-        wrong = unmatched(hits, excluded)
-        if wrong is not None:
-            raise _unknown("exclude_modules", wrong, model, last_names(modules))
-        taken = set(hits)
-        paths = [path for path in paths if path not in taken]
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return paths
-    indices = [wanted] if isinstance(wanted, int) else list(wanted)
-    by_path = {path: _block_index(path, config.layers_pattern) for path in paths}
-    present = sorted({index for index in by_path.values() if index is not None})
-    missing = [index for index in indices if index not in present]
-    if missing:
-        blocks = f"blocks {present[0]} to {present[-1]}" if present else "no numbered block"
-        pattern = f" under layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
-        raise PeanutError(
-            f"layers_to_transform names {missing}, and the targets lie in {blocks}{pattern}",
-            "indices of blocks that hold a target",
-            "change layers_to_transform or layers_pattern",
-        )
-    return [path for path in paths if by_path[path] in indices]
-
-
-def _block_index(path: str, pattern: list[str] | str | None) -> int | None:
-    """The index of the block that ``path`` is or lies in: the first number after a list called as the pattern says."""
-    lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    for name in lists:
-        match = fullmatch(name, f"{path}.", before=r"(?:.*?\.)??", after=r"\.(?P<index>\d+)\..*")
-        if match:
-            return int(match["index"])
-    return None
 
 
 def _adaptable_names(modules: Modules, method: Method[Any]) -> set[str]:

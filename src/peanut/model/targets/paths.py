@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ...protocols.patterns import fullmatch
+from ...errors import PeanutError, nearest
+from ...protocols.patterns import ends, fullmatch
 from ...weights import kind_of
 from ..layers.layer import AdaptedLayer
 from ..layers.saved_modules import SavedModule
@@ -23,6 +25,8 @@ __all__ = [
     "matched",
     "modules_by_path",
     "outside",
+    "starts",
+    "unknown_name",
     "unmatched",
 ]
 
@@ -79,26 +83,35 @@ def matched(paths: Iterable[str], names: Iterable[str] | str) -> list[str]:
     if isinstance(names, str):
         return [path for path in paths if fullmatch(names, path)]
     wanted = frozenset(names)
-    return [path for path in paths if not wanted.isdisjoint(_ends(path))]
+    return [path for path in paths if not wanted.isdisjoint(ends(path))]
 
 
 def unmatched(hits: list[str], names: list[str] | str) -> str | None:
     """The first of the names (or the regular expression) that none of its ``hits`` is called."""
     if isinstance(names, str):
         return None if hits else names
-    ends = set().union(*map(_ends, hits))
-    return next((name for name in names if name not in ends), None)
+    known = set().union(*map(ends, hits))
+    return next((name for name in names if name not in known), None)
 
 
-def _ends(path: str) -> set[str]:
-    """All names that a path ends in: ``mlp.up_proj`` in itself and in ``up_proj``."""
-    names = path.split(".")
-    return {".".join(names[first:]) for first in range(len(names))}
+def unknown_name(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
+    """The error for a name in ``field`` that is none of the ``names`` that modules have."""
+    return PeanutError(
+        f"{field} names {name!r}, which no module of {type(model).__name__} is called",
+        "names of modules",
+        f"nearest: {nearest(name, names)}",
+    )
 
 
 def outside(paths: Iterable[str], outer: list[str]) -> list[str]:
     """The paths that are none of ``outer`` and lie in none of them."""
-    return [path for path in paths if not any(path == other or path.startswith(f"{other}.") for other in outer)]
+    taken = frozenset(outer)
+    return [path for path in paths if taken.isdisjoint(starts(path))]
+
+
+def starts(path: str) -> list[str]:
+    """The paths that lead to a module, its own last: ``mlp`` and ``mlp.up_proj``."""
+    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def inside_attention(path: str, modules: Modules) -> bool:

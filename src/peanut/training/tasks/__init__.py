@@ -6,9 +6,9 @@ from .image import ImageClassification
 from .instruction import Instruction
 from .language import CausalLM, LanguageTask
 from .sentences import TextClassification, TextRegression
-from .task import Task
+from .task import Task, TextTask, positions
 
-__all__ = ["TASKS", "CausalLM", "Instruction", "LanguageTask", "Task", "TextClassification"]
+__all__ = ["TASKS", "CausalLM", "Instruction", "LanguageTask", "Task", "TextClassification", "TextTask", "positions"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (TextClassification, TextRegression, CausalLM, Instruction, ImageClassification)

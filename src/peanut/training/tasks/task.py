@@ -105,6 +105,21 @@ class Task(ABC):
         """The task's metrics from what ``reduce`` kept."""
 
 
+_BEHIND_PADDING = {
+    *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
+}
+"""``model_type`` of the models whose first position is the one behind the padding's."""
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model has positions for, ``None`` for any number."""
+    count = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(count, int):
+        return None
+    return count - (config.pad_token_id or 0) - 1 if config.model_type in _BEHIND_PADDING else count
+
+
 class TextTask(Task):
     """A task whose input is text."""
 
@@ -120,8 +135,8 @@ class TextTask(Task):
         return tokenizer
 
     def fit(self, config: PreTrainedConfig, processor: Any) -> None:
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and self.data.max_length > longest:
+        longest = positions(config)
+        if longest is not None and self.data.max_length > longest:
             raise PeanutError(
                 f"data.max_length is {self.data.max_length}", f"at most the model's {longest}", "lower data.max_length"
             )

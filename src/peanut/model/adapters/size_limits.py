@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import PeanutError
 
-__all__ = ["Counted", "Room", "room_for", "room_of_file"]
+__all__ = ["Limited", "SizeLimit", "limit_for", "limited_by_file"]
 
 _ALWAYS = 2**26
 """How many numbers a file's config may always ask for (256 MB), however small model and file are."""
@@ -32,7 +32,7 @@ _file: ContextVar[tuple[str, int, int] | None] = ContextVar("file", default=None
 
 
 @contextmanager
-def room_of_file(source: str, state: Mapping[str, Tensor]) -> Iterator[None]:
+def limited_by_file(source: str, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context adapters are added whose tensors are ``state``, read from ``source``."""
     token = _file.set((source, len(state), sum(value.numel() for value in state.values())))
     try:
@@ -41,15 +41,15 @@ def room_of_file(source: str, state: Mapping[str, Tensor]) -> Iterator[None]:
         _file.reset(token)
 
 
-def room_for(model: nn.Module, name: str) -> Room:
+def limit_for(model: nn.Module, name: str) -> SizeLimit:
     """What adapter ``name``, which is new, may make."""
     read = _file.get()
     if read is None:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        return Room(f"adapter {name!r}", "what this machine's memory holds", pages / 4, _CALLS, _CALLS)
+        return SizeLimit(f"adapter {name!r}", "what this machine's memory holds", pages / 4, _CALLS, _CALLS)
     source, tensors, numbers = read
     numbers += sum(parameter.numel() for parameter in model.parameters())
-    return Room(
+    return SizeLimit(
         f"the config of '{source}'",
         f"sizes that the file's {tensors} tensors have",
         max(_ALWAYS, _TIMES * numbers),
@@ -59,13 +59,13 @@ def room_for(model: nn.Module, name: str) -> Room:
 
 
 @dataclass
-class Room:
+class SizeLimit:
     """What may be made of an adapter still.
 
     Args:
         whose: who asks, for an error.
         expected: what it may ask for, in words.
-        numbers: how many numbers in memory, over all places.
+        numbers: how many numbers in memory: those that other places keep are taken off.
         calls: how many calls of torch in one place.
         tensors: how many tensors in one place.
     """
@@ -79,38 +79,39 @@ class Room:
     def refuse(self, what: str) -> PeanutError:
         return PeanutError(f"{self.whose} asks for {what}", self.expected, "lower its sizes (r, depth and the like)")
 
-    def check(self, made: Mapping[str, Tensor]) -> None:
-        """Refuses more tensors in a place than there may be.
+    def keep(self, made: Mapping[str, Tensor]) -> None:
+        """Takes the tensors off that a place keeps.
 
         Raises:
-            PeanutError: there are more.
+            PeanutError: there are more of them than there may be.
         """
         if len(made) > self.tensors:
             raise self.refuse(f"{len(made)} tensors in one layer")
+        self.numbers -= sum(value.numel() for value in made.values() if not value.is_meta)
 
 
-class Counted(TorchFunctionMode):
-    """Within the context what is made is taken off ``room``; what has no storage costs nothing but the call.
+class Limited(TorchFunctionMode):
+    """Within the context the tensors of one place are made, within a limit; without storage they cost the call alone.
 
     Raises:
-        PeanutError: nothing is left of it.
+        PeanutError: they, and what is made on the way to them, are more.
     """
 
-    def __init__(self, room: Room, *, meta: bool) -> None:
+    def __init__(self, limit: SizeLimit, *, meta: bool) -> None:
         super().__init__()
-        self.room, self.meta, self.calls = room, meta, 0
+        self.limit, self.meta, self.calls, self.numbers = limit, meta, 0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        if self.calls > self.room.calls:
-            raise self.room.refuse(f"more than {self.room.calls:,} steps in one layer")
+        if self.calls > self.limit.calls:
+            raise self.limit.refuse(f"more than {self.limit.calls:,} steps in one layer")
         options = kwargs or {}
         device = options.get("device")  # some are made on the CPU wherever the others are
         if getattr(func, "__name__", "") in _MAKING and not (self.meta if device is None else str(device) == "meta"):
             asked = _numbers(func.__name__, args, options)
-            self.room.numbers -= asked
-            if self.room.numbers < 0:
-                raise self.room.refuse(f"a tensor of {asked:,} numbers")
+            self.numbers += asked
+            if self.numbers > self.limit.numbers:
+                raise self.limit.refuse(f"a tensor of {asked:,} numbers")
         return func(*args, **options)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 from peanut import (
     AdaLoraConfig,
@@ -23,12 +24,15 @@ from peanut import (
     PeanutError,
     PeftModel,
     PromptEncoderConfig,
+    PromptTuningConfig,
     RandLoraConfig,
+    ShiraConfig,
     VeraConfig,
     XLoraConfig,
     get_peft_model,
 )
-from peanut.model.adapters import room
+from peanut.model.adapters import size_limits
+from peanut.model.adapters.size_limits import limited_by_file
 from peanut.protocols import InputMethod, PeftConfig
 from peanut.protocols.registry import registered
 
@@ -116,11 +120,29 @@ def test_a_config_that_asks_for_more_than_its_file_is_told_so(
 def test_a_new_adapter_that_no_memory_holds_is_refused(
     config_class: type[LoraConfig], number: int, tiny_llama: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room.os, "sysconf", lambda name: 2**16)
+    monkeypatch.setattr(size_limits.os, "sysconf", lambda name: 2**16)
     with pytest.raises(
         PeanutError, match=r"adapter 'default' asks for a tensor of [\d,]+ numbers; expected what this "
     ):
         get_peft_model(tiny_llama(), config_class(r=number, target_modules=["q_proj"]))
+
+
+def test_what_is_made_on_the_way_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SHiRA draws its places from a permutation of all entries of a layer, of which it keeps few."""
+    monkeypatch.setattr(size_limits.os, "sysconf", lambda name: 2**8)  # 16,384 numbers
+    layers = {str(number): nn.Linear(64, 64) for number in range(20)}
+    config = ShiraConfig(r=1, target_modules=list(layers))
+    assert len(list(get_peft_model(nn.ModuleDict(layers), config).adapters.layers())) == 20
+    for wide, r in ({"0": nn.Linear(200, 200)}, 1), ({name: nn.Linear(64, 64) for name in layers}, 16):
+        with pytest.raises(PeanutError, match="adapter 'default' asks for a tensor of "):
+            get_peft_model(nn.ModuleDict(wide), ShiraConfig(r=r, target_modules=list(wide)))
+
+
+def test_the_text_that_a_long_prompt_starts_from(tiny_llama: Builder, smollm2: Path) -> None:
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": str(smollm2)}
+    config = PromptTuningConfig(num_virtual_tokens=10**10, **text)
+    with limited_by_file("a file", {}), pytest.raises(PeanutError, match="asks for a tensor of 10,000,000,000 numbers"):
+        get_peft_model(tiny_llama(), config)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +158,7 @@ def test_layers_without_end_are_refused(config_class: type[PeftConfig], options:
         config_class(**options)
 
 
-def test_an_expert_of_a_mixture_has_no_more_room(tiny_llama: Builder, tmp_path: Path) -> None:
+def test_an_expert_of_a_mixture_may_ask_for_no_more(tiny_llama: Builder, tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 10**8}))

@@ -1,0 +1,148 @@
+"""``AdapterControls``: which adapters a model has, which of them act or are merged, and how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import PeanutError
+from ..protocols import PeftConfig
+from .adapters.adapter_set import AdapterSet
+from .as_base import AsBase
+from .checkpoints.base_weights import embedding_paths
+from .injection import AdaptedModel
+from .layers.adapted import Adapted
+from .layers.calls import Context
+from .layers.saved_modules import SavedModule
+from .targets.reach import reach_of
+
+__all__ = ["AdapterControls"]
+
+
+class AdapterControls(AsBase):
+    """What a ``PeftModel`` can do besides running, and adding, saving and loading adapters."""
+
+    base_model: AdaptedModel
+
+    # What there is
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters in the model."""
+        return self.base_model.adapters
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The adapters' configs by name."""
+        return self.adapters.configs
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; their changes add."""
+        return list(self.adapters.state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first active adapter.
+
+        Raises:
+            PeanutError: none is active.
+        """
+        if not self.active_adapters:
+            raise PeanutError("no adapter is active", "an active adapter", "call set_adapter(name)")
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the weights."""
+        return list(self.adapters.state.merged)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters in it."""
+        return self.adapters.model
+
+    # Which adapters act
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
+        self.adapters.activate(adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the model."""
+        self.adapters.delete(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes, in this thread, exactly what its base does, also if merged."""
+        context = Context(disables=True)
+        self.adapters.state.enter(context)
+        try:
+            yield
+        finally:
+            self.adapters.state.leave(context)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
+        """Writes adapters (default: the active ones) into the weights; the others stay as they are.
+
+        What is written to a merged weight afterwards is lost when it is unmerged, which restores what was there before.
+        ``safe_merge`` is accepted for scripts: a merge that is not finite is always refused and undone.
+        """
+        self.adapters.merge(adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Restores every weight bit for bit."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters merged for good, and no trace of this library in it."""
+        return self.adapters.adopt(adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        return self.adapters.unload()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model's; arguments as for transformers.
+
+        Raises:
+            PeanutError: an adapter changes an embedding, or trains it whole.
+        """
+        changed = (Adapted, SavedModule)
+        for path in embedding_paths(self.adapters) if args or kwargs else ():
+            if any(isinstance(module, changed) for module in self.adapters.at(path).modules()):
+                raise PeanutError(
+                    f"an adapter changes '{path}', which is to be resized",
+                    "embeddings without adapters",
+                    "resize the base before get_peft_model or from_pretrained",
+                )
+        resize: Any = self.get_base_model().resize_token_embeddings
+        return resize(*args, **kwargs)  # type: ignore[no-any-return]
+
+    # Counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all) numbers of parameters."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many; then which no adapter reaches, if they are many."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+        if unreached := str(reach_of(self.get_base_model())):
+            print(f"out of reach of adapters: {unreached}")
