@@ -24,7 +24,7 @@ __all__ = [
     "device_of",
     "offload_hook",
     "onload",
-    "same_weight",
+    "same_tensor",
     "some_tensor",
     "store",
     "stored",
@@ -106,15 +106,15 @@ def check_by_layer(model: nn.Module) -> None:
             )
 
 
-def same_weight(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules share their weight, also while it is offloaded."""
-    a, b = current(one, "weight"), current(other, "weight")
+def same_tensor(one: nn.Module, other: nn.Module, name: str = "weight") -> bool:
+    """Whether two modules share a tensor, also while it is offloaded."""
+    a, b = current(one, name), current(other, name)
     if a is None or a is b:
         return a is b and a is not None
     offloaded = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta and a.shape == b.shape
     if not offloaded or offload_hook(one) is None or offload_hook(other) is None:
         return False
-    return torch.equal(stored(one, "weight"), stored(other, "weight"))
+    return torch.equal(stored(one, name), stored(other, name))
 
 
 def some_tensor(module: nn.Module) -> Tensor | None:

@@ -89,7 +89,8 @@ def test_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
         "RNN.weight_hh_l0": 64,
     }
     assert reach.linear == 3 * 64  # a convolution is no surprise to who asks for linear layers
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["linear"], modules_to_save=["conv"]), model)
+    with pytest.warns(UserWarning, match=r"^'tied' holds the weight of 'linear'"):
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["linear"], modules_to_save=["conv"]), model)
     after = reach_of(model)
     assert after.total == total
     assert after.unreached.keys() == reach.unreached.keys() - {"Conv1d.weight"}  # it is trained whole

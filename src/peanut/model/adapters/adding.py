@@ -12,7 +12,7 @@ from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftC
 from ...protocols.patterns import pattern_of_none
 from ...weights import kind_of
 from ...weights.readable import check_layer
-from ...weights.stored import check_by_layer, same_weight, some_tensor, stored
+from ...weights.stored import check_by_layer, same_tensor, some_tensor, stored
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
@@ -121,14 +121,14 @@ def _tied_to(on: Surgery, path: str) -> list[str]:
     return [
         other
         for other in each_once(modules, modules)
-        if (there := bare(modules[other])) is not own and same_weight(own, there) and kind_of(there) is not None
+        if (there := bare(modules[other])) is not own and same_tensor(own, there) and kind_of(there) is not None
     ]
 
 
 def _follow(one: Target, other: Target) -> bool:
     """Whether two layers are tied and have one set of tensors."""
     follows = one.method.follows_ties and other.method.follows_ties
-    return follows and same_weight(one.frozen.module, other.frozen.module)
+    return follows and same_tensor(one.frozen.module, other.frozen.module)
 
 
 def _check_patterns(config: PeftConfig, paths: list[str]) -> None:

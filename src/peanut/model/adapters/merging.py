@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from ...errors import PeanutError
 from ...protocols import WeightMethod
-from ...weights.stored import same_weight
+from ...weights.stored import same_tensor
 from ..layers.layer import AdaptedLayer
 from .surgery import Surgery
 
@@ -93,11 +93,7 @@ class Merging(Surgery):
         self.state.merged = []
 
     def _tie_again(self) -> None:
-        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
-
-        If they do not, the model's config says so: else a saved model would come back with the head tied to the
-        embedding, and the merge lost.
-        """
+        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit."""
         apart: dict[int, list[AdaptedLayer]] = {}
         for _, layer in self.layers():
             if layer.frozen.untied_from is not None:
@@ -107,36 +103,30 @@ class Merging(Surgery):
             if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
                 for layer in others:
                     layer.base_layer.weight = first.base_layer.weight
-            elif getattr(self.model, "config", None) is not None:
-                self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        if self._offloaded_ends_differ():
-            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-    def _offloaded_ends_differ(self) -> bool:
-        """Whether a merge has parted an embedding and a head that are offloaded, of which nothing tells the tie."""
-        if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
-            return False
-        found: Any = (getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
-        ends = [end.base_layer if isinstance(end, AdaptedLayer) else end for end in found]
-        adapted = any(layer.base_layer in ends and layer.frozen.offloaded for _, layer in self.layers())
-        return adapted and None not in ends and not same_weight(*ends)
 
     def _untie(self) -> None:
-        """Gives tensors of their own to what transformers ties to one that was merged or trained, and now differs.
+        """Says in the model's config that what transformers ties differs now, as one of them was merged or trained.
 
-        Of tensors that still share one, it writes the first, and would tie the others to the changed one.
+        Else a saved model would come back with the head tied to the embedding. Of tensors that still share one,
+        transformers writes the first, and would tie the others to the changed one: those get tensors of their own.
         """
         named = dict(self.model.named_parameters(remove_duplicate=False))
         ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        apart = {source for target, source in ties.items() if named.get(target) is not named.get(source)}
+        apart = {source for target, source in ties.items() if not self._are_one(target, source)}
+        if not apart:
+            return
+        self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         seen = {id(named[source]): source for source in apart if source in named}
-        for target, source in ties.items() if apart else ():
+        for target, source in ties.items():
             own = named.get(target)
             if own is not None and source in apart and seen.setdefault(id(own), target) != target:
                 module, _, leaf = target.rpartition(".")
                 setattr(self.model.get_submodule(module), leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
-        if apart:
-            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+    def _are_one(self, target: str, source: str) -> bool:
+        """Whether two parameters are one still, also while they are offloaded."""
+        (one, name), (other, same) = ((path.rpartition(".")[0], path.rpartition(".")[2]) for path in (target, source))
+        return name == same and same_tensor(self.model.get_submodule(one), self.model.get_submodule(other), name)
 
     def _refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
