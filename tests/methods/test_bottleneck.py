@@ -197,3 +197,9 @@ def test_dropout_falls_on_what_is_added() -> None:
 def test_bad_configs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PeanutError, match=message):
         BottleneckConfig(**options)
+
+
+def test_a_factor_that_no_number_is_divided_by_asks_for_too_much() -> None:
+    config = BottleneckConfig(target_modules=["0"], reduction_factor=5e-324)
+    with pytest.raises(PeanutError, match=r"sizes that a tensor can have|what this machine's memory holds"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)

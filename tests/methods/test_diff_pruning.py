@@ -42,6 +42,12 @@ def parameters_of(model: PeftModel) -> dict[str, Tensor]:
     return values
 
 
+def test_a_start_that_is_a_whole_number() -> None:
+    model = get_peft_model(Net(nn.Linear(4, 4)), config(init_log_alpha=5, structured=True))
+    assert all(value.is_floating_point() for value in parameters_of(model).values() if value.requires_grad)
+    assert parameters_of(model)["diff_log_alpha"].unique().tolist() == [5.0]
+
+
 @pytest.mark.parametrize("structured", [False, True], ids=["", "structured"])
 def test_operator(structured: bool) -> None:
     torch.manual_seed(1)

@@ -30,7 +30,13 @@ NEEDED: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 2},
     "C3A": {"block_size": 2},
 }
+DEEP: dict[str, Any] = {}
+for _ in range(20_000):
+    DEEP = {"a": DEEP}
 HOSTILE: list[Any] = [
+    DEEP,
+    {"a": object()},
+    5e-324,
     "false",
     "",
     "x" * 10_000,

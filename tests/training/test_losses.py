@@ -129,7 +129,7 @@ def test_behind_virtual_tokens_every_label_counts(tiny_llama: Builder, tmp_path:
     torch.testing.assert_close(smoothed, 0.9 * own - 0.1 * logs.mean(-1)[PADDED != -100].mean())
 
 
-PROMPTS = {
+PROMPTS: dict[str, PeftConfig] = {
     "CPT": CPTConfig(cpt_token_ids=[3, 4, 5]),
     "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=3),
     "P_TUNING": PromptEncoderConfig(num_virtual_tokens=3),
@@ -137,30 +137,38 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("name", ["PROMPT_TUNING", "P_TUNING"])
 @pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
-def test_labels_beside_a_prompt_are_smoothed_by_our_trainer(
-    build: str, config: PeftConfig, request: pytest.FixtureRequest, tmp_path: Path
+def test_labels_behind_virtual_tokens_are_smoothed_by_our_trainer_alone(
+    build: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """transformers' own has as many logits as labels for a prefix only."""
-    model, batch = get_peft_model(request.getfixturevalue(build)(), config), {"input_ids": X, "labels": PADDED}
-    theirs = trainer(model, tmp_path, 0.1)
-    if isinstance(config, CPTConfig):
-        with pytest.raises(
-            PeanutError, match=r"^label_smoothing_factor=0\.1 for 'default', which has a loss of its own"
-        ):
-            trainer(model, tmp_path, 0.1, Trainer)
-        return
+    model, batch = get_peft_model(request.getfixturevalue(build)(), PROMPTS[name]), {"input_ids": X, "labels": PADDED}
     found = losses(trainer(model, tmp_path, 0.1, Trainer), batch)
-    if isinstance(config, PrefixTuningConfig):
-        torch.testing.assert_close(found, losses(theirs, batch))
-        return
     logs, rows = model(X).logits[:, 2:-1].log_softmax(-1), PADDED != -100
     nll = -logs.gather(-1, X[..., None])[..., 0][rows].mean()
-    expected = 0.9 * nll - 0.1 * logs.mean(-1)[rows].mean()
-    torch.testing.assert_close(found[2], expected)
+    torch.testing.assert_close(found[2], 0.9 * nll - 0.1 * logs.mean(-1)[rows].mean())
     with pytest.raises(PeanutError, match=r"^label smoothing in Trainer of 8 labels a row, and 11 logits: "):
-        losses(theirs, batch)
+        losses(trainer(model, tmp_path, 0.1), batch)
+
+
+@pytest.mark.parametrize("build", ["tiny_llama", "tiny_gpt2"])
+def test_labels_behind_a_prefix_are_smoothed_by_both_trainers(
+    build: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = get_peft_model(request.getfixturevalue(build)(), PROMPTS["PREFIX_TUNING"])
+    found, expected = (
+        losses(trainer(model, tmp_path, 0.1, kind), {"input_ids": X, "labels": PADDED})
+        for kind in (Trainer, hf.Trainer)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_loss_of_its_own_is_not_smoothed(tiny_llama: Builder, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), PROMPTS["CPT"])
+    with pytest.raises(PeanutError, match=r"^label_smoothing_factor=0\.1 for 'default', which has a loss of its own"):
+        trainer(model, tmp_path, 0.1, Trainer)
+    with pytest.raises(PeanutError, match=r"^label smoothing in Trainer of 8 labels a row, and 11 logits: "):
+        losses(trainer(model, tmp_path, 0.1), {"input_ids": X, "labels": PADDED})
 
 
 @pytest.mark.parametrize("config", list(PROMPTS.values())[1:], ids=list(PROMPTS)[1:])

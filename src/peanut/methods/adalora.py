@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, shown
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.values import Bound, Count, NonNegative, Whole
@@ -79,7 +79,7 @@ class AdaLoraConfig(LoraFields):
         for name in ("use_rslora", "use_dora", "lora_bias", "alpha_pattern"):
             if getattr(self, name):
                 raise PeanutError(
-                    f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: AdaLoRA has none"
+                    f"{name}={shown(getattr(self, name))}", "that it is not set", f"remove {name}: AdaLoRA has none"
                 )
 
     def for_layer(self, path: str) -> AdaLoraConfig:

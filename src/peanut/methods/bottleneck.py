@@ -87,7 +87,7 @@ class BottleneckConfig(PeftConfig):
 
     def size_for(self, width: int) -> int:
         """r where the output has this width."""
-        return self.bottleneck_size or max(1, int(width / (self.reduction_factor or 1)))
+        return self.bottleneck_size or max(1, int(min(width / (self.reduction_factor or 1), 2**62)))
 
 
 @register

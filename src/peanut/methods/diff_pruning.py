@@ -55,9 +55,9 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
 
     def start(self, config: DiffPruningConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         size = (layer.out_features, layer.in_features)
-        values = {"diff_w": torch.zeros(size), "diff_log_alpha": torch.full(size, config.init_log_alpha)}
+        values = {"diff_w": torch.zeros(size), "diff_log_alpha": torch.full(size, float(config.init_log_alpha))}
         if config.structured:
-            values["diff_group_log_alpha"] = torch.full((1,), config.init_log_alpha)
+            values["diff_group_log_alpha"] = torch.full((1,), float(config.init_log_alpha))
         return values
 
     def change(self, config: DiffPruningConfig, parameters: Values, layer: FrozenLayer) -> Change:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError, nearest
+from ..errors import PeanutError, nearest, shown
 from ..operators import Diagonal
 from ..protocols import Architecture, Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.patterns import check_pattern, ends, fullmatch
@@ -47,7 +47,7 @@ class IA3Config(PeftConfig):
             check_pattern("feedforward_modules", given)
             return
         if not all(given):
-            raise PeanutError(f"feedforward_modules={given!r}", "a list of names", "remove what is not a name")
+            raise PeanutError(f"feedforward_modules={shown(given)}", "a list of names", "remove what is not a name")
         self.feedforward_modules = sorted(set(given))
         if isinstance(targets, list):
             known = frozenset(targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import PeanutError
+from ..errors import PeanutError, shown
 from ..protocols import PeftConfig, WeightMethod
 from ..protocols.values import Probability, Whole
 from .trainable_tokens import TokenAdapter, TrainableTokensConfig
@@ -59,7 +59,14 @@ class LoraFields(PeftConfig):
             if getattr(self, name):
                 why = "parameters that no layer holds, as fused experts, cannot be adapted yet"
                 why = why if name == "target_parameters" else "nothing here does that"
-                raise PeanutError(f"{name}={getattr(self, name)!r}", "that it is not set", f"remove {name}: {why}")
+                raise PeanutError(f"{name}={shown(getattr(self, name))}", "that it is not set", f"remove {name}: {why}")
+
+        if isinstance(self.trainable_token_indices, dict) and len(self.trainable_token_indices) > _MOST_EMBEDDINGS:
+            raise PeanutError(
+                f"trainable_token_indices names {len(self.trainable_token_indices):,} embeddings",
+                f"at most {_MOST_EMBEDDINGS}",
+                "name the model's",
+            )
 
     def token_adapters(self) -> list[tuple[WeightMethod[Any], PeftConfig]]:
         """What trains the tokens' rows: of the input embedding, or of each embedding named."""
@@ -73,6 +80,7 @@ class LoraFields(PeftConfig):
         ]
 
 
+_MOST_EMBEDDINGS = 1_000
 _TOKENS = TokenAdapter()
 _NOT_HERE = (
     "megatron_config",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, shown
 from ..protocols import MixtureMethod, PeftConfig, Values, register
 from ..protocols.values import Count, Layers, Positive, Probability
 
@@ -73,7 +73,8 @@ class XLoraConfig(PeftConfig):
         super().__post_init__()
         for name in _LAYERS:
             if getattr(self, name) is not None:
-                raise PeanutError(f"{name}={getattr(self, name)!r} for X-LoRA", "the experts' layers", "leave it out")
+                found = f"{name}={shown(getattr(self, name))} for X-LoRA"
+                raise PeanutError(found, "the experts' layers", "leave it out")
         if self.enable_softmax_topk and self.top_k_lora is None:
             raise PeanutError("enable_softmax_topk=True without top_k_lora", "both", "set top_k_lora")
         if self.adapters is not None:

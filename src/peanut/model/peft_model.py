@@ -191,7 +191,7 @@ class PeftModel(AdapterControls):
         """
         hub = check_keywords("from_pretrained", hub, HUB_OPTIONS, LOADING)
         stored = gathered(read_adapter(model_id, config, **hub))
-        stored = replace(stored, config=_opened(stored, is_trainable))
+        stored = replace(stored, config=_config_for_use(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = AdapterSet.of(model)
         try:
@@ -228,7 +228,7 @@ class PeftModel(AdapterControls):
         fresh = adapter_name not in self.peft_config
         with all_or_none(self.adapters), limited_by_file(stored.source, stored.state):
             if fresh:
-                stored = replace(stored, config=_opened(stored, is_trainable))
+                stored = replace(stored, config=_config_for_use(stored, is_trainable))
                 wide = autocast_adapter_dtype
                 found = ready(self.adapters, stored.config, model_id, wide=wide, check_base=check_base)
                 self.add_adapter(adapter_name, found, low_cpu_mem_usage=True, autocast_adapter_dtype=wide)
@@ -251,7 +251,7 @@ def _inner(model: nn.Module, *configs: PeftConfig) -> AdaptedModel:
     return model_of(method_of(configs[-1].peft_type))(model, {})
 
 
-def _opened(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
+def _config_for_use(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     """The config under which a stored adapter is used: what only training needs is left out where it is not there."""
     config = replace(stored.config, inference_mode=not is_trainable)
     method = method_of(config.peft_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import json
 import numbers
 import operator
 import os
@@ -249,9 +250,20 @@ def _dict(key: Any, entry: Any) -> tuple[Check, str]:
     def check(value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise WrongError(value, "a dictionary")
+        if entry is Any and not _is_plain(value):
+            raise WrongError(value, "a dictionary of what JSON can hold", "leave out what no file holds")
         return {_inside(of_key, own, " key", own): _inside(of_entry, each, "[{}]", own) for own, each in value.items()}
 
     return check, "a dictionary"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file can hold a value."""
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _inside(check: Check, value: Any, where: str, place: Any) -> Any:

@@ -132,7 +132,7 @@ class PeftConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeanutError(
-                f"layers_pattern={self.layers_pattern!r} without layers_to_transform",
+                f"layers_pattern={shown(self.layers_pattern)} without layers_to_transform",
                 "both or neither",
                 "name the blocks' indices in layers_to_transform",
             )
@@ -187,7 +187,7 @@ class PeftConfig:
         for name, value in values.items():
             if name not in known and not _asks_for_nothing(name, value):
                 raise PeanutError(
-                    f"{source} sets {name}={value!r}",
+                    f"{source} sets {name}={shown(value)}",
                     f"the fields of {config_class.__name__}",
                     f"remove it (nearest: {nearest(name, known)})",
                 )

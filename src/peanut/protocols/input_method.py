@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..errors import PeanutError
+from ..errors import PeanutError, shown
 from .config import PeftConfig
 from .method import C, Method, Trial, Values
 from .values import Count
@@ -69,7 +69,7 @@ class PromptConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None:
                 raise PeanutError(
-                    f"{name}={getattr(self, name)!r} for {self.method}, which changes no layer", do="leave it out"
+                    f"{name}={shown(getattr(self, name))} for {self.method}, which changes no layer", do="leave it out"
                 )
         if self.num_virtual_tokens is None:
             raise PeanutError("num_virtual_tokens is not given", "a whole number of at least 1", "set it")

@@ -83,7 +83,7 @@ def _compiled(pattern: str, before: str, after: str) -> Any:
     import regex
 
     try:
-        if _written_out(pattern) > _LARGEST:
+        if len(pattern) > _LARGEST or _written_out(pattern) > _LARGEST:
             raise OverflowError("it is too large")
         re.compile(pattern)
         return _timed(

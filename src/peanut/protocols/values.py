@@ -50,7 +50,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, name)
         if value is default and factory is None:
             continue
-        fitted = factory() if value is None and factory is not None else _told(check, name, value)
+        fitted = factory() if value is None and factory is not None else _checked(check, name, value)
         if fitted is not value:
             setattr(config, name, fitted)
 
@@ -61,10 +61,10 @@ def check_value(name: str, hint: Any, value: Any) -> Any:
     Raises:
         PeanutError: it is something else.
     """
-    return _told(check_of(hint)[0], name, value)
+    return _checked(check_of(hint)[0], name, value)
 
 
-def _told(check: Check, name: str, value: Any) -> Any:
+def _checked(check: Check, name: str, value: Any) -> Any:
     """What ``check`` returns, or an error that names the value."""
     try:
         return check(value)

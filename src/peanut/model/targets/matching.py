@@ -151,7 +151,7 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
         PeanutError: a name in ``modules_to_save`` names nothing.
     """
     heads, modules = heads_of(config), modules_by_path(model)
-    found = _whole(model, config, modules)
+    found = _trained_whole(model, config, modules)
     for name in [*(config.modules_to_save or []), *heads]:
         # Of a task's heads the end of the name counts, as in Hugging Face PEFT: DistilBERT's has a pre_classifier too.
         hits = [path for path in modules if path.endswith(name)] if name in heads else matched(modules, [name])
@@ -203,7 +203,7 @@ def _out_of_reach(found: str, parameter: str) -> PeanutError:
     )
 
 
-def _whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
+def _trained_whole(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
     """The modules that a method which trains whole modules takes."""
     method = method_of(config.peft_type)
     if isinstance(method, WeightMethod) and method.trains == "named":
