@@ -126,3 +126,12 @@ def test_blocks_that_one_hook_brings_whole_are_refused() -> None:
     cpu_offload(model, torch.device("cpu"), preload_module_classes=["LlamaDecoderLayer"])
     with pytest.raises(PeanutError, match=r"^'model\.layers\.0', whose offloaded weights one hook brings together"):
         get_peft_model(model, CONFIGS["peanut"])
+
+
+def test_adapters_in_blocks_that_one_hook_brings_whole_answer_and_are_not_trained() -> None:
+    model = randomised(get_peft_model(llama(), CONFIGS["peanut"])).eval()
+    wanted = answer(model)
+    cpu_offload(model.get_base_model(), torch.device("cpu"), preload_module_classes=["LlamaDecoderLayer"])
+    assert distance(answer(model), wanted) < 1e-6
+    with pytest.raises(PeanutError, match=r"^'model\.layers\.0', whose offloaded weights one hook brings together"):
+        trained(model)

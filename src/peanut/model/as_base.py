@@ -67,8 +67,10 @@ def _check_smoothing(asking: FrameType) -> None:
     from transformers import Trainer
     from transformers.trainer_pt_utils import LabelSmoother
 
-    trainer, outputs, labels = (asking.f_locals[name] for name in ("self", "outputs", "labels"))
-    if asking.f_code is not Trainer.compute_loss.__code__ or not isinstance(trainer.label_smoother, LabelSmoother):
+    trainer, outputs, labels = (asking.f_locals.get(name) for name in ("self", "outputs", "labels"))
+    if asking.f_code is not Trainer.compute_loss.__code__ or outputs is None or labels is None:
+        return
+    if not isinstance(getattr(trainer, "label_smoother", None), LabelSmoother):
         return
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     if logits.shape[1:-1] != labels.shape[1:]:

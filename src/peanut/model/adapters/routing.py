@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PeanutError
+from ...weights.stored import check_by_layer
 from ..layers.calls import BASE, Cache, Context
 from ..layers.state import AdapterState
 from ..prompts.replay import restore_in_checkpoints
@@ -63,6 +64,7 @@ def called(
             "call set_adapter before tracing, or use torch.compile",
         )
     if torch.is_grad_enabled() and adapters.model.training:
+        _refuse_offloaded_parameters(adapters)
         restore_in_checkpoints(adapters.model, state)
     if state.call.disabled:
         changes["off"] = True  # also if a generator leaves the context meanwhile
@@ -70,6 +72,13 @@ def called(
         with Inference(state):
             return state.called(function, args, kwargs, changes)
     return state.called(function, args, kwargs, changes)
+
+
+def _refuse_offloaded_parameters(adapters: AdapterSet) -> None:
+    """Refuses to train what a hook of accelerate takes out of the model after each forward: no step would reach it."""
+    place = next(adapters.places(), None)
+    if place is not None and any(parameter.is_meta for parameter in place.adapters.parameters()):
+        check_by_layer(adapters.model)
 
 
 def _checked(
