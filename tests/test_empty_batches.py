@@ -38,3 +38,9 @@ def test_no_samples_with_a_change_of_each() -> None:
     operator = PerSample(torch.ones(0, 5, 2), torch.ones(0, 2, 3))
     assert operator.apply(torch.ones(0, 7, 3)).shape == (0, 7, 5)
     assert operator.apply(torch.ones(0, 3)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("case", FIRST_CASES, ids=str)
+def test_no_samples_with_an_adapter_for_each(case: Case) -> None:
+    base, model, x = case.net(), case.adapted().eval(), case.input()[:0]
+    assert same_bits(model(x, adapter_names=[]).detach(), base(x).detach())

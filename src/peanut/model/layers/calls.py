@@ -135,5 +135,5 @@ def scattered(parts: Iterable[tuple[Tensor, Tensor]], rows: int, path: str) -> T
                 "run adapters with different heads in different batches",
             )
         y = y.index_copy(0, index, part)
-    assert y is not None  # groups() raises on an empty batch
+    assert y is not None  # groups() has rows of the base in an empty batch
     return y

@@ -249,10 +249,10 @@ class AdapterState(Hooking):
         if key in call.indices and not torch.compiler.is_compiling():
             return call.indices[key]
         share = _share(count, len(samples), "adapter_names", "name", f"give one name a sample ({BASE!r} for none)")
-        rows: dict[str, list[int]] = {}
+        rows: dict[str, list[int]] = {} if samples else {BASE: []}  # of an empty batch
         for index, name in enumerate(samples):
             rows.setdefault(name, []).extend(range(index * share, (index + 1) * share))
-        call.indices[key] = {name: torch.tensor(own, device=device) for name, own in rows.items()}
+        call.indices[key] = {name: torch.tensor(own, dtype=torch.long, device=device) for name, own in rows.items()}
         return call.indices[key]
 
     def tasks_of(self, count: int) -> Tensor | None:
@@ -293,6 +293,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:
     """How many of ``count`` rows belong to each of ``samples``."""
+    if not samples and not count:
+        return 1
     if not samples or count % samples:
         raise PeanutError(
             f"{what} has {samples} {one}s and a layer sees a batch of {count}", f"one {one} for each sample", do
