@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peanut
@@ -126,3 +128,19 @@ def test_a_smaller_tokenizer_resizes_nothing(smollm2: Path, tmp_path: Path) -> N
     get_peft_model(base, PeanutConfig(r=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
     hf.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "a")
     assert len(peanut.AutoPeftModel.from_pretrained(tmp_path / "a").get_input_embeddings().weight) == rows
+
+
+@pytest.mark.parametrize("rows", [1e12, 1e30])
+def test_rows_that_only_the_metadata_tell_of_are_not_made(rows: float, smollm2: Path, tmp_path: Path) -> None:
+    save_small_llama(tmp_path / "base", smollm2)
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, PeanutConfig(r=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    hf.AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "a")
+    path = tmp_path / "a/adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "peanut_sum"}
+    recorded = json.loads(metadata["peanut_base_values"])
+    recorded["values"]["model.embed_tokens.weight"][:2] = [rows * 32, rows]
+    save_file(load_file(path), path, {**metadata, "peanut_base_values": json.dumps(recorded)})
+    with pytest.raises(PeanutError, match=r"this base is .*'model\.embed_tokens\.weight' differs"):
+        peanut.AutoPeftModel.from_pretrained(tmp_path / "a")

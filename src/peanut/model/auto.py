@@ -42,6 +42,8 @@ _BASES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """The class of transformers that makes the base model, by task."""
+_PADDING = 1024
+"""How many rows more than tokens a file's metadata are believed: embeddings are padded for the sake of speed."""
 
 
 class AutoPeftModel:
@@ -61,8 +63,8 @@ class AutoPeftModel:
     ) -> PeftModel:
         """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
 
-        If the folder holds a tokenizer with more tokens than the base has embeddings, the base is resized first, to
-        the rows that it had in training.
+        If the folder holds a tokenizer, and the base has fewer embeddings than it had in training or than that has
+        tokens, the base is resized first.
 
         Raises:
             PeanutError: the adapter names no base or no task, or does not fit.
@@ -108,10 +110,11 @@ def _rows(model: nn.Module, adapter: str | os.PathLike[str], tokens: int, **hub:
     with open_tensors(locate(adapter, WEIGHTS_NAME, **hub)) as file:
         held = {plain_path(key.removeprefix(PREFIX)): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         recorded = recorded_rows((file.metadata() or {}).get(FINGERPRINT))
+    padded = {path: rows for path, rows in recorded.items() if rows - tokens <= _PADDING}
     embeddings: Any = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     paths = [f"{path}.weight" for path, module in model.named_modules() if any(module is own for own in embeddings)]
     return max(
-        (held[path][0] if held.get(path) else max(tokens, recorded.get(path, 0)) for path in paths), default=tokens
+        (held[path][0] if held.get(path) else max(tokens, padded.get(path, 0)) for path in paths), default=tokens
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.delta import recomputed
-from .kind import DTYPES, LayerKind, as_its_class, is_plain
+from .kind import LayerKind, as_its_class, is_plain
 from .made import about_to_change, made_now
 from .readable import unreadable
 from .stored import device_of, offload_hook, some_tensor, store, stored
@@ -31,7 +31,6 @@ class FrozenLayer:
         self._bias: Tensor | None = None
         self._shared: nn.Parameter | None = None
         self._tied: nn.Parameter | None = None
-        self._plain: Tensor | None = None
         self._seen: tuple[Any, str | None] = None, None
 
     @property
@@ -106,8 +105,6 @@ class FrozenLayer:
         """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
         kind, module = self.kind, self.module
         usual = as_its_class(module) and kind.usual(module)
-        if usual and isinstance(weight, Tensor) and weight is self._plain and weight.dtype in DTYPES:
-            return None
         if about_to_change(module, "weight"):
             return (
                 "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
@@ -116,7 +113,6 @@ class FrozenLayer:
         if kind.quantised:
             return "codes of a quantised weight that is offloaded" if self.offloaded else None
         if usual and is_plain(weight) and kind.fits(module, weight):
-            self._plain = weight if weight is module._parameters.get("weight") else None
             return None
         seen = type(weight), *(getattr(weight, name, None) for name in ("dtype", "shape", "is_meta"))
         if self._seen[0] != seen:

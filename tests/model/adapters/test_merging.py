@@ -242,6 +242,7 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
     assert distance(model(ids).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["T5", "UMT5", "SwitchTransformers"])
 @pytest.mark.parametrize(
     ("names", "whole"),
     [
@@ -249,16 +250,36 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
         *((names, whole) for names in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]) for whole in (0, 1)),
     ],
 )
-def test_tied_weights_that_differ_once_merged_are_all_saved(names: list[str], whole: bool, tmp_path: Path) -> None:
-    """T5 ties four, of which "shared" is never called; transformers ties what it finds once to what it is tied to."""
+def test_tied_weights_that_differ_once_merged_are_all_saved(
+    names: list[str], whole: bool, kind: str, tmp_path: Path
+) -> None:
+    """T5 ties four, of which "shared" is never called; its siblings scale their output if the config says tied."""
     sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    sizes |= {"num_decoder_layers": 1, "decoder_start_token_id": 0}
     torch.manual_seed(0)
-    base = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
+    model_class = getattr(hf, f"{kind}ForConditionalGeneration")
+    base = model_class(getattr(hf, f"{kind}Config")(**sizes))
     options = {"modules_to_save": names, "target_modules": ["q"]} if whole else {"target_modules": names}
     model = randomised(get_peft_model(base, LoraConfig(r=2, **options))).eval()
     ids = torch.arange(3, 15).reshape(2, 6)
     with torch.no_grad():
         expected = model(input_ids=ids, decoder_input_ids=ids).logits
-        model.merge_and_unload().save_pretrained(tmp_path)
-        loaded = hf.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+        merged = model.merge_and_unload()
+        assert distance(merged(input_ids=ids, decoder_input_ids=ids).logits, expected) < 1e-5
+        merged.save_pretrained(tmp_path)
+        loaded = model_class.from_pretrained(tmp_path).eval()
         assert distance(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("head", [None, nn.Identity()])
+def test_a_head_that_was_taken_off_is_no_tie(head: nn.Module | None, tiny_llama: Build) -> None:
+    base: Any = tiny_llama(tie_word_embeddings=True)
+    del base.lm_head
+    if head is not None:
+        base.lm_head = head
+    model = randomised(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    expected = model.get_base_model().model(ids).last_hidden_state
+    merged: Any = model.merge_and_unload()
+    assert distance(merged.model(ids).last_hidden_state, expected) < 1e-5
+    assert merged.config.tie_word_embeddings

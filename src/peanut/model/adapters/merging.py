@@ -105,25 +105,26 @@ class Merging(Surgery):
                     layer.base_layer.weight = first.base_layer.weight
 
     def _untie(self) -> None:
-        """Says in the model's config that what transformers ties differs now, as one of them was merged or trained.
+        """Makes a model that saves right of one in which tensors that transformers ties differ now.
 
-        Else a saved model would come back with the head tied to the embedding. Of tensors that still share one,
-        transformers writes the first, and would tie the others to the changed one: those get tensors of their own.
+        Of tensors that still share one, transformers writes the first, and would tie the others to the changed one:
+        they get tensors of their own. Others than transformers (servers) tie the head by the config's word, so that
+        changes; not where an encoder has a decoder, as UMT5 and Switch scale their output by that word.
         """
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named, config = dict(self.model.named_parameters(remove_duplicate=False)), getattr(self.model, "config", None)
         ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        apart = {source for target, source in ties.items() if not self._are_one(target, source)}
-        if not apart:
-            return
-        self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        seen = {id(named[source]): source for source in apart if source in named}
+        ties = {target: source for target, source in ties.items() if target in named and source in named}
+        apart = {source for target, source in ties.items() if not self._still_tied(target, source)}
+        seen = {id(named[source]): source for source in apart}
         for target, source in ties.items():
-            own = named.get(target)
-            if own is not None and source in apart and seen.setdefault(id(own), target) != target:
+            own = named[target]
+            if source in apart and seen.setdefault(id(own), target) != target:
                 module, _, leaf = target.rpartition(".")
                 setattr(self.model.get_submodule(module), leaf, nn.Parameter(own.detach().clone(), own.requires_grad))
+        if apart and config is not None and not getattr(config, "is_encoder_decoder", False):
+            config.tie_word_embeddings = False
 
-    def _are_one(self, target: str, source: str) -> bool:
+    def _still_tied(self, target: str, source: str) -> bool:
         """Whether two parameters are one still, also while they are offloaded."""
         (one, name), (other, same) = ((path.rpartition(".")[0], path.rpartition(".")[2]) for path in (target, source))
         return name == same and same_tensor(self.model.get_submodule(one), self.model.get_submodule(other), name)

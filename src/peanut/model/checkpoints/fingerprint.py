@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -114,8 +114,8 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     }
     changes = changed(exact, digests)
     apart = sorted((differing | changes) - statistics.keys())
-    random = [path for path in apart if _is_random(adapters, path, base)]
-    others = [path for path in apart if path not in random]
+    random = _made_at_random(adapters, apart, base)
+    others = sorted({*apart} - {*random})
     if others:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
@@ -244,19 +244,21 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
 
 
-def _is_random(adapters: AdapterSet, path: str, base: Mapping[str, Tensor]) -> bool:
-    """Whether transformers made a module inside the base at random: it marks what it found in a file."""
-
-    def is_read(value: Tensor) -> bool:
-        return getattr(value, "_is_hf_initialized", False)
-
+def _made_at_random(adapters: AdapterSet, paths: Sequence[str], base: Mapping[str, Tensor]) -> list[str]:
+    """Which of ``paths`` are in modules inside the base that transformers made: it marks what it found in a file."""
+    read = {path.rpartition(".")[0] for path, value in base.items() if getattr(value, "_is_hf_initialized", False)}
     model, inside = adapters.model, f"{getattr(adapters.model, 'base_model_prefix', '')}."
-    module = path.rpartition(".")[0]
-    beside = [value for own, value in base.items() if own.rpartition(".")[0] == module]
-    if path not in base or path in embedding_weights(adapters) or any(map(is_read, beside)):
-        return False
-    on_top = hasattr(model, inside[:-1]) and not path.startswith(inside)
-    return not on_top and any(map(is_read, base.values()))
+    if not paths or not read:
+        return []
+    embeddings = embedding_weights(adapters)
+    return [
+        path
+        for path in paths
+        if path in base
+        and path not in embeddings
+        and path.rpartition(".")[0] not in read
+        and (path.startswith(inside) or not hasattr(model, inside[:-1]))
+    ]
 
 
 def _of_layers(adapters: AdapterSet, name: str, recorded: Samples) -> tuple[Samples, Samples]:
