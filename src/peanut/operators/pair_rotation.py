@@ -53,7 +53,7 @@ class PairRotation(Rotation):
 
 def _partners(x: Tensor, group: int) -> Tensor:
     """x̃: the halves of each group exchanged, the new first one negative."""
-    first, second = x.unflatten(-1, (-1, 2, group // 2)).unbind(-2)
+    first, second = x.reshape(*x.shape[:-1], x.shape[-1] // group, 2, group // 2).unbind(-2)
     return torch.stack([-second, first], dim=-2).reshape(x.shape)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import PeanutError
-from .delta import Delta
+from .delta import Delta, captured
 
 __all__ = ["PerSample"]
 
@@ -26,9 +25,9 @@ class PerSample(Delta):
     scaling: float = 1.0
 
     def apply(self, x: Tensor) -> Tensor:
-        samples, places = len(self.down), x.shape[:-1]
-        each = x.reshape(samples, math.prod(places) // max(samples, 1), x.shape[-1])
-        return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*places, self.up.shape[1])
+        samples = self.down.shape[0]
+        each = x.reshape(samples, -1 if captured() or samples else 0, x.shape[-1])
+        return ((each @ self.down.mT * self.scaling) @ self.up.mT).reshape(*x.shape[:-1], self.up.shape[1])
 
     def dense(self) -> Tensor:
         raise PeanutError(
