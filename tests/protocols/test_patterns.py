@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import pytest
@@ -75,13 +75,13 @@ def test_of_many_keys_the_first_that_matches_counts(keys: list[str], paths: list
     assert pattern_of_none(keys, paths) == next((key for key in keys if key not in used), None)
 
 
-def test_many_names_take_no_longer_than_their_number() -> None:
-    paths = [f"layers.{number}.experts.{expert}.up" for number in range(300) for expert in range(300)]
+def test_many_names_are_looked_up_and_not_tried_one_by_one() -> None:
+    paths = [f"layers.{number}.experts.{expert}.up" for number in range(40) for expert in range(100)]
     config = LoraConfig(rank_pattern={path: place + 1 for place, path in enumerate(paths)}, r=8)
-    start = perf_counter()
-    assert [config.for_layer(f"model.{path}").r for path in paths[-20:]] == list(range(89_981, 90_001))
+    start = thread_time()
+    assert [config.for_layer(f"model.{path}").r for path in paths] == list(range(1, 4_001))
     assert pattern_of_none(config.rank_pattern, paths) is None
-    assert perf_counter() - start < 5
+    assert thread_time() - start < 20  # one by one they take minutes
 
 
 @pytest.mark.parametrize(
