@@ -26,7 +26,7 @@ from .starting import New
 from .surgery import SHARED, key_of
 from .training_hooks import follow, unfollow
 
-__all__ = ["SHARED", "AdapterSet", "changes"]
+__all__ = ["AdapterSet", "experts_of"]
 
 
 class AdapterSet(Merging):

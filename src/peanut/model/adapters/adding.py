@@ -54,12 +54,15 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
     following = [target for target in targets if target.method.follows_ties]
-    keys = [id(next((other for other in following if _follow(other, target)), target)) for target in targets]
+    keys = [
+        id(next((other for other in following if target.method.follows_ties and _tied(other, target)), target))
+        for target in targets
+    ]
     made: dict[int, Parameters] = {}
-    alike: dict[Any, dict[str, torch.Tensor]] = {}
+    by_signature: dict[Any, dict[str, torch.Tensor]] = {}
     for key, target in zip(keys, targets, strict=True):
         if key not in made:
-            made[key] = new.in_layer(target, alike)
+            made[key] = new.in_layer(target, by_signature)
     for key, target in zip(keys, targets, strict=True):
         _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
     warn_of_aliases(on.model, targets)
@@ -125,10 +128,8 @@ def _tied_to(on: Surgery, path: str) -> list[str]:
     ]
 
 
-def _follow(one: Target, other: Target) -> bool:
-    """Whether two layers are tied and have one set of tensors."""
-    follows = one.method.follows_ties and other.method.follows_ties
-    return follows and same_tensor(one.frozen.module, other.frozen.module)
+def _tied(one: Target, other: Target) -> bool:
+    return same_tensor(one.frozen.module, other.frozen.module)
 
 
 def _check_patterns(config: PeftConfig, paths: list[str]) -> None:

@@ -79,7 +79,7 @@ class SizeLimit:
     def refuse(self, what: str) -> PeanutError:
         return PeanutError(f"{self.whose} asks for {what}", self.expected, "lower its sizes (r, depth and the like)")
 
-    def keep(self, made: Mapping[str, Tensor]) -> None:
+    def charge(self, made: Mapping[str, Tensor]) -> None:
         """Takes the tensors off that a place keeps.
 
         Raises:

@@ -63,7 +63,7 @@ class New:
     wide: bool
     limit: SizeLimit
 
-    def waits(self, method: Method[Any], config: PeftConfig) -> bool:
+    def is_filled_by_loading(self, method: Method[Any], config: PeftConfig) -> bool:
         """Whether its tensors are left without storage; where some are in no file, all have to be made."""
         return self.meta and not method.unsaved(config)
 
@@ -82,7 +82,7 @@ class New:
             beside: a weight of the base.
             start: makes them, with a generator.
         """
-        meta = self.waits(method, config)
+        meta = self.is_filled_by_loading(method, config)
         digest = hashlib.sha256(f"{self.seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         where = f"{method.name} at '{path}'" if path else method.name
@@ -90,7 +90,7 @@ class New:
         on = torch.device("meta" if without else "cpu")
         with naming(where), torch.no_grad(), on, Limited(self.limit, meta=without):
             values = start(generator)
-        self.limit.keep(values)
+        self.limit.charge(values)
         coded = not beside.is_floating_point() or beside.dtype.itemsize < 2  # a quantised weight
         dtype = torch.float32 if coded else beside.dtype
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
@@ -104,21 +104,21 @@ class New:
             rebuilt=rebuilt,
         )
 
-    def in_layer(self, target: Target, alike: dict[Any, Values]) -> Parameters:
-        """Its tensors in a layer; without storage they are the same for layers that look ``alike``."""
+    def in_layer(self, target: Target, by_signature: dict[Any, Values]) -> Parameters:
+        """Its tensors in a layer; without storage they are the same for layers of one signature."""
         method, config, frozen = target.method, target.config, target.frozen
         module, beside = frozen.module, frozen.beside
-        look = (method, id(config), type(module), module.extra_repr(), beside.shape, beside.dtype)
+        signature = (method, id(config), type(module), module.extra_repr(), beside.shape, beside.dtype)
 
         def start(generator: torch.Generator) -> Values:
-            if look in alike:
-                return alike[look]
+            if signature in by_signature:
+                return by_signature[signature]
             values = method.start(config, frozen, generator)
             bias = frozen.bias()
             if getattr(config, "bias", "none") != "none" and bias is not None:
                 values[BIAS] = bias.detach().clone()
-            if self.waits(method, config):
-                alike[look] = values
+            if self.is_filled_by_loading(method, config):
+                by_signature[signature] = values
             return values
 
         return self.tensors(method, config, target.path, beside, start)
