@@ -173,6 +173,10 @@ class Surgery:
         """A module, or the base's own if it is trained whole."""
         return module.original_module if isinstance(module, SavedModule) else module
 
+    def inside(self, paths: Sequence[str]) -> dict[str, nn.Module]:
+        """The base's modules at ``paths`` and in them, by path."""
+        return {inner: module for path in paths for inner, module in self.own(self.at(path)).named_modules(prefix=path)}
+
     def check_whole(self, path: str) -> None:
         """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter."""
         for inner, module in self.own(self.at(path)).named_modules(prefix=path):
