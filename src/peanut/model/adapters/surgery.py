@@ -114,7 +114,12 @@ class Surgery:
         made = AdaptedOutput(inner, path, self.state).train(inner.training)
         inner.add_module("adapted_output", made)
         hook(outer, made.change)
+        hook(self._around(path), made.missed)
         return made
+
+    def _around(self, path: str) -> nn.Module:
+        """The module that holds the one at ``path``."""
+        return self.at(path.rpartition(".")[0])
 
     def listener(self, path: str, source: str | None) -> Listener | None:
         """Saves the input of ``source`` for adapters of the output at ``path``; ``None`` if that is its own."""
@@ -139,6 +144,7 @@ class Surgery:
         elif isinstance(place, AdaptedOutput):
             outer = self.at(place.path)
             unhook(outer, place)
+            unhook(self._around(place.path), place)
             for source, listener in place.listeners.items():
                 unhook(self.at(source), listener)
             del bare(outer)._modules["adapted_output"]
