@@ -17,7 +17,7 @@ from ..layers.layer import AdaptedLayer
 from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..targets.paths import bare, first_paths, modules_by_path
+from ..targets.paths import bare, first_paths, modules_by_path, starts
 
 H = TypeVar("H", AdaptedInput, AdaptedMixture)
 
@@ -181,7 +181,8 @@ class Surgery:
 
     def inside(self, paths: Sequence[str]) -> dict[str, nn.Module]:
         """The base's modules at ``paths`` and in them, by path."""
-        return {inner: module for path in paths for inner, module in self.own(self.at(path)).named_modules(prefix=path)}
+        modules = modules_by_path(self.model)
+        return {path: self.own(module) for path, module in modules.items() if not set(paths).isdisjoint(starts(path))}
 
     def check_whole(self, path: str) -> None:
         """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter."""
