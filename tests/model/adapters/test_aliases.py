@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,6 +58,41 @@ def test_a_module_that_keeps_the_weight_is_told_of(name: str, method: Any) -> No
     assert told(net, ["out"]) == []
 
 
+HELD: dict[str, Callable[[Any], Any]] = {
+    "steps": lambda net: setattr(net, "steps", [net.proj, net.out]),
+    "pair": lambda net: setattr(net, "pair", (0, (net.proj,))),
+    "by_name": lambda net: setattr(net, "by_name", {"proj": net.proj.forward}),
+    "later": lambda net: setattr(net, "later", partial(net.proj)),
+    "given": lambda net: setattr(net, "given", partial(torch.nn.Module.__call__, self=net.proj)),
+    "hidden": lambda net: object.__setattr__(net, "hidden", net.proj),
+    "out.other": lambda net: object.__setattr__(net.out, "other", net.proj),
+}
+WAYS: dict[str, Any] = {
+    "adapted": LoraConfig(r=2, target_modules=["proj"]),
+    "trained whole": LoraConfig(r=2, target_modules=["last"], modules_to_save=["proj"]),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_module_that_holds_the_layer_outside_of_the_modules_is_told_of(name: str, way: str) -> None:
+    net = Net()
+    net.last = nn.Linear(3, 3)
+    HELD[name](net)
+    with pytest.warns(UserWarning, match="itself, and what calls it there computes without") as found:
+        model = get_peft_model(net, WAYS[way])
+    assert [str(each.message).partition(" itself")[0] for each in found] == [f"'{name}' holds 'proj'"]
+    assert told(model.unload(), ["last"]) == []
+
+
+def test_a_layer_that_holds_itself_or_stands_in_the_modules_is_not_told_of() -> None:
+    net = Net()
+    net.again = nn.ModuleList([net.proj])
+    net.blocks = [net]  # in which the layer is replaced
+    object.__setattr__(net.proj, "itself", [net.proj.forward])  # as accelerate's hooks do
+    assert told(net, ["proj"]) == []
+
+
 def t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
@@ -84,6 +120,18 @@ TIED: list[tuple[list[str], str]] = [
 def test_layers_that_share_the_weight_and_are_not_adapted_are_told_of(names: list[str], line: str) -> None:
     found = told(t5(), names)
     assert [each.partition(", which")[0] for each in found] == [line] * bool(line)
+
+
+WHOLE = [(["shared"], True), (["shared", "lm_head"], True), (["shared", "embed_tokens"], False), (["lm_head"], False)]
+
+
+@pytest.mark.parametrize(("names", "unused"), WHOLE, ids=[str(names) for names, _ in WHOLE])
+def test_modules_trained_whole_that_share_the_weight_with_others_are_told_of(names: list[str], unused: bool) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        get_peft_model(t5(), LoraConfig(r=2, target_modules=["q"], modules_to_save=names))
+    line = "'shared' shares its weight with 'encoder.embed_tokens', 'decoder.embed_tokens'"
+    assert [str(each.message).partition(", which")[0] for each in found] == [line] * unused
 
 
 @pytest.mark.filterwarnings("ignore:'.*shares its weight with")

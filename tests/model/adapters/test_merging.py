@@ -242,6 +242,7 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
     assert distance(model(ids).logits, expected) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:'shared' shares its weight with")
 @pytest.mark.parametrize("kind", ["T5", "UMT5", "SwitchTransformers"])
 @pytest.mark.parametrize(
     ("names", "whole"),

@@ -134,6 +134,28 @@ def test_a_hook_on_the_base_layer_sees_the_base_and_a_merge_says_so() -> None:
     assert same_bits(seen.pop(), linear_net()(X))
 
 
+def test_handles_of_a_layers_own_hooks_remove_them_after_unload_though_the_base_layer_had_some_too() -> None:
+    net, seen = linear_net(), []
+    handle = net.layer.register_forward_hook(lambda *_: seen.append("own"))
+    model = adapted(net)
+    model.get_base_model().layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+    model.unload()(X)
+    assert seen == ["base", "own"]
+    handle.remove()
+    net(X)
+    assert seen == ["base", "own", "base"]
+
+
+def test_a_merge_says_once_that_base_layers_have_hooks() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(net, LoraConfig(target_modules=["0", "1"]))
+    for _, layer in model.adapters.layers():
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"hooks were put on '0\.base_layer', not on '0' \(and 1 more\)") as told:
+        model.merge_adapter()
+    assert len(told) == 1
+
+
 def test_hooks_of_a_module_that_is_trained_whole_stay_with_it() -> None:
     net, seen = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 5)).double(), []
     head = net[1]

@@ -20,6 +20,7 @@ from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
 from .adding import put
+from .aliases import warn_of_aliases
 from .merging import Merging, changes
 from .size_limits import limit_for
 from .starting import New
@@ -144,6 +145,8 @@ class AdapterSet(Merging):
             new = New(name, seed, meta, wide, limit_for(self.model, name))
             config = put(self, new, method, config, given)
             memo: dict[int, Any] = {}
+            if heads:
+                warn_of_aliases(self.model, self.inside(heads))
             for path in heads:
                 if copies:
                     self.saved(path).add(name, wide=wide, memo=memo)

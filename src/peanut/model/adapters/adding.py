@@ -65,7 +65,7 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
             made[key] = new.in_layer(target, by_signature)
     for key, target in zip(keys, targets, strict=True):
         _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
-    warn_of_aliases(on.model, targets)
+    warn_of_aliases(on.model, {target.path: target.frozen.module for target in targets})
     holder = next((target for target in targets if target.method == method), None)
     for key, target in zip(keys, targets, strict=True):
         shared = bank if bank.suffixes and target.method == method else None

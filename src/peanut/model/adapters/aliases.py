@@ -1,58 +1,62 @@
-"""Finds what else in a model holds the weights that an adapter changes, and would compute without the adapter."""
+"""Finds what else in a model holds the layers that an adapter changes, or their weights, and computes without it."""
 
 from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...weights import kind_of
 from ...weights.kind import is_plain
-from ..targets.paths import bare, first_paths, modules_by_path
-from .starting import Target
+from ..targets.paths import bare, first_paths, kind_name, modules_by_path
+from .surgery import Surgery
 
 __all__ = ["warn_of_aliases"]
 
 
-def warn_of_aliases(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Says which modules go on computing with the base's weight of an adapted layer.
+def warn_of_aliases(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Says what goes on computing with the base's weight of the layers at the paths ``targets``.
 
     They are layers of the same kind that share the parameter and are not adapted (T5's ``shared`` is never called: its
-    encoder and decoder have embeddings of their own), and modules that keep the parameter, or a view of it, in an
-    attribute. What a closure, a global or another object keeps is not found.
+    encoder and decoder have embeddings of their own), and modules that keep the parameter, a view of it, the layer or
+    a method of the layer in an attribute. What a closure, a global or another object keeps is not found.
     """
     modules = {"": model, **modules_by_path(model)}
     firsts = first_paths(modules)
-    weights: dict[str, Any] = {}
+    layers = {firsts[path]: layer for path, layer in targets.items()}
+    paths_of = {id(layer): path for path, layer in layers.items()}
+    weights = {path: layer._parameters.get("weight") for path, layer in layers.items()}
     adapted: dict[tuple[int, str], list[str]] = {}
-    for target in targets:
-        path = firsts[target.path]
-        weight = weights[path] = target.frozen.module._parameters.get("weight")
+    for path, weight in weights.items():
         if weight is not None:
-            adapted.setdefault((id(weight), target.frozen.kind.name), []).append(path)
+            adapted.setdefault((id(weight), kind_name(layers[path]) or ""), []).append(path)
     memory = _Memory(weights)
     others: dict[tuple[int, str], list[str]] = {}
     kept: list[tuple[str, str]] = []
+    called: list[tuple[str, str]] = []
     for path, module in modules.items():
-        if path in weights or firsts[path] != path:
+        if path in layers or firsts[path] != path:
             continue
-        layer = bare(module)
-        kind = kind_of(layer)
-        key = (id(layer._parameters.get("weight")), "" if kind is None else kind.name)
+        layer = bare(Surgery.own(module))
+        kind = kind_name(layer)
+        key = (id(layer._parameters.get("weight")), kind or "")
         if key in adapted:
             others.setdefault(key, []).append(path)
         for name, value in _attributes(layer):
+            holder, held = f"{path}.{name}" if path else name, list(_held(value))
             if kind is None or name != "weight":
-                owner = next(filter(None, map(memory.owner, _tensors(value))), None)
-                kept += [] if owner is None else [(f"{path}.{name}" if path else name, owner)]
+                owner = next(filter(None, (memory.owner(each) for each in held if isinstance(each, Tensor))), None)
+                kept += [] if owner is None else [(holder, owner)]
+            called += [(holder, paths_of[id(each)]) for each in held if id(each) in paths_of]
     for key, paths in others.items():
         if len(adapted[key]) <= len(paths):
             warnings.warn(
                 f"{_listed(adapted[key])} shares its weight with {_listed(paths)}, which the adapter does not change: "
-                "name those in target_modules too, or instead if the model calls only them",
+                "name those too, or instead if the model calls only them",
                 stacklevel=2,
             )
     if kept:
@@ -60,6 +64,13 @@ def warn_of_aliases(model: nn.Module, targets: Sequence[Target]) -> None:
         warnings.warn(
             f"{_listed([holder for holder, _ in kept])} holds the weight of '{owner}', and what computes with that "
             f"computes without the adapter: read {owner}.weight in each forward, or leave the layer out",
+            stacklevel=2,
+        )
+    if called:
+        holders, owners = (_listed(list(dict.fromkeys(each))) for each in zip(*called, strict=True))
+        warnings.warn(
+            f"{holders} holds {owners} itself, and what calls it there computes without the adapter: look it up in "
+            "each forward, hold it in an nn.ModuleList or nn.ModuleDict, or leave it out",
             stacklevel=2,
         )
 
@@ -77,13 +88,22 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """A tensor, or those in lists, tuples, sets and dictionaries."""
-    if isinstance(value, Tensor):
+def _held(value: Any, depth: int = 3) -> Iterator[Tensor | nn.Module]:
+    """A tensor or module, or those in lists, tuples, sets, dictionaries, bound methods and partial functions."""
+    if isinstance(value, (Tensor, nn.Module)):
         yield value
-    elif depth and isinstance(value, (list, tuple, set, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner, depth - 1)
+        return
+    inside: Any = ()
+    if isinstance(value, (list, tuple, set)):
+        inside = value
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inside = (value.__self__,)
+    for each in inside if depth else ():
+        yield from _held(each, depth - 1)
 
 
 class _Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -12,6 +13,7 @@ from torch import nn
 from ...errors import PeanutError
 from ...protocols import WeightMethod
 from ...weights.stored import same_tensor
+from ..layers.hooks import has_hooks
 from ..layers.layer import AdaptedLayer
 from .surgery import Surgery
 
@@ -71,6 +73,7 @@ class Merging(Surgery):
         for _, layer in self.layers():
             layer.check_merge(merged, active)
         tied = _shared_parameters(self.model)
+        _warn_of_hooks([layer for _, layer in self.layers() if any(name in layer.adapters for name in merged)])
 
         def shares(layer: AdaptedLayer) -> bool:
             return id(layer.base_layer._parameters.get("weight")) in tied
@@ -138,6 +141,17 @@ class Merging(Surgery):
                     "one such adapter at a time",
                     "activate one of them",
                 )
+
+
+def _warn_of_hooks(layers: Sequence[AdaptedLayer]) -> None:
+    hooked = [layer.path for layer in layers if has_hooks(layer.base_layer)]
+    if hooked:
+        more = f" (and {len(hooked) - 1} more)" if len(hooked) > 1 else ""
+        warnings.warn(
+            f"hooks were put on '{hooked[0]}.base_layer', not on '{hooked[0]}'{more}: while adapters are merged they "
+            "see what is computed with the merged weight",
+            stacklevel=2,
+        )
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

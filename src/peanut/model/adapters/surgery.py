@@ -17,7 +17,7 @@ from ..layers.layer import AdaptedLayer
 from ..layers.output import AdaptedOutput, Listener
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
-from ..targets.paths import bare, first_paths, modules_by_path
+from ..targets.paths import bare, first_paths, modules_by_path, starts
 
 H = TypeVar("H", AdaptedInput, AdaptedMixture)
 
@@ -114,7 +114,12 @@ class Surgery:
         made = AdaptedOutput(inner, path, self.state).train(inner.training)
         inner.add_module("adapted_output", made)
         hook(outer, made.change)
+        hook(self._around(path), made.missed)
         return made
+
+    def _around(self, path: str) -> nn.Module:
+        """The module that holds the one at ``path``."""
+        return self.at(path.rpartition(".")[0])
 
     def listener(self, path: str, source: str | None) -> Listener | None:
         """Saves the input of ``source`` for adapters of the output at ``path``; ``None`` if that is its own."""
@@ -139,6 +144,7 @@ class Surgery:
         elif isinstance(place, AdaptedOutput):
             outer = self.at(place.path)
             unhook(outer, place)
+            unhook(self._around(place.path), place)
             for source, listener in place.listeners.items():
                 unhook(self.at(source), listener)
             del bare(outer)._modules["adapted_output"]
@@ -172,6 +178,11 @@ class Surgery:
     def own(module: nn.Module) -> nn.Module:
         """A module, or the base's own if it is trained whole."""
         return module.original_module if isinstance(module, SavedModule) else module
+
+    def inside(self, paths: Sequence[str]) -> dict[str, nn.Module]:
+        """The base's modules at ``paths`` and in them, by path."""
+        modules = modules_by_path(self.model)
+        return {path: self.own(module) for path, module in modules.items() if not set(paths).isdisjoint(starts(path))}
 
     def check_whole(self, path: str) -> None:
         """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter."""

@@ -85,8 +85,8 @@ def has_hooks(module: nn.Module) -> bool:
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Moves the hooks of ``old`` to ``new``, which replaces it: they run around what the model computes there.
 
-    The dictionary itself moves where it can, so that the handles that users hold go on removing their hooks. Hooks of
-    torch that make a tensor of ``old`` (``weight_norm``, pruning) stay.
+    The dictionary itself moves, so that the handles that users hold go on removing their hooks (not those of hooks that
+    ``new`` had beside them). Hooks of torch that make a tensor of ``old`` (``weight_norm``, pruning) stay.
     """
     wraps = any(child is old for child in new.children())
     for name in _HOOKS:
@@ -101,11 +101,10 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
                 moving[key] = function.hook
             elif wraps and not isinstance(getattr(function, "__self__", None), Hooking):
                 moving[key] = _Carried(function, old)
-        old.__dict__[name] = OrderedDict(staying)
-        if there:
-            there.update(moving)
-        else:
-            new.__dict__[name] = moving
+        both = {**there, **moving}
+        moving.clear()
+        moving.update(both)
+        old.__dict__[name], new.__dict__[name] = OrderedDict(staying), moving
     for name in _FLAGS:
         new.__dict__[name].update(old.__dict__[name])
     if new._is_full_backward_hook is None:

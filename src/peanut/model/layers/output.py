@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...protocols import Call, OutputMethod, PeftConfig
 from ...weights import kind_of
 from .adapted import Adapted
 from .calls import BASE
-from .hooks import Hooking, names_of
+from .hooks import Hooking, names_of, unhook
 from .parameters import Parameters
 from .state import AdapterState
 
@@ -64,6 +65,8 @@ class AdaptedOutput(Adapted, Hooking):
     It is a child of the module, so that it moves and trains with it, and acts by hooks on it.
     """
 
+    called = False
+
     def __init__(self, module: nn.Module, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
         self.listeners: dict[str, Listener] = {}
@@ -90,10 +93,24 @@ class AdaptedOutput(Adapted, Hooking):
 
     def change(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook after the module: its output, changed by the adapters that act."""
+        self.called = True
         changed = None if self.state.call.disabled else self._changed(module, args, kwargs, output)
         for listener in self.listeners.values():
             listener.forget()
         return changed
+
+    def missed(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook after the module that holds this one, until it has called it: says once that it did not."""
+        if torch.compiler.is_compiling() or self.state.call.disabled or not self.active_adapters:
+            return
+        unhook(around, self)
+        if not self.called:
+            warnings.warn(
+                f"a {type(around).__name__} ran and did not call '{self.path}' (it may read its weight, or call its "
+                "forward): an adapter that changes what is answered does nothing there; name modules that are called, "
+                "or use a method that changes weights",
+                stacklevel=2,
+            )
 
     def _changed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) and output else output

@@ -17,12 +17,17 @@ __all__ = ["Reading"]
 
 _TOLD = frozenset(
     [
-        *("__len__", "device", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous", "is_cpu"),
-        *("is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_quantized", "is_sparse", "itemsize", "layout"),
-        *("nbytes", "ndim", "ndimension", "nelement", "numel", "shape", "size", "stride"),
+        *("__len__", "device", "dim", "dim_order", "dtype", "element_size", "get_device", "is_complex", "is_conj"),
+        *("is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_inference", "is_ipu", "is_leaf", "is_maia"),
+        *("is_meta", "is_mkldnn", "is_mps", "is_mtia", "is_neg", "is_nested", "is_quantized", "is_signed", "is_sparse"),
+        *("is_sparse_csr", "is_vulkan", "is_xla", "is_xpu", "itemsize", "layout", "name", "names", "nbytes", "ndim"),
+        *("ndimension", "nelement", "numel", "shape", "size", "storage_offset", "stride", "type"),
     ]
 )
-"""What can be told of a weight without its values; ``self.wo.weight.dtype`` is read by many models in each forward."""
+"""What can be told of a weight without its values; ``self.wo.weight.dtype`` is read by many models in each forward.
+
+Not ``requires_grad``, which the adapters decide.
+"""
 
 _WRITING = frozenset(["__set__", "__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"])
 
@@ -63,7 +68,7 @@ class Reading(Tensor):
         kwargs = kwargs or {}
         name, first = _name(func), args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
-            if name in _TOLD:
+            if name in _TOLD and not (name == "type" and (args[1:] or kwargs)):  # of another dtype
                 return func(*args, **kwargs)
         if name == "grad_fn" and isinstance(first, Reading) and called_by(nn.Module.register_parameter):
             raise first._refusal("made a parameter of a module in a forward")

@@ -19,7 +19,6 @@ from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
-from .hooks import has_hooks
 from .reading import Reading
 from .state import AdapterState
 
@@ -52,6 +51,8 @@ class _Own(dict[str, Any]):
 
 class AdaptedWeight(Adapted):
     """A frozen layer and what adapters make of its weight and bias: W' and b', as ``Change.together`` says."""
+
+    _told_undropped = False
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
@@ -172,12 +173,6 @@ class AdaptedWeight(Adapted):
         names = [name for name in names if name in self.adapters]
         if not names:
             return
-        if has_hooks(self.base_layer):
-            warnings.warn(
-                f"hooks were put on '{self.path}.base_layer', not on '{self.path}': while adapters are merged they see "
-                "what is computed with the merged weight",
-                stacklevel=2,
-            )
         change = Change.together([self.change(name) for name in names])
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
@@ -286,25 +281,26 @@ class AdaptedWeight(Adapted):
             raise self._unread("adapters that differ between the samples or tokens of a batch act there")
         changes = [self.change(name, sample=sample) for name in names]
         drops = sample and self.training and self.frozen.kind.takes_activations
-        if drops and any(change.dropout for change in changes):
+        if drops and any(change.dropout for change in changes) and not self._told_undropped:
+            _warn_undropped(self.path)  # a compiled graph cannot tell who asks for a dtype only
             if not torch.compiler.is_compiling():
-                raise self._unread("adapters with dropout, which have no input to drop there, are trained")
-            _warn_undropped(self.path)  # nobody can tell there who asks for a dtype only
+                self._told_undropped = True
         return Change.together(changes)
 
     def _unread(self, why: str) -> PeanutError:
         return PeanutError(
-            f"a module reads the weight of '{self.path}' instead of calling the layer, and {why}",
-            "a layer that is called",
-            "leave it out of target_modules (exclude_modules)",
+            f"a module or hook reads the weight of '{self.path}' in a forward, and {why}",
+            "a layer that is called and not read",
+            "read base_layer.weight for the base's own, or leave the layer out of target_modules (exclude_modules)",
         )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it runs when the graph is made
 def _warn_undropped(path: str) -> None:
     warnings.warn(
-        f"a compiled graph reads the weight of '{path}' in training; if it computes with it, the dropout of the "
-        "adapters there is not applied: leave the layer out of target_modules, or set the dropout to 0",
+        f"a module or hook reads the weight of '{path}' in training; if an output is computed with it, and not by "
+        "calling the layer, the dropout of the adapters there is not applied: leave the layer out of target_modules, "
+        "or set the dropout to 0",
         stacklevel=2,
     )
 
