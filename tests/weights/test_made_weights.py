@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
+from peanut.weights import with_tensors
 
 from ..dense import layer_of, written_out
 from ..support import (  # noqa: F401
@@ -36,12 +39,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated"),
 ]
 
+
+def by_hand(layer: Any) -> nn.Module:
+    """A weight that a hook of the user makes: its rows have the norms that a parameter says."""
+    layer.double()
+    layer.long, layer.norms = nn.Parameter(layer.weight.detach()), nn.Parameter(torch.rand(6, 1).double() + 1)
+    del layer.weight
+
+    def make(module: Any, args: object = ()) -> None:
+        module.weight = module.norms * module.long.detach()
+
+    make(layer)
+    layer.register_forward_pre_hook(make)
+    return layer  # type: ignore[no-any-return]
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
     "old weight_norm": old_weight_norm,
     "old spectral_norm": old_spectral_norm,
+    "a hook": by_hand,
     "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
     "two prunings": lambda layer: prune.l1_unstructured(prune.random_unstructured(layer, "weight", 0.3), "weight", 0.3),
 }
@@ -129,6 +148,85 @@ def test_a_merge_that_the_next_forward_would_lose_is_refused(way: str) -> None:
     assert same_bits(model(X), y)
 
 
+@pytest.mark.parametrize("maker", [nn.Sequential, "property"], ids=["the model", "a property"])
+def test_a_merge_into_what_another_than_the_layer_makes_is_refused(maker: Any) -> None:
+    class Doubling(nn.Linear):
+        weight = property(lambda self: 2 * self.part)  # type: ignore[assignment]
+
+    torch.manual_seed(1)
+    layer: Any = nn.Linear(6, 6)
+    base = nn.Sequential(layer)
+    layer.part = nn.Parameter(layer.weight.detach() / 2)
+    del layer.weight
+    if maker == "property":
+        layer.__class__ = Doubling
+    else:
+        layer.weight = 2 * layer.part
+        base.register_forward_pre_hook(lambda module, args: setattr(module[0], "weight", 2 * layer.part))
+    model = randomised(get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))).eval()
+    y = model(X.float())
+    with refused(model, r"'0' makes its weight anew"):
+        model.merge_adapter()
+    assert same_bits(model(X.float()), y)
+
+
+def test_a_weight_that_is_a_view_of_a_parameter_is_merged_into() -> None:
+    class Half(nn.Linear):
+        weight = property(lambda self: self.both[6:])  # type: ignore[assignment]
+
+    layer: Any = nn.Linear(6, 6)
+    layer.both = nn.Parameter(torch.randn(12, 6))
+    del layer.weight
+    layer.__class__ = Half
+    model = randomised(get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"]))).eval()
+    y = model(X.float())
+    model.merge_adapter()
+    assert model.merged_adapters
+    assert distance(model(X.float()), y) < 1e-5
+    model.unmerge_adapter()
+    assert same_bits(model(X.float()), y)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_a_copy_has_the_adapters(way: str, name: str) -> None:
+    """A parametrised class says itself how it is copied; what wraps its modules is not copied so."""
+    model = adapted(way)
+    if name == "bias":
+        parametrizations.weight_norm(layer_of(model).base_layer, name, dim=None)
+    y = model(X)
+    for other in (copy.deepcopy(model), AveragedModel(model), copy.deepcopy(model.base_model)):
+        assert same_bits(other(X), y)
+    twin = copy.deepcopy(layer_of(model))
+    assert twin is not layer_of(model)
+    assert type(twin) is type(layer_of(model))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_parametrised_model_has_the_adapters_and_what_is_trained_whole() -> None:
+    base = net("weight_norm")
+    base.own = nn.Linear(6, 6)
+    base.kept = nn.Parameter(torch.randn(6, 6).double())
+    parametrizations.orthogonal(base, "kept")
+    parametrizations.weight_norm(base.own)
+    config = LoraConfig(r=2, target_modules=["layer"], modules_to_save=["own"])
+    model = randomised(get_peft_model(base, config)).eval()
+    for module in model.modules():
+        assert type(copy.deepcopy(module)) is type(module)
+    assert same_bits(copy.deepcopy(model)(X), model(X))
+
+
+def test_what_a_call_replaces_is_not_made() -> None:
+    layer, made = parametrizations.orthogonal(nn.Linear(6, 6)), list[None]()
+    layer.parametrizations.weight[0].register_forward_hook(lambda *_: made.append(None))  # type: ignore[union-attr,index]
+    x, weight = X.float(), torch.randn(6, 6)
+    assert same_bits(with_tensors(layer, {"weight": weight}, x), nn.functional.linear(x, weight, layer.bias))  # type: ignore[arg-type]
+    assert not made
+    with_tensors(layer, {"bias": torch.zeros(6)}, x)
+    assert made
+
+
 @pytest.mark.parametrize("way", REMOVED)
 def test_a_weight_that_was_made_a_parameter_is_merged_into(way: str) -> None:
     model = adapted(way)
@@ -165,7 +263,17 @@ def test_in_training_the_weight_that_is_read_is_the_one_of_that_forward(way: str
     assert gradients(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def test_a_module_whose_weight_a_hook_of_the_user_makes_is_not_trained_whole() -> None:
+    """The hook would go on making that of the base's module."""
+    model = nn.Sequential(nn.Linear(6, 6), by_hand(nn.Linear(6, 6))).double().eval()
+    y = model(X)
+    with pytest.raises(PeanutError, match=r"'1' has its weight made by a hook .*; leave it out"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    assert same_bits(model(X), y)
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "a hook"])
 def test_a_module_with_made_weights_is_trained_whole(way: str, tmp_path: Path) -> None:
     torch.manual_seed(4)
 

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..stack import in_a_forward
 
-__all__ = ["about_to_change", "current", "is_made", "made_by", "made_now", "made_once", "makes_tensor"]
+__all__ = ["about_to_change", "current", "is_made", "made_by", "made_by_users", "made_now", "made_once", "makes_tensor"]
 
 
 def makes_tensor(hook: Any) -> bool:
@@ -44,6 +44,12 @@ def is_made(module: nn.Module, name: str) -> bool:
         return True
     value, held = getattr(module, name, None), [*module.parameters(), *module.buffers()]
     return value is not None and all(value is not own for own in held) and _memory(value) not in map(_memory, held)
+
+
+def made_by_users(module: nn.Module, name: str) -> bool:
+    """Whether, it seems, a hook that is none of torch's makes the tensor ``name`` before each forward."""
+    made = [made_by(hook) for hook in module._forward_pre_hooks.values()]
+    return None in made and name not in made and name in module.__dict__ and is_made(module, name)
 
 
 def _memory(tensor: Any) -> object:
