@@ -160,7 +160,9 @@ def test_whole_numbers_are_those_of_yaml_1_2() -> None:
         ("training.seed", False, "training.seed is False; expected no boolean"),
         ("training.epochs", float("inf"), "training.epochs is inf; expected a finite number"),
         ("training.warmup", float("inf"), "training.warmup is inf; expected a finite number"),
-        pytest.param("training.steps", 16**6000, "training.steps is a whole number of 24001 bits", id="huge"),
+        pytest.param(
+            "training.steps", 16**6000, "training.steps is a whole number of 24001 bits", id="huge"
+        ),
         ("training.batch_size", 2**63, "training.batch_size is 9223372036854775808; expected a number of at most"),
     ],
 )
