@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 
@@ -36,12 +38,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated"),
 ]
 
+
+def by_hand(layer: Any) -> nn.Module:
+    """A weight that a hook of the user makes: its rows have the norms that a parameter says."""
+    layer.double()
+    layer.long, layer.norms = nn.Parameter(layer.weight.detach()), nn.Parameter(torch.rand(6, 1).double() + 1)
+    del layer.weight
+
+    def make(module: Any, args: object = ()) -> None:
+        module.weight = module.norms * module.long.detach()
+
+    make(layer)
+    layer.register_forward_pre_hook(make)
+    return layer  # type: ignore[no-any-return]
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
     "old weight_norm": old_weight_norm,
     "old spectral_norm": old_spectral_norm,
+    "a hook": by_hand,
     "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
     "two prunings": lambda layer: prune.l1_unstructured(prune.random_unstructured(layer, "weight", 0.3), "weight", 0.3),
 }
@@ -129,6 +147,22 @@ def test_a_merge_that_the_next_forward_would_lose_is_refused(way: str) -> None:
     assert same_bits(model(X), y)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_a_copy_has_the_adapters(way: str, name: str) -> None:
+    """A parametrised class says itself how it is copied; what wraps its modules is not copied so."""
+    model = adapted(way)
+    if name == "bias":
+        parametrizations.weight_norm(layer_of(model).base_layer, name, dim=None)
+    y = model(X)
+    for other in (copy.deepcopy(model), AveragedModel(model), copy.deepcopy(model.base_model)):
+        assert same_bits(other(X), y)
+    twin = copy.deepcopy(layer_of(model))
+    assert twin is not layer_of(model)
+    assert type(twin) is type(layer_of(model))
+
+
 @pytest.mark.parametrize("way", REMOVED)
 def test_a_weight_that_was_made_a_parameter_is_merged_into(way: str) -> None:
     model = adapted(way)
@@ -165,7 +199,17 @@ def test_in_training_the_weight_that_is_read_is_the_one_of_that_forward(way: str
     assert gradients(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def test_a_module_whose_weight_a_hook_of_the_user_makes_is_not_trained_whole() -> None:
+    """The hook would go on making that of the base's module."""
+    model = nn.Sequential(nn.Linear(6, 6), by_hand(nn.Linear(6, 6))).double().eval()
+    y = model(X)
+    with pytest.raises(PeanutError, match=r"'1' has its weight made by a hook, .*; leave it out"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    assert same_bits(model(X), y)
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "a hook"])
 def test_a_module_with_made_weights_is_trained_whole(way: str, tmp_path: Path) -> None:
     torch.manual_seed(4)
 

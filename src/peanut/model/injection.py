@@ -75,7 +75,7 @@ class AdaptedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model" or name.startswith("__"):  # how the wrapper itself is copied
                 raise
             return getattr(self.model, name)
 

@@ -241,7 +241,7 @@ class PeftModel(AdapterControls):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name == "base_model" or name.startswith("__"):  # how the wrapper itself is copied
                 raise
             return getattr(self.base_model, name)
 

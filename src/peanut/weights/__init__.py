@@ -1,6 +1,7 @@
 """Reads and writes the frozen weight of any kind of layer."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .conv2d import Conv2dKind
 from .embedding import EmbeddingKind
@@ -25,7 +26,17 @@ KINDS: tuple[LayerKind, ...] = (
 
 
 def fix_storage(model: nn.Module) -> None:
-    """Prevents the layers of a model from changing how they store their weight while adapters read it."""
+    """Prevents the layers of a model from changing how they store their weight while adapters read it.
+
+    What ``torch.inference_mode()`` made, through which no gradient may pass, becomes ordinary tensors outside of it.
+    """
+    if not torch.is_inference_mode_enabled():
+        for own in {*model.parameters(), *model.buffers()}:
+            if type(own) in (nn.Parameter, Tensor) and own.is_inference():
+                made = own.detach().clone()
+                torch.utils.swap_tensors(
+                    own, nn.Parameter(made, own.requires_grad) if isinstance(own, nn.Parameter) else made
+                )
     for module in model.modules():
         kind = kind_of(module)
         if kind is not None:

@@ -29,7 +29,7 @@ class FrozenLayer:
         self.kind = kind
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        self._shared: nn.Parameter | None = None
+        self._shared: dict[str, nn.Parameter] = {}
         self._tied: nn.Parameter | None = None
         self._seen: tuple[Any, str | None] = None, None
 
@@ -151,7 +151,7 @@ class FrozenLayer:
 
         Args:
             bias: the new b, or ``None`` to leave it.
-            shared: another layer uses the same weight (a tied head) and must not see the change.
+            shared: others use the same weight or bias (a tied head) and must not see the change.
 
         Raises:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
@@ -176,10 +176,10 @@ class FrozenLayer:
             self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
             if shared and not self.kind.quantised:
                 self._tied = self.module.weight
-            if self.kind.quantised or (shared and not self.offloaded):
-                self._shared = weight
-            if self._shared is not None and not self.kind.quantised:
-                self.module.weight = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
+            if self.kind.quantised:
+                self._shared["weight"] = weight
+            elif shared and not self.offloaded:
+                self._share_no_more()
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))
         else:
@@ -205,18 +205,32 @@ class FrozenLayer:
         """Undoes every merge, bit for bit."""
         if self._weight is None:
             return
-        if self._shared is not None:
-            self.kind.install(self.module, self._shared)
+        for name, own in () if self.kind.quantised else self._shared.items():
+            now = self.module._parameters[name]
+            if now is not None and not now.is_meta:  # the module may have been moved or cast meanwhile
+                own.data = own.data.to(now.device, now.dtype)
+        if "weight" in self._shared:
+            self.kind.install(self.module, self._shared["weight"])
         else:
             store(self.module, "weight", self._weight)
-        if self._bias is not None:
+        if "bias" in self._shared:
+            self.module.bias = self._shared["bias"]
+        elif self._bias is not None:
             store(self.module, "bias", self._bias)
         self.forget()
 
     def forget(self) -> None:
         """Makes the merge permanent: the saved originals are discarded."""
-        self._weight = self._bias = None
-        self._shared = self._tied = None
+        self._weight = self._bias = self._tied = None
+        self._shared = {}
+
+    def _share_no_more(self) -> None:
+        """Puts tensors of the layer's own in the place of its weight and bias."""
+        for name in ("weight", "bias"):
+            own = self.module._parameters.get(name)
+            if own is not None:
+                self._shared[name] = own
+                setattr(self.module, name, nn.Parameter(own.detach().clone(), own.requires_grad))
 
 
 def product(matrix: Tensor, A: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
     # among the attributes, parametrisations, which are a class, and hooks that make them (weight_norm, pruning).
     kind = type(module)
     if "parametrizations" in module._modules:
-        kind = parametrize.type_before_parametrizations(module)
-        tensors = {**{name: current(module, name) for name in module.parametrizations}, **tensors}  # type: ignore[union-attr]
+        kind, made = parametrize.type_before_parametrizations(module), cast(nn.ModuleDict, module.parametrizations)
+        tensors = {**{name: current(module, name) for name in made if name not in tensors}, **tensors}
     twin = kind.__new__(kind)
     twin.__dict__ = {
         **{name: value for name, value in module.__dict__.items() if name not in tensors},

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..stack import in_a_forward
 
-__all__ = ["about_to_change", "current", "is_made", "made_by", "made_now", "made_once", "makes_tensor"]
+__all__ = ["about_to_change", "current", "is_made", "made_by", "made_by_users", "made_now", "made_once", "makes_tensor"]
 
 
 def makes_tensor(hook: Any) -> bool:
@@ -34,12 +34,28 @@ def made_by(hook: Any) -> str | None:
 
 
 def is_made(module: nn.Module, name: str) -> bool:
-    """Whether the tensor ``name`` is made anew before each forward, so that nothing can be written to it."""
-    if name in module._parameters:
+    """Whether the tensor ``name`` is made anew before each forward, so that nothing can be written to it.
+
+    By a parametrisation, a hook of this or another module, a property: it lies in no parameter or buffer of the module.
+    """
+    if name in module._parameters or name in module._buffers:
         return False
-    return is_parametrized(module, name) or (
-        bool(module._forward_pre_hooks) and getattr(module, name, None) is not None
-    )
+    if is_parametrized(module, name):
+        return True
+    value, held = getattr(module, name, None), [*module.parameters(), *module.buffers()]
+    return value is not None and all(value is not own for own in held) and _memory(value) not in map(_memory, held)
+
+
+def made_by_users(module: nn.Module, name: str) -> bool:
+    """Whether, it seems, a hook that is none of torch's makes the tensor ``name`` before each forward."""
+    made = [made_by(hook) for hook in module._forward_pre_hooks.values()]
+    return None in made and name not in made and name in module.__dict__ and is_made(module, name)
+
+
+def _memory(tensor: Any) -> object:
+    """What tells whose memory a tensor lies in."""
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
+    return (plain and tensor.untyped_storage().data_ptr()) or object()  # 0 where there is none
 
 
 def about_to_change(module: nn.Module, name: str) -> bool:

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import WeightMethod
@@ -76,7 +76,7 @@ class Merging(Surgery):
         _warn_of_hooks([layer for _, layer in self.layers() if any(name in layer.adapters for name in merged)])
 
         def shares(layer: AdaptedLayer) -> bool:
-            return id(layer.base_layer._parameters.get("weight")) in tied
+            return any(id(layer.base_layer._parameters.get(name)) in tied for name in ("weight", "bias"))
 
         try:
             for _, layer in self.layers():
@@ -155,10 +155,30 @@ def _warn_of_hooks(layers: Sequence[AdaptedLayer]) -> None:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that more than one module holds (a head tied to the embedding)."""
-    holders: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), set()).add(id(module))
-    return {parameter for parameter, modules in holders.items() if len(modules) > 1}
+    """Identities of the tensors whose memory is not theirs alone.
+
+    Another module holds them (a head tied to the embedding), another tensor lies there (``head.weight.data =
+    embedding.weight.data``, a view), or their own elements lie upon each other (``expand``).
+    """
+    held = [
+        (*_place(tensor), id(tensor))
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None and not getattr(tensor, "_is_flat_param", False)  # FSDP's, of which layers have views
+    ]
+    found, there, end, last = {place[-1] for place in held if place[-2]}, "", 0, 0
+    for device, start, stop, _, tensor in sorted(held):
+        if device == there and start < end:
+            found |= {tensor, last}
+        if device != there or stop > end:
+            there, end, last = device, stop, tensor
+    return found
+
+
+def _place(tensor: Tensor) -> tuple[str, int, int, bool]:
+    """Where a tensor lies: device, first byte, the one after its last, and whether some of its elements are one."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout is not torch.strided or not tensor.data_ptr():
+        return "", id(tensor), id(tensor) + 1, False  # of another class, offloaded or without elements
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + reach * tensor.element_size(), tensor.numel() > reach

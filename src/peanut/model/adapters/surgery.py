@@ -10,6 +10,7 @@ from torch import nn
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, method_of
 from ...weights import FrozenLayer, kind_of
+from ...weights.made import made_by_users
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, move_hooks, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture
@@ -185,8 +186,18 @@ class Surgery:
         return {path: self.own(module) for path, module in modules.items() if not set(paths).isdisjoint(starts(path))}
 
     def check_whole(self, path: str) -> None:
-        """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter."""
-        for inner, module in self.own(self.at(path)).named_modules(prefix=path):
+        """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter.
+
+        And one of which a user's hook makes the weight: it would go on making that of the base's module.
+        """
+        own = self.own(self.at(path))
+        if kind_of(own) is not None and made_by_users(own, "weight"):
+            raise PeanutError(
+                f"'{path}' has its weight made by a hook, and is to be trained whole",
+                "a weight that is a parameter, or one that a parametrisation makes",
+                "leave it out of what is trained whole",
+            )
+        for inner, module in own.named_modules(prefix=path):
             kind = kind_of(bare(module))
             if kind is not None and kind.quantised:
                 raise PeanutError(

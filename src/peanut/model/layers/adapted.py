@@ -19,6 +19,13 @@ __all__ = ["Adapted", "refuse_symbolic", "walk"]
 class Adapted(nn.Module):
     """The tensors of the adapters that act in one place; subclasses define what they do there."""
 
+    # copy (and before Python 3.11 pickle) asks the object, and some answer with what their base layer has: a
+    # parametrised one would copy itself alone.
+    __deepcopy__: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__()
         self.adapters: NamedModules[Parameters] = NamedModules()

@@ -106,7 +106,7 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):
+            if name in ("original_module", "modules_to_save") or name.startswith("__"):  # how this is copied
                 raise
             found = getattr(self.acting(), name)
             apart = isinstance(found, nn.Parameter) and self.state.call.samples is not None and in_a_forward()
