@@ -156,13 +156,17 @@ def test_whole_numbers_are_those_of_yaml_1_2() -> None:
     [
         ("output", "a\0b", r"output is 'a\\x00b'; expected text that a file can hold"),
         ("model.path", "a\ud800", r"model.path is 'a\\ud800'; expected text that a file can hold"),
-        ("training.epochs", True, "training.epochs is True; expected no boolean"),
-        ("training.seed", False, "training.seed is False; expected no boolean"),
+        ("training.epochs", True, "training.epochs is True; expected a number; change"),
+        ("training.seed", False, "training.seed is False; expected a number; change"),
+        ("training.eval_every", True, "training.eval_every is True; expected a whole number of at least 1, or 'epoch'"),
+        ("data.text", True, "data.text is True; expected a valid string"),
+        ("output", "", "output is ''; expected a folder's path; name one"),
+        ("output", " ", "output is ' '; expected a folder's path; name one"),
+        ("training.batch_size", "1e99", "training.batch_size is '1e99'; expected a valid integer"),
+        ("training.batch_size", 1e99, r"training.batch_size is 1e\+99; expected a number of at most 18 digits"),
         ("training.epochs", float("inf"), "training.epochs is inf; expected a finite number"),
         ("training.warmup", float("inf"), "training.warmup is inf; expected a finite number"),
-        pytest.param(
-            "training.steps", 16**6000, "training.steps is a whole number of 24001 bits", id="huge"
-        ),
+        pytest.param("training.steps", 16**6000, "training.steps is a whole number of 24001 bits", id="huge"),
         ("training.batch_size", 2**63, "training.batch_size is 9223372036854775808; expected a number of at most"),
     ],
 )
