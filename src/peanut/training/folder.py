@@ -59,7 +59,10 @@ class RunFolder:
         for left in self._half_written():
             if left.name.startswith("checkpoint-"):
                 why = f"is damaged ({STATE_NAME})" if (left / STATE_NAME).is_file() else f"lacks {STATE_NAME}"
-                warnings.warn(f"'{left}' {why} and is removed: training goes on from the one before", stacklevel=2)
+                warnings.warn(
+                    f"'{left}' {why} and is removed: training goes on from the one before it, if there is one",
+                    stacklevel=2,
+                )
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
