@@ -76,6 +76,23 @@ def test_a_keyword_that_is_not_known_is_named(name: str, tiny_llama: Builder, ad
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "keyword", "near"),
+    [
+        ("save_pretrained", "save_embeding_layers", "save_embedding_layers"),
+        ("from_pretrained", "is_trainabel", "is_trainable"),
+        ("load_adapter", "chek_base", "check_base"),
+    ],
+)
+def test_the_nearest_keyword_is_the_functions_own(
+    name: str, keyword: str, near: str, tiny_llama: Builder, adapter: Path
+) -> None:
+    with pytest.raises(
+        PeanutError, match=rf"{keyword}'; expected keywords .*{near}.*; leave it out \(nearest: '{near}'"
+    ):
+        CALLS[name][1](tiny_llama, adapter, {keyword: True})
+
+
 @pytest.mark.parametrize("name", registered())
 def test_a_config_names_the_keyword_that_it_does_not_know(name: str) -> None:
     config_class = registered()[name].config_class

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peanut import LoraConfig, PeanutConfig, PeanutError, PeftConfig, PeftType, TaskType, get_peft_config
-from peanut.protocols.config import FORMAT_VERSION, matching_pattern
+from peanut.protocols.config import FORMAT_VERSION, default_of, matching_pattern
+from peanut.protocols.registry import registered
+from peanut.protocols.values import takes_none
 
 BOTH = pytest.mark.parametrize("config_class", [PeanutConfig, LoraConfig])
 
@@ -24,7 +26,11 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
     ],
     (PeanutConfig, {"depth": -1}, r"^depth=-1; expected a whole number from 0 to 10,000; change depth$"),
     (PeanutConfig, {"depth": 0.5}, r"^depth=0\.5; expected a whole number"),
-    (PeanutConfig, {"scaling": float("nan")}, r"^scaling=nan; expected a finite number; change scaling$"),
+    (
+        PeanutConfig,
+        {"scaling": float("nan")},
+        r"^scaling=nan; expected a finite number from -1,000,000 to 1,000,000; change scaling$",
+    ),
     (PeanutConfig, {"scaling": float("inf")}, r"^scaling=inf; expected a finite number"),
     (PeanutConfig, {"scaling": "1"}, r"^scaling='1'; expected a finite number"),
     (
@@ -40,7 +46,11 @@ WRONG: list[tuple[type[PeftConfig], dict[str, Any], str]] = [
     ),
     (PeanutConfig, {"rank_pattern": {"q": 0}}, r"^rank_pattern\['q'\]=0; expected a whole number of at least 1"),
     (PeanutConfig, {"rank_pattern": {"q(": 2}}, r"^rank_pattern='q\(' is no regular expression \(.*\); correct it$"),
-    (LoraConfig, {"lora_alpha": float("nan")}, r"^lora_alpha=nan; expected a finite number; change lora_alpha$"),
+    (
+        LoraConfig,
+        {"lora_alpha": float("nan")},
+        r"^lora_alpha=nan; expected a finite number from -1,000,000 to 1,000,000; change lora_alpha$",
+    ),
     (LoraConfig, {"lora_dropout": -0.1}, r"^lora_dropout=-0\.1; expected a probability"),
     (LoraConfig, {"alpha_pattern": {"q": "x"}}, r"^alpha_pattern\['q'\]='x'; expected a finite number"),
     (LoraConfig, {"alpha_pattern": {"[": 1}}, r"^alpha_pattern='\[' is no regular expression"),
@@ -150,7 +160,7 @@ def test_the_peer_reads_our_file_and_we_read_its(config_class: type[PeftConfig],
         ({}, r"names the method None; expected one of"),
         ({"peft_type": "LORA", "use_nora": True}, r"sets use_nora=True; expected the fields of LoraConfig; remove it"),
         ({"peft_type": "PEANUT", "dept": 1}, r"sets dept=1; expected the fields of PeanutConfig; .*nearest: 'depth'"),
-        ({"peft_type": "LORA", "r": "8"}, r"^r='8'; expected a whole number"),
+        ({"peft_type": "LORA", "r": "8"}, r"^'.*adapter_config.json': r='8'; expected a whole number"),
     ],
 )
 def test_files_that_ask_for_what_is_not_there_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -158,6 +168,42 @@ def test_files_that_ask_for_what_is_not_there_are_refused(values: dict[str, Any]
     with pytest.raises(PeanutError, match=message) as error:
         PeftConfig.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config_class", [each.config_class for each in registered().values()], ids=lambda c: c.method)
+def test_null_in_a_file_is_what_a_field_is_without_it(config_class: type[PeftConfig]) -> None:
+    fields = {each.name: default_of(each) for each in dataclasses.fields(config_class)}
+    needed = {"adapter_len": 3, "adapter_layers": 1, "num_virtual_tokens": 3, "cpt_token_ids": [1, 2, 3]}
+    values = {"peft_type": config_class.method} | {name: value for name, value in needed.items() if name in fields}
+    unset = [name for name in fields.keys() - values.keys() - takes_none(config_class) if fields[name] is not None]
+    assert "inference_mode" in unset
+    for name in unset:
+        assert PeftConfig.from_dict(values | {name: None}) == PeftConfig.from_dict(values), name
+
+
+def test_a_flag_that_is_none_is_not_set() -> None:
+    assert LoraConfig(use_rslora=None, fan_in_fan_out=None) == LoraConfig()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [1e38, -1e38, 2e6])
+@pytest.mark.parametrize(
+    ("config_class", "name"),
+    [
+        (each.config_class, name)
+        for each in registered().values()
+        for name in ("lora_alpha", "alpha", "scaling", "randlora_alpha", "d_initial", "alpha_pattern")
+        if name in {field.name for field in dataclasses.fields(each.config_class)}
+    ],
+)
+def test_what_is_no_scale_is_refused(config_class: type[PeftConfig], name: str, value: float) -> None:
+    given = {"q": value} if name == "alpha_pattern" else value
+    with pytest.raises(PeanutError, match=rf"^{name}.*; expected a finite number from -1,000,000 to 1,000,000; "):
+        config_class(**{name: given})
+
+
+def test_a_scale_that_no_file_could_hold_is_refused_before_training() -> None:
+    with pytest.raises(PeanutError, match=r"^lora_alpha=1600000\.0; expected a finite number from"):
+        LoraConfig(init_lora_weights="pissa", lora_alpha=8e5)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
         for what, damage, size in (("half", cut, 50), ("junk", junk, 5))
     },
+    "no trainer_state.json": (lambda folder: (folder / "trainer_state.json").unlink(), "it lacks trainer_state.json; "),
     "half trainer_state.json": (cut("trainer_state.json"), "trainer_state.json is damaged or of another run: "),
     "another archive": (
         lambda path: zipfile.ZipFile(path / "optimizer.pt", "w").close(),
@@ -143,7 +144,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(name: str, run: Path, tiny_
     line = str(caught.value)
     assert line.startswith(f"cannot go on from '{checkpoint}': ")
     assert reason in line
-    assert line.endswith("delete it to go on from the one before, or begin anew (--overwrite)")
+    assert line.endswith("delete it to go on from the one before, or begin anew")
     assert "\n" not in line
 
 
@@ -197,7 +198,12 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(run: Path, tmp_path: 
         (folder / name).write_text("")
     (folder / "checkpoint-4/trainer_state.json").write_text("{" * 100_000)
     (folder / "run.yaml").write_text("kept")
-    with pytest.warns(UserWarning, match=r"checkpoint-4' is damaged \(trainer_state.json\) and removed"):
+    with (
+        pytest.warns(UserWarning, match=r"checkpoint-4' is damaged \(trainer_state.json\) and is removed"),
+        pytest.warns(
+            UserWarning, match=r"checkpoint-7' lacks trainer_state.json and is removed: training goes on from"
+        ),
+    ):
         found = RunFolder(folder).begin(None, overwrite=False)  # type: ignore[arg-type]
     assert found == folder / "checkpoint-2"
     assert {path.name for path in folder.iterdir()} == {

@@ -168,6 +168,21 @@ def test_an_encoder_is_refused_for_language_modelling(bert_tokenizer: Any) -> No
         (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (hf.GPT2Config(n_positions=64), 64),
         (hf.T5Config(), None),
+        (hf.EsmConfig(vocab_size=9, max_position_embeddings=64, pad_token_id=3, mask_token_id=2), 60),
+        (
+            hf.EsmConfig(
+                vocab_size=9,
+                max_position_embeddings=64,
+                pad_token_id=3,
+                mask_token_id=2,
+                position_embedding_type="rotary",
+            ),
+            64,
+        ),
+        (hf.LukeConfig(max_position_embeddings=64, pad_token_id=1), 62),
+        (hf.MarkupLMConfig(max_position_embeddings=64, pad_token_id=1), 62),
+        (hf.LiltConfig(max_position_embeddings=64, pad_token_id=1), 62),
+        (hf.LayoutLMv3Config(max_position_embeddings=64, pad_token_id=1), 62),
     ],
     ids=lambda each: getattr(each, "model_type", ""),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError, shown
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.values import Bound, Count, NonNegative, Whole
+from ..protocols.values import Bound, Count, NonNegative, Scale, Whole
 from ..weights import FrozenLayer
 from .lora_fields import LoraFields
 
@@ -61,7 +61,7 @@ class AdaLoraConfig(LoraFields):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Scale] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

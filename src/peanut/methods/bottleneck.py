@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import Call, OutputMethod, PeftConfig, PlaceName, Site, Values, register
-from ..protocols.values import Count, Positive, Probability
+from ..protocols.values import Count, Positive, Probability, Scale
 from .peanut import activation, check_activation
 
 __all__ = ["Bottleneck", "BottleneckConfig"]
@@ -64,7 +64,7 @@ class BottleneckConfig(PeftConfig):
     bottleneck_size: Count | None = None
     reduction_factor: Positive | None = None
     act_fn: str | None = None
-    scaling: float | None = None
+    scaling: Scale | None = None
     dropout: Probability = 0.0
     init_weights: Start | None = None
 

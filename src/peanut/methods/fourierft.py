@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import PeanutError
 from ..operators.fourier import Fourier
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
-from ..protocols.values import Count, Whole
+from ..protocols.values import Count, Scale, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["FourierFT", "FourierFTConfig"]
@@ -35,7 +35,7 @@ class FourierFTConfig(PeftConfig):
     by_layer = (("n_frequency", "n_frequency_pattern"),)
 
     n_frequency: Count = 1000
-    scaling: float = 300.0
+    scaling: Scale = 300.0
     random_loc_seed: Whole = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "fourier_only"] = "none"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..operators import Between, Diagonal
 from ..operators.kronecker import Kronecker
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Bound, Count, Probability
+from ..protocols.values import Bound, Count, Probability, Scale
 from ..weights import FrozenLayer
 
 __all__ = ["LoKr", "LoKrConfig"]
@@ -47,7 +47,7 @@ class LoKrConfig(PeftConfig):
     by_layer = (("r", "rank_pattern"), ("alpha", "alpha_pattern"))
 
     r: Count = 8
-    alpha: float = 8
+    alpha: Scale = 8
     rank_dropout: Probability = 0.0
     module_dropout: Probability = 0.0
     use_effective_conv2d: bool = False
@@ -56,7 +56,7 @@ class LoKrConfig(PeftConfig):
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
     rank_pattern: dict[str, Count] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Scale] = field(default_factory=dict)
 
 
 @register

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Bound, Count
+from ..protocols.values import Bound, Count, Scale
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_with
 from .lora_fields import LoraFields
@@ -25,8 +25,13 @@ __all__ = ["Lora", "LoraConfig", "suffixes"]
 
 
 _STARTS = "True, False, 'gaussian', 'pissa', 'pissa_niter_[number]', 'milora' or 'olora'"
-Start = Annotated[bool | str, Bound(_STARTS, lambda value: True)]
-"""How A and B start; which strings there are, the config checks."""
+_IN_WEIGHT = r"pissa|pissa_niter_\d{1,4}|milora|olora"
+_READ_ONLY = "eva", "orthogonal"
+"""Starts of Hugging Face PEFT's that are read only: once trained they are plain LoRAs."""
+
+
+def _is_start(value: bool | str) -> bool:
+    return isinstance(value, bool) or value in ("gaussian", *_READ_ONLY) or re.fullmatch(_IN_WEIGHT, value) is not None
 
 
 @dataclass(kw_only=True)
@@ -50,21 +55,22 @@ class LoraConfig(LoraFields):
 
     r: Count = 8
     use_rslora: bool = False
-    init_lora_weights: Start = True
+    init_lora_weights: Annotated[bool | str, Bound(_STARTS, _is_start)] = True
     use_dora: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, Count] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Scale] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         init = self.init_lora_weights
-        read_only = self.inference_mode and init in ("eva", "orthogonal")  # plain LoRAs of PEFT, once trained
-        if not isinstance(init, bool) and init != "gaussian" and not self.starts_in_weight and not read_only:
+        if init in _READ_ONLY and not self.inference_mode:
             raise PeanutError(f"init_lora_weights={init!r}", _STARTS, "change it")
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
             raise PeanutError(f"lora_bias=True with {other}", "one of the two", "set lora_bias=False")
+        if self.starts_in_weight:
+            self.doubled()  # what files hold: it has to be a config too
 
     @property
     def scaling(self) -> float:
@@ -74,7 +80,7 @@ class LoraConfig(LoraFields):
     @property
     def starts_in_weight(self) -> bool:
         """Whether A and B start as a part of the weight, which the change is then less by."""
-        return re.fullmatch(r"pissa|pissa_niter_\d{1,4}|milora|olora", str(self.init_lora_weights)) is not None
+        return re.fullmatch(_IN_WEIGHT, str(self.init_lora_weights)) is not None
 
     def doubled(self) -> LoraConfig:
         """A plain LoRA of twice the rank and the same scaling."""

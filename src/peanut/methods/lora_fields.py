@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..errors import PeanutError, shown
 from ..protocols import PeftConfig, WeightMethod
-from ..protocols.values import Probability, Whole
+from ..protocols.values import Probability, Scale, Whole
 from .trainable_tokens import TokenAdapter, TrainableTokensConfig
 
 __all__ = ["LoraFields"]
@@ -29,7 +29,7 @@ class LoraFields(PeftConfig):
 
     only_here = frozenset({"runtime_config"})  # Hugging Face PEFT has it and writes it to no file
 
-    lora_alpha: float = 8
+    lora_alpha: Scale = 8
     lora_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"

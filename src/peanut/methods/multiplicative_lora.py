@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Count, Probability
+from ..protocols.values import Count, Probability, Scale
 from ..weights import FrozenLayer
 
 __all__ = ["MultiplicativeLora", "MultiplicativeLoraConfig"]
@@ -35,7 +35,7 @@ class MultiplicativeLoraConfig(PeftConfig):
     by_layer = (("r", "rank_pattern"),)
 
     r: Count = 32
-    scaling: float = 1.0
+    scaling: Scale = 1.0
     init_weights: bool = True
     dropout: Probability = 0.0
     rank_pattern: dict[str, Count] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Count, Probability
+from ..protocols.values import Count, Probability, Scale
 from ..weights import FrozenLayer
 from .peanut import activation, check_activation
 
@@ -38,7 +38,7 @@ class NonlinearLoraConfig(PeftConfig):
 
     r: Count = 32
     act_fn: str = "relu"
-    scaling: float = 1.0
+    scaling: Scale = 1.0
     init_weights: bool = True
     dropout: Probability = 0.0
     rank_pattern: dict[str, Count] = field(default_factory=dict)

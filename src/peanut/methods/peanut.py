@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError, nearest
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, WeightMethod, register
-from ..protocols.values import Count, Depth, Probability
+from ..protocols.values import Count, Depth, Probability, Scale
 from ..weights import FrozenLayer
 
 __all__ = ["Peanut", "PeanutConfig", "activation", "check_activation", "tweak"]
@@ -43,7 +43,7 @@ class PeanutConfig(PeftConfig):
     r: Count = 32
     depth: Depth = 0
     act_fn: str = "relu"
-    scaling: float = 1.0
+    scaling: Scale = 1.0
     init_weights: bool = True
     side: Literal["out", "in", "auto"] = "out"
     dropout: Probability = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Count, Probability, Whole
+from ..protocols.values import Count, Probability, Scale, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["RandLora", "RandLoraConfig"]
@@ -46,7 +46,7 @@ class RandLoraConfig(PeftConfig):
     sparse: bool = False
     very_sparse: bool = False
     randlora_dropout: Probability = 0.0
-    randlora_alpha: float = 640
+    randlora_alpha: Scale = 640
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "randlora_only"] = "none"
     init_weights: bool = True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Bound, Count, NonNegative, Positive, Probability
+from ..protocols.values import Bound, Count, NonNegative, Positive, Probability, Scale
 from ..weights import FrozenLayer
 
 __all__ = ["VariationalLora", "VariationalLoraConfig", "divergence_bound"]
@@ -51,7 +51,7 @@ class VariationalLoraConfig(PeftConfig):
     vb_r: Count = 8
     vb_pi: _Share = 0.5
     vb_beta: NonNegative = 1.0
-    lora_alpha: float = 8
+    lora_alpha: Scale = 8
     lora_dropout: Probability = 0.0
     use_rslora: bool = False
     fan_in_fan_out: bool = False
@@ -61,7 +61,7 @@ class VariationalLoraConfig(PeftConfig):
     init_sigma: Positive = 0.0025
     num_data: Count | None = None
     rank_pattern: dict[str, Count] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Scale] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..operators.random_bases import RandomBases
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
-from ..protocols.values import Count, Probability, Whole
+from ..protocols.values import Count, Probability, Scale, Whole
 from ..weights import FrozenLayer
 
 __all__ = ["Vera", "VeraConfig"]
@@ -39,7 +39,7 @@ class VeraConfig(PeftConfig):
     projection_prng_key: Whole = 0
     save_projection: bool = True
     vera_dropout: Probability = 0.0
-    d_initial: float = 0.1
+    d_initial: Scale = 0.1
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True

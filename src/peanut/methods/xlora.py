@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError, shown
 from ..protocols import MixtureMethod, PeftConfig, Values, register
-from ..protocols.values import Count, Layers, Positive, Probability
+from ..protocols.values import Count, Layers, Positive, Probability, Scale
 
 __all__ = ["XLora", "XLoraConfig"]
 
@@ -64,8 +64,8 @@ class XLoraConfig(PeftConfig):
     use_trainable_adapters: bool = False
     softmax_temperature: Positive = 1.0
     top_k_lora: Count | None = None
-    scaling_pass_value: float = 0.0
-    global_scaling_weight: float = 1.0
+    scaling_pass_value: Scale = 0.0
+    global_scaling_weight: Scale = 1.0
     layernorm_type: Literal["rms"] = "rms"
     use_bias: bool = False
 

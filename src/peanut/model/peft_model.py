@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class PeftModel(AdapterControls):
             PeanutError: a keyword is unknown, the folder cannot be written, or a value is not finite. No file is then
                 half written.
         """
-        check_keywords("save_pretrained", given, (), SAVING)
+        check_keywords("save_pretrained", given, _named(self.save_pretrained), SAVING)
         if not safe_serialization:
             raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
@@ -189,7 +190,7 @@ class PeftModel(AdapterControls):
             PeanutError: a keyword is unknown, or a file is missing or broken, or does not fit the model, which is then
                 unchanged.
         """
-        hub = check_keywords("from_pretrained", hub, HUB_OPTIONS, LOADING)
+        hub = check_keywords("from_pretrained", hub, {*HUB_OPTIONS, *_named(cls.from_pretrained)}, LOADING)
         stored = gathered(read_adapter(model_id, config, **hub))
         stored = replace(stored, config=_config_for_use(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -223,7 +224,7 @@ class PeftModel(AdapterControls):
 
         Args and errors: see ``from_pretrained``.
         """
-        hub = check_keywords("load_adapter", hub, HUB_OPTIONS, LOADING)
+        hub = check_keywords("load_adapter", hub, {*HUB_OPTIONS, *_named(self.load_adapter)}, LOADING)
         stored = gathered(read_adapter(model_id, **hub))
         fresh = adapter_name not in self.peft_config
         with all_or_none(self.adapters), limited_by_file(stored.source, stored.state):
@@ -288,3 +289,9 @@ def get_peft_model(
     adapted = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     warn_of_unreached(adapted.get_base_model(), peft_config)
     return adapted
+
+
+def _named(function: Callable[..., Any]) -> set[str]:
+    """The keywords that a function takes by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}

@@ -17,7 +17,7 @@ from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
-from .values import Whole, check_types
+from .values import Whole, check_types, takes_none
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -158,6 +158,11 @@ class PeftConfig:
             return self
         return dataclasses.replace(self, **found | {patterns: {} for _, patterns in self.by_layer})
 
+    def version(self) -> tuple[str, str]:
+        """The version of the file format, and the id of the save, which is empty if a file's writer gave it none."""
+        version, _, save = str(self.peft_version).partition(LABEL)
+        return version, save
+
     def to_dict(self) -> dict[str, Any]:
         """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""
         plain: dict[str, Any] = {}
@@ -176,10 +181,11 @@ class PeftConfig:
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
         """The config that ``values`` describes, of the class that its ``peft_type`` names.
 
-        Fields of Hugging Face PEFT that this library does not have are accepted as long as they have no effect.
+        Fields of Hugging Face PEFT that this library does not have are accepted as long as they have no effect, and
+        ``None`` is the default of a field that cannot be so.
 
         Raises:
-            PeanutError: the method is unknown, or a field requests something that does not exist here.
+            PeanutError: the method is unknown, or a field requests something that does not exist here or is wrong.
         """
         method = method_of(values.get("peft_type") or getattr(cls, "method", None), source)
         config_class: type[PeftConfig] = method.config_class
@@ -191,13 +197,17 @@ class PeftConfig:
                     f"the fields of {config_class.__name__}",
                     f"remove it (nearest: {nearest(name, known)})",
                 )
-        return config_class(**{name: value for name, value in values.items() if name in known})
+        known &= {name for name, value in values.items() if value is not None} | takes_none(config_class)
+        try:
+            return config_class(**{name: value for name, value in values.items() if name in known})
+        except PeanutError as error:
+            raise PeanutError(f"{source}: {error.found}", error.expected, error.do, detail=error.detail) from None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config in an adapter's folder (or, if the user names one, on the hub)."""
         config = cls.read(pretrained_model_name_or_path, **hub)
-        config.peft_version = str(config.peft_version).partition(LABEL)[0]
+        config.peft_version, _ = config.version()
         return config
 
     @classmethod

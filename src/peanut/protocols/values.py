@@ -22,9 +22,11 @@ __all__ = [
     "NonNegative",
     "Positive",
     "Probability",
+    "Scale",
     "Whole",
     "check_types",
     "check_value",
+    "takes_none",
 ]
 
 Count = Annotated[int, Bound("a whole number of at least 1", lambda value: value >= 1)]
@@ -33,6 +35,7 @@ Depth = Annotated[int, Bound("a whole number from 0 to 10,000", lambda value: 0 
 Layers = Annotated[int, Bound("a whole number from 1 to 10,000", lambda value: 1 <= value <= 10_000)]
 Positive = Annotated[float, Bound("a finite number above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Bound("a finite number of at least 0", lambda value: value >= 0)]
+Scale = Annotated[float, Bound("a finite number from -1,000,000 to 1,000,000", lambda value: abs(value) <= 1e6)]
 Probability = Annotated[float, Bound("a probability of at least 0 and below 1", lambda value: 0 <= value < 1)]
 
 
@@ -40,19 +43,28 @@ def check_types(config: Any) -> None:
     """Checks every field of a dataclass by its annotation, and puts its value into the form that files have.
 
     Lists may be given as any collection, numbers as numpy's, strings as paths, flags as 0 or 1, members of an Enum by
-    their value, and an empty collection as ``None``. What a class has as its default needs no check.
+    their value, and ``None`` for an empty collection or a flag that is not set. A class's own default needs no check.
 
     Raises:
         PeanutError: a value has another type, or is out of its bounds; a number does not fit into int64 or float32.
     """
     own: Any = type(config)
-    for name, default, factory, check in _checks(own):
+    for name, default, unset, check in _checks(own):
         value = getattr(config, name)
-        if value is default and factory is None:
+        if value is default:
             continue
-        fitted = factory() if value is None and factory is not None else _checked(check, name, value)
+        fitted = unset() if value is None and unset is not None else _checked(check, name, value)
         if fitted is not value:
             setattr(config, name, fitted)
+
+
+def takes_none(config_class: Any) -> frozenset[str]:
+    """The fields of a dataclass for which ``None`` is a value of its own."""
+    found = set[str]()
+    for name, _, unset, check in _checks(config_class):
+        with suppress(WrongError):
+            found |= {name} if unset is None and check(None) is None else set()
+    return frozenset(found)
 
 
 def check_value(name: str, hint: Any, value: Any) -> Any:
@@ -75,7 +87,7 @@ def _checked(check: Check, name: str, value: Any) -> Any:
 
 @cache
 def _checks(config_class: Any) -> list[tuple[str, Any, Callable[[], Any] | None, Check]]:
-    """By field: its name, its default, what makes that, and the check of its annotation."""
+    """By field: its name, its default, what ``None`` stands for if that is no value, and its annotation's check."""
     hints: dict[str, Any] = {}
     for base in reversed(config_class.__mro__):
         names = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
@@ -87,7 +99,11 @@ def _checks(config_class: Any) -> list[tuple[str, Any, Callable[[], Any] | None,
         (
             field.name,
             field.default,
-            None if field.default_factory is dataclasses.MISSING else field.default_factory,
+            (lambda: False)
+            if hints[field.name] is bool
+            else None
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory,
             check_of(hints[field.name])[0],
         )
         for field in dataclasses.fields(config_class)

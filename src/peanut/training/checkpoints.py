@@ -32,7 +32,7 @@ _OF_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentu
 """What torch's optimisers keep in the shape of the parameter."""
 
 
-_INSTEAD = ("a whole checkpoint", "delete it to go on from the one before, or begin anew (--overwrite)")
+_INSTEAD = ("a whole checkpoint", "delete it to go on from the one before, or begin anew")
 
 
 def whole_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -62,8 +62,10 @@ def check_complete(checkpoint: Path, *, processes: int, model_only: bool) -> Non
         model_only: the checkpoints of this training have no optimiser by choice; what is missing is then a warning.
 
     Raises:
-        PeanutError: it has no optimiser, scheduler or random state, or its ``trainer_state.json`` is damaged.
+        PeanutError: it has no optimiser, scheduler or random state, or no whole ``trainer_state.json``.
     """
+    if not (checkpoint / STATE_NAME).is_file():
+        raise refused(checkpoint, f"it lacks {STATE_NAME}")
     with reading(checkpoint, STATE_NAME):
         state = TrainerState.load_from_json(str(checkpoint / STATE_NAME))
         counts = (state.global_step, state.max_steps, state.num_input_tokens_seen, state.best_global_step or 0)

@@ -202,6 +202,10 @@ def _one_line(error: ErrorDetails, name: str) -> PeanutError:
     elif key == "task":
         expected = "one of " + ", ".join(get_args(TaskName))
         do = f"nearest: {nearest(shown(error['input']), get_args(TaskName), 1)}"
+    elif error["type"] == "int_parsing_size":
+        expected = "a number of at most 18 digits"
+    elif key == "output" and error["type"] == "string_pattern_mismatch":
+        expected, do = "a folder's path", "name one"
     elif key == "training.eval_every":
         expected = "a whole number of at least 1, or 'epoch'"
     return PeanutError(f"{key} is {shown(error['input'])}", expected, do)

@@ -57,8 +57,12 @@ class RunFolder:
         if overwrite:
             self._clear()
         for left in self._half_written():
-            if (left / STATE_NAME).is_file():  # it is no leftover: it was whole once
-                warnings.warn(f"'{left}' is damaged ({STATE_NAME}) and removed", stacklevel=2)
+            if left.name.startswith("checkpoint-"):
+                why = f"is damaged ({STATE_NAME})" if (left / STATE_NAME).is_file() else f"lacks {STATE_NAME}"
+                warnings.warn(
+                    f"'{left}' {why} and is removed: training goes on from the one before it, if there is one",
+                    stacklevel=2,
+                )
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:

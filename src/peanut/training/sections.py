@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -25,6 +25,11 @@ def _part_or_whole(value: float) -> float:
     return value
 
 
+def _takes_number(hint: Any) -> bool:
+    """Whether an annotation is of a number, which pydantic makes of True and False too."""
+    return hint in (int, float) or any(map(_takes_number, get_args(hint)))
+
+
 class Section(BaseModel):
     """A part of the run's description; a key that it does not know is an error."""
 
@@ -33,8 +38,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("Input should be no boolean")
+        if isinstance(value, bool) and _takes_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("Input should be a number")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("Input should be a number of at most 18 digits")
         if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
@@ -169,4 +174,4 @@ class RunConfig(Section):
     data: DataSection
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
-    output: str
+    output: Annotated[str, Field(pattern=r"\S")]

@@ -217,6 +217,19 @@ def test_a_base_with_rows_that_were_not_added_since_is_a_warning(tiny_llama: Bui
     assert PeftModel.from_pretrained(base, tmp_path)(IDS).logits.shape[-1] == 70
 
 
+def test_a_base_with_rows_that_were_taken_away_before_training_is_refused(tiny_llama: Build, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    model = adapted(base)
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with refused(base, r"has 101 rows here and had 70 when .* shrunk; expected 70; call resize_token_embeddings\(70\)"):
+        PeftModel.from_pretrained(base, tmp_path / "a")
+    base.resize_token_embeddings(70)
+    assert_loads(base, tmp_path / "a", model)
+
+
 def test_a_head_that_is_trained_whole_may_differ_and_one_that_is_not_may_not(tiny_bert: Build, tmp_path: Path) -> None:
     models = {}
     for folder, task in (("head", "SEQ_CLS"), ("none", None)):
@@ -240,6 +253,11 @@ def test_what_the_base_has_no_file_for_is_a_warning_inside_it_and_refused_on_top
     torch.manual_seed(2)
     with pytest.warns(UserWarning, match=r"^'pooler.dense.weight' was made at random, as the base's files lack it"):
         PeftModel.from_pretrained(hf.BertModel.from_pretrained(tmp_path / "base"), tmp_path / "inside")
+    pooled = adapted(hf.BertModel.from_pretrained(tmp_path / "base"), target_modules=["pooler.dense"])
+    pooled.save_pretrained(tmp_path / "adapted")
+    base = hf.BertModel.from_pretrained(tmp_path / "base")
+    with refused(base, "'pooler.dense.weight' differs"):  # the adapter uses it
+        PeftModel.from_pretrained(base, tmp_path / "adapted")
     base = hf.BertModel.from_pretrained(tmp_path / "base")
     base.encoder.layer[0].output.dense.weight = nn.Parameter(torch.randn(32, 64))  # no part of it is without a file
     with refused(base, r"'encoder.layer.0.output.dense.weight'"):

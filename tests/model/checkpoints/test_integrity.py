@@ -156,14 +156,20 @@ def test_readers_beside_two_writers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_files_of_two_saves_are_refused(name: str, tmp_path: Path) -> None:
+def test_files_of_two_saves_are_refused_by_their_headers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder, alpha in (("a", 1), ("b", 64)):
         model_of(alpha).save_pretrained(tmp_path / folder)
     shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
     net = base()
-    with refused(
-        net, r"^'.*a' holds adapter_config.json of one save and adapter_model.safetensors of another; expected "
+    with (
+        monkeypatch.context() as patched,
+        refused(
+            net, r"^'.*a' holds adapter_config.json of one save and adapter_model.safetensors of another; expected "
+        ),
     ):
+        patched.delattr(stored_adapter, "read_tensors")  # it would be called for each of many tries
         PeftModel.from_pretrained(net, tmp_path / "a")
     config = PeftConfig.from_pretrained(tmp_path / "a")  # said on purpose, it is done
     assert PeftModel.from_pretrained(base(), tmp_path / "a", config=config).peft_config["default"].r == 2
@@ -249,19 +255,19 @@ def test_a_flipped_bit_of_the_config_is_found(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read_is_read_again_and_a_damaged_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, read, reads = model_of(1), stored_adapter._read, [0]
+    model, read, reads = model_of(1), stored_adapter.open_tensors, [0]
     model.save_pretrained(tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
 
-    def beside(path: Any, *args: Any) -> Any:
+    def beside(path: Any) -> Any:
         reads[0] += 1
         if reads[0] < 4:  # another writer is done while this file is open
             Path(path).write_bytes(whole[: -reads[0]])
         elif reads[0] == 4:
             Path(path).write_bytes(whole)
-        return read(path, *args)
+        return read(path)
 
-    monkeypatch.setattr(stored_adapter, "_read", beside)
+    monkeypatch.setattr(stored_adapter, "open_tensors", beside)
     assert same_bits(loaded(tmp_path), answer(model))
     assert reads == [4]
     (tmp_path / WEIGHTS).write_bytes(whole[:-1])

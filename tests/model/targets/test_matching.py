@@ -206,6 +206,23 @@ def test_a_model_without_default_is_told_what_it_has() -> None:
         get_peft_model(model, LoraConfig())
 
 
+OTHER_KINDS = [
+    lambda: nn.Conv1d(4, 4, 1),
+    lambda: nn.Conv3d(4, 4, 1),
+    lambda: nn.LSTM(4, 4),
+    lambda: nn.MultiheadAttention(4, 2),
+    lambda: nn.EmbeddingBag(4, 4),
+]
+
+
+@pytest.mark.parametrize("other", OTHER_KINDS)
+def test_a_layer_of_another_kind_is_named(other: Callable[[], nn.Module]) -> None:
+    model = nn.ModuleDict({"other": other(), "up": nn.Linear(4, 4)})
+    kind = type(model["other"]).__name__
+    with refused(model, rf"^target_modules matches 'other', an? {kind}; expected layers of kind linear, .*exclude it$"):
+        get_peft_model(model, LoraConfig(target_modules=["other"]))
+
+
 def test_the_projection_inside_torch_attention_is_refused() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
     with refused(model, r"^'attention\.out_proj' belongs to an nn\.MultiheadAttention, which reads .*; exclude it$"):

@@ -21,6 +21,7 @@ __all__ = [
     "embedding_weights",
     "has_other_vocabulary",
     "plain_path",
+    "rows_added",
     "saved_module_paths",
 ]
 
@@ -95,19 +96,24 @@ def saved_module_paths(adapters: AdapterSet, name: str) -> list[str]:
 
 
 def has_other_vocabulary(adapters: AdapterSet, name: str) -> bool:
-    """Whether the base's vocabulary is of another size than that of the model that it was loaded from.
+    """Whether the base's vocabulary is of another size than that of the model that it was loaded from."""
+    return rows_added(adapters, name) != 0
+
+
+def rows_added(adapters: AdapterSet, name: str) -> int:
+    """How many tokens the base's vocabulary has beyond that of the model that it was loaded from, or fewer.
 
     Its config is read if it is on this machine; nothing is fetched.
     """
     config: Any = getattr(adapters.model, "config", None)
     source = getattr(config, "_name_or_path", None) or adapters.configs[name].base_model_name_or_path
     if not source or not hasattr(type(config), "from_pretrained"):
-        return False
+        return 0
     try:
         before = type(config).from_pretrained(
             source, local_files_only=True, revision=adapters.configs[name].revision or "main"
         )
     except Exception:  # it is not here, or damaged, which is reported in many ways
-        return False
-    sizes = [getattr(own.get_text_config(), "vocab_size", None) for own in (before, config)]
-    return sizes[0] != sizes[1]
+        return 0
+    sizes = [int(getattr(own.get_text_config(), "vocab_size", None) or 0) for own in (before, config)]
+    return sizes[1] - sizes[0]

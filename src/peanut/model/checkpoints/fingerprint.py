@@ -22,6 +22,7 @@ from .base_weights import (
     base_tensors,
     embedding_weights,
     has_other_vocabulary,
+    rows_added,
     saved_module_paths,
 )
 from .digests import Digest, changed, digest_of
@@ -81,7 +82,8 @@ def fingerprint(
     for path, value in (base | statistics).items():
         if not (embeddings_may_differ and path in embeddings):
             digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(value)
-    record = {"digests": digests, "values": found}
+    record: dict[str, Any] = {"digests": digests, "values": found}
+    record |= {"shrunk": True} if embeddings_may_differ and rows_added(adapters, name) < 0 else {}
     return json.dumps(record, sort_keys=True, separators=(",", ":")) if found else None
 
 
@@ -91,8 +93,9 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
 
     A sampled value may differ by what rounding to bfloat16 explains, 2⁻⁷ of it. Parameters that this base does not have
     are passed over, and so are rows that its embeddings have beyond those recorded, with a warning if they were not
-    added here. What transformers has made at random, as the base's files lack it, is a warning where it may not be
-    used: inside the base (a pooler), not on top of it. So are a norm's statistics, which follow the training.
+    added here, and an error if they had been taken away. What transformers has made at random, as the base's files lack
+    it, is a warning where it may not be used: inside the base (a pooler), neither on top of it nor where the adapter
+    is. So are a norm's statistics, which follow the training.
 
     Raises:
         PeanutError: the weights differ by more.
@@ -114,7 +117,8 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     }
     changes = changed(exact, digests)
     apart = sorted((differing | changes) - statistics.keys())
-    random = _made_at_random(adapters, apart, base)
+    adapted = {place.path for place in adapters.places(name)}
+    random = [path for path in _made_at_random(adapters, apart, base) if path.rpartition(".")[0] not in adapted]
     others = sorted({*apart} - {*random})
     if others:
         here = getattr(getattr(adapters.model, "config", None), "_name_or_path", None) or type(adapters.model).__name__
@@ -146,10 +150,11 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     ]
     if longer and not has_other_vocabulary(adapters, name):
         rows = int(then[longer[0]][1])
-        _warn(
-            f"'{longer[0]}' has {_rows(base[longer[0]])} rows here and had {rows} when the adapter was trained, so it "
-            f"answers over other tokens; call resize_token_embeddings({rows}) first if they were not added since"
-        )
+        found = f"'{longer[0]}' has {_rows(base[longer[0]])} rows here and had {rows} when the adapter was trained"
+        call = f"call resize_token_embeddings({rows}) first"
+        if new and "shrunk" in read:
+            raise PeanutError(f"{found}, as its vocabulary was shrunk", f"{rows}", f"{call}, or pass check_base=False")
+        _warn(f"{found}, so it answers over other tokens; {call} if they were not added since")
 
 
 def _warn(message: str) -> None:

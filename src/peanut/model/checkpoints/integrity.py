@@ -77,7 +77,7 @@ def file_text(config: PeftConfig, save: str) -> str:
 
 def without_label(config: PeftConfig) -> tuple[PeftConfig, str]:
     """A config that was read and the id of its save, which is empty if its writer gave it none."""
-    version, _, save = str(config.peft_version).partition(LABEL)
+    version, save = config.version()
     return (dataclasses.replace(config, peft_version=version), save) if save else (config, "")
 
 

@@ -21,7 +21,7 @@ from ...protocols.config import CONFIG_NAME
 from .fingerprint import FINGERPRINT, OLD_FINGERPRINT
 from .integrity import CONFIG, SAVE, TRAINS, config_digest, file_text, staged_config, without_label
 from .keys import KeyStyle, plain_key
-from .tensor_files import read_tensors
+from .tensor_files import open_tensors, read_tensors
 
 __all__ = ["TRAINING_NAME", "WEIGHTS_NAME", "StoredAdapter", "read_adapter"]
 
@@ -98,13 +98,16 @@ def _read_once(
     read, written = without_label(PeftConfig.read(source, **hub) if config is None else config)
     folder = locate(source, WEIGHTS_NAME, **hub).parent
     before = _stamps(folder)
-    state, metadata = _read(folder / WEIGHTS_NAME, KeyStyle.of(read))
-    save = metadata.get(SAVE, "")
+    with open_tensors(folder / WEIGHTS_NAME) as file:  # its header alone: the pair may not fit
+        save = (file.metadata() or {}).get(SAVE, "")
     if config is None and save and save != written:
         staged = staged_config(folder, save)
         if staged is None and (written or attempt == 0):  # one without an id may have been written by hand
             return None
         read = staged or read
+    state, metadata = _read(folder / WEIGHTS_NAME, KeyStyle.of(read))
+    if metadata.get(SAVE, "") != save:  # it was written anew
+        return None
     if not save and attempt < _READS - 1 and _stamps(folder) != before:  # it has no checksum either
         return None
     passing, fits = _training(folder, KeyStyle.of(read), metadata)

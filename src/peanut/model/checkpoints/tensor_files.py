@@ -30,16 +30,22 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
     Raises:
         PeanutError: it is none, or is damaged.
     """
-    try:
+    with _reading(path):
         if not os.path.isfile(path):  # a pipe would be waited for
             raise OSError("it is no file")
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except PeanutError:
+        opened = safe_open(path, framework="pt")
+    with opened as file:
+        yield file
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around calls of safetensors only, which has many errors for a damaged file: they become one line."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):  # the file is not to blame
         raise
-    except Exception as error:  # safetensors and torch have many for a damaged header
-        if isinstance(error, MemoryError) or "memory" in str(error):  # the file is not to blame
-            raise
+    except Exception as error:
         raise PeanutError(
             f"cannot read '{path}': {error}", "a whole safetensors file", "copy or save the adapter again"
         ) from error
@@ -57,7 +63,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         long = next((name for name in names if len(name) > _LONGEST), None)
         if long is not None:
             raise PeanutError(f"'{path}' holds a tensor called {shown(long)}", f"at most {_LONGEST} characters")
-        written = {name: file.get_tensor(name) for name in names}
+        with _reading(path):
+            written = {name: file.get_tensor(name) for name in names}
     refuse_not_finite(written, f"'{path}'", "save the adapter again from a training that did not diverge")
     check_sum(metadata, written, path)
     return {name: _plain(value) for name, value in written.items()}, metadata

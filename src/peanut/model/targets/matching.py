@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
@@ -69,7 +70,7 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     left = narrowed(model, _named(model, config, method, modules), config, modules)
     for path in left:
         if kind_name(modules[path]) not in method.kinds:
-            for name in _bare_parameters({path: modules[path]}):
+            for name in _bare_parameters({path: modules[path]}, fused=True):
                 raise _out_of_reach(f"target_modules matches '{path}'", name)
             raise PeanutError(
                 f"target_modules matches '{path}', a {type(bare(modules[path])).__name__}",
@@ -184,14 +185,14 @@ def biased_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     return found
 
 
-def _bare_parameters(modules: Modules) -> list[str]:
-    """The paths of matrices that no layer of a known kind holds, as of fused experts."""
+def _bare_parameters(modules: Modules, *, fused: bool = False) -> list[str]:
+    """The paths of matrices that no layer of a known kind holds; if ``fused``, of stacked ones, as of fused experts."""
     return [
         f"{path}.{name}"
         for path, module in modules.items()
         if kind_name(module) is None
         for name, value in module.named_parameters(recurse=False)
-        if value.dim() > 1
+        if (value.dim() == 3 and not isinstance(bare(module), _ConvNd) if fused else value.dim() > 1)
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...errors import PeanutError
@@ -105,19 +107,28 @@ class Task(ABC):
         """The task's metrics from what ``reduce`` kept."""
 
 
-_BEHIND_PADDING = {
-    *("camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xmod"),
-}
-"""``model_type`` of the models whose first position is the one behind the padding's."""
-
-
 def positions(config: PreTrainedConfig) -> int | None:
     """How many tokens a model has positions for, ``None`` for any number."""
     count = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(count, int):
-        return None
-    return count - (config.pad_token_id or 0) - 1 if config.model_type in _BEHIND_PADDING else count
+    return count - _first_position(config) if isinstance(count, int) else None
+
+
+def _first_position(config: PreTrainedConfig) -> int:
+    """Where a model's positions begin: behind the padding's if their embedding has one, as RoBERTa's."""
+    import transformers
+
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = 1
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(short)
+    except (
+        Exception
+    ):  # it is no model that the Auto class knows, or not with one layer: none such has positions of these
+        return 0
+    named = (module for path, module in model.named_modules() if path.rpartition(".")[2] == "position_embeddings")
+    padding = [index for module in named if (index := getattr(module, "padding_idx", None)) is not None]
+    return padding[0] + 1 if padding else 0
 
 
 class TextTask(Task):
