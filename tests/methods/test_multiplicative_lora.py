@@ -89,7 +89,7 @@ def test_rank_pattern_is_for_its_layers() -> None:
     ("options", "message"),
     [
         ({"r": 0}, r"^r=0; expected a whole number of at least 1; "),
-        ({"scaling": math.nan}, r"^scaling=nan; expected a finite number; "),
+        ({"scaling": math.nan}, r"^scaling=nan; expected a finite number from "),
         ({"dropout": 1}, r"^dropout=1; expected a probability "),
         ({"rank_pattern": {"query": 0}}, r"^rank_pattern\['query'\]=0; "),
     ],

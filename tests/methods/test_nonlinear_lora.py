@@ -72,7 +72,7 @@ def test_rank_pattern_is_for_its_layers() -> None:
     [
         ({"r": 0}, r"^r=0; expected a whole number of at least 1; "),
         ({"act_fn": "sinus"}, r"^act_fn='sinus'; expected a key of transformers' ACT2FN or 'sine'; nearest: "),
-        ({"scaling": math.inf}, r"^scaling=inf; expected a finite number; "),
+        ({"scaling": math.inf}, r"^scaling=inf; expected a finite number from "),
         ({"dropout": 1}, r"^dropout=1; expected a probability "),
         ({"rank_pattern": {"query": 0}}, r"^rank_pattern\['query'\]=0; "),
         ({"rank_pattern": {"(": 2}}, r"^rank_pattern='\(' is no regular expression "),

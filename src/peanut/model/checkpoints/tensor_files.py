@@ -63,8 +63,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         long = next((name for name in names if len(name) > _LONGEST), None)
         if long is not None:
             raise PeanutError(f"'{path}' holds a tensor called {shown(long)}", f"at most {_LONGEST} characters")
-        with _reading(path):
-            written = {name: file.get_tensor(name) for name in names}
+        written: dict[str, Tensor] = {}
+        for name in names:
+            with _reading(path):
+                written[name] = file.get_tensor(name)
     refuse_not_finite(written, f"'{path}'", "save the adapter again from a training that did not diverge")
     check_sum(metadata, written, path)
     return {name: _plain(value) for name, value in written.items()}, metadata
