@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["NamedModules", "Parameters", "Place"]
+__all__ = ["NamedModules", "NoParameters", "Parameters", "Place"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,3 +103,24 @@ class Parameters(nn.Module):
         owner, leaf = self.places[suffix]
         own = owner[leaf]
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
+
+
+class NoParameters(dict[str, Any]):
+    """The parameters of an adapted layer itself, which has no weight and no bias: they are those of its base layer."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise PeanutError(
+            f"{name!r} among the parameters of a layer with adapters itself",
+            f"base_layer.{name}",
+            f"read .{name}, or take its base_layer; reparametrise and prune before adapters are added",
+        )
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith(("weight_", "bias_")):  # weight_orig, which pruning makes
+            self.__missing__(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            self.__missing__(name)
+        super().__delitem__(name)

@@ -293,10 +293,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _share(count: int, samples: int, what: str, one: str, do: str) -> int:
     """How many of ``count`` rows belong to each of ``samples``."""
-    if not samples and not count:
-        return 1
-    if not samples or count % samples:
-        raise PeanutError(
-            f"{what} has {samples} {one}s and a layer sees a batch of {count}", f"one {one} for each sample", do
-        )
-    return count // samples
+    if count % samples if samples else count:
+        found = f"{what} has {samples} {one}s and a layer sees a batch of {count}"
+        raise PeanutError(found, f"one {one} for each sample", do)
+    return count // max(samples, 1)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
+from .parameters import NoParameters
 from .reading import Reading
 from .state import AdapterState
 
@@ -28,27 +29,6 @@ BIAS = "base_layer.bias"
 """The suffix of an adapted layer's own bias where it is trained beside the method."""
 
 
-class _Own(dict[str, Any]):
-    """The parameters of an adapted layer itself, which has no weight and no bias: they are those of its base layer."""
-
-    def __missing__(self, name: str) -> NoReturn:
-        raise PeanutError(
-            f"{name!r} among the parameters of a layer with adapters itself",
-            f"base_layer.{name}",
-            f"read .{name}, or take its base_layer; reparametrise and prune before adapters are added",
-        )
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith(("weight_", "bias_")):  # weight_orig, which pruning makes
-            self.__missing__(name)
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        if name not in self:
-            self.__missing__(name)
-        super().__delitem__(name)
-
-
 class AdaptedWeight(Adapted):
     """A frozen layer and what adapters make of its weight and bias: W' and b', as ``Change.together`` says."""
 
@@ -56,7 +36,7 @@ class AdaptedWeight(Adapted):
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
-        self._parameters: dict[str, Any] = _Own()
+        self._parameters: dict[str, Any] = NoParameters()
         self.base_layer = base_layer
         self._frozen = FrozenLayer(base_layer, kind)
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
@@ -182,7 +162,7 @@ class AdaptedWeight(Adapted):
                     f"'{self.path}' makes its {name} anew in each forward, so what is merged into it would be lost",
                     "a parameter",
                     f"use it unmerged, or make it one first: parametrize.remove_parametrizations(layer, {name!r}), "
-                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
+                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils, or register_parameter",
                 )
         try:
             self.frozen.write(self._written(change, self._wide_matrix()), offset, shared=shared)
@@ -220,11 +200,8 @@ class AdaptedWeight(Adapted):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            if (
-                isinstance(value, Tensor)
-                and not isinstance(value, nn.Parameter)
-                and name in self.base_layer._parameters
-            ):
+            plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+            if plain and name in self.base_layer._parameters:
                 raise PeanutError(
                     f"a tensor in the place of the {name} of '{self.path}', which adapters change",
                     f"one in the place of base_layer.{name}, which they then change",
@@ -267,8 +244,7 @@ class AdaptedWeight(Adapted):
         change, kind = self._combined(call, names, sample=self.training or call.sampling), self.frozen.kind
         if kind.quantised:
             raise self._unread("it is quantised: its weight is codes")
-        matrix = self._written(change, self._wide_matrix())
-        return kind.layout(self.base_layer, matrix).to(self.frozen.weight.dtype)
+        return kind.layout(self.base_layer, self._written(change, self._wide_matrix())).to(self.frozen.weight.dtype)
 
     def _combined(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
         """What the adapters ``names`` make of the layer, whatever its input.
