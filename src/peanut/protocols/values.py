@@ -99,12 +99,15 @@ def _checks(config_class: Any) -> list[tuple[str, Any, Callable[[], Any] | None,
         (
             field.name,
             field.default,
-            (lambda: False)
-            if hints[field.name] is bool
-            else None
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory,
+            _unset(field, hints[field.name]),
             check_of(hints[field.name])[0],
         )
         for field in dataclasses.fields(config_class)
     ]
+
+
+def _unset(field: dataclasses.Field[Any], hint: Any) -> Callable[[], Any] | None:
+    """What makes the value that ``None`` stands for: of a flag False, of a collection an empty one."""
+    if hint is bool:
+        return bool
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory

@@ -104,7 +104,6 @@ class FrozenLayer:
     def unreadable(self, weight: Any) -> str | None:
         """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
         kind, module = self.kind, self.module
-        usual = as_its_class(module) and kind.usual(module)
         if about_to_change(module, "weight"):
             return (
                 "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
@@ -112,7 +111,7 @@ class FrozenLayer:
             )
         if kind.quantised:
             return "codes of a quantised weight that is offloaded" if self.offloaded else None
-        if usual and is_plain(weight) and kind.fits(module, weight):
+        if is_plain(weight) and as_its_class(module) and kind.usual(module) and kind.fits(module, weight):
             return None
         seen = type(weight), *(getattr(weight, name, None) for name in ("dtype", "shape", "is_meta"))
         if self._seen[0] != seen:

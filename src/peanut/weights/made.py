@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..stack import in_a_forward
+from .memory import storage_of
 
 __all__ = ["about_to_change", "current", "is_made", "made_by", "made_by_users", "made_now", "made_once", "makes_tensor"]
 
@@ -43,7 +45,10 @@ def is_made(module: nn.Module, name: str) -> bool:
     if is_parametrized(module, name):
         return True
     value, held = getattr(module, name, None), [*module.parameters(), *module.buffers()]
-    return value is not None and all(value is not own for own in held) and _memory(value) not in map(_memory, held)
+    if value is None or any(value is own for own in held):
+        return False
+    storage = storage_of(value)
+    return storage is None or storage not in map(storage_of, held)
 
 
 def made_by_users(module: nn.Module, name: str) -> bool:
@@ -52,26 +57,14 @@ def made_by_users(module: nn.Module, name: str) -> bool:
     return None in made and name not in made and name in module.__dict__ and is_made(module, name)
 
 
-def _memory(tensor: Any) -> object:
-    """What tells whose memory a tensor lies in."""
-    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
-    return (plain and tensor.untyped_storage().data_ptr()) or object()  # 0 where there is none
-
-
 def about_to_change(module: nn.Module, name: str) -> bool:
     """Whether a hook will make another tensor than the present one when the layer is called: in training."""
     hooks = () if name in module._parameters or not module.training else module._forward_pre_hooks.values()
     return any(isinstance(hook, SpectralNorm) and hook.name == name for hook in hooks) and in_a_forward()
 
 
-class _OfCalls(threading.local):
-    """What parametrisations have made for the calls that a thread is in, by the module and the tensor's name."""
-
-    def __init__(self) -> None:
-        self.made: dict[tuple[nn.Module, str], Tensor] = {}
-
-
-_MADE = _OfCalls()
+_MADE: ContextVar[Mapping[tuple[nn.Module, str], Tensor]] = ContextVar("made", default=MappingProxyType({}))
+"""What parametrisations have made for the calls that a thread is in, by the module and the tensor's name."""
 
 
 def made_once(module: nn.Module) -> AbstractContextManager[None]:
@@ -84,20 +77,19 @@ def made_once(module: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _made_once(module: nn.Module) -> Iterator[None]:
-    before = _MADE.made
     own = {(module, name): getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-    _MADE.made = {**before, **own}
+    token = _MADE.set({**_MADE.get(), **own})
     try:
         yield
     finally:
-        _MADE.made = before
+        _MADE.reset(token)
 
 
 def made_now(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module that were made for the call that this thread is in."""
     if torch.compiler.is_compiling():
         return {}
-    return {name: value for (owner, name), value in _MADE.made.items() if owner is module}
+    return {name: value for (owner, name), value in _MADE.get().items() if owner is module}
 
 
 def current(module: nn.Module, name: str) -> Any:

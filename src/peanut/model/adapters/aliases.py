@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...weights.kind import is_plain
+from ...weights.memory import span
 from ..targets.paths import bare, first_paths, kind_name, modules_by_path
 from .surgery import Surgery
 
@@ -111,14 +111,14 @@ class _Memory:
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
         self._paths = {id(weight): path for path, weight in weights.items() if weight is not None}
-        plain = ((weight.data_ptr(), weight, path) for path, weight in weights.items() if is_plain(weight))
-        self._spans = sorted((span for span in plain if span[0]), key=lambda span: span[0])
+        places = ((span(weight), path) for path, weight in weights.items())
+        self._spans = sorted((*place, path) for place, path in places if place is not None)
 
     def owner(self, tensor: Tensor) -> str | None:
         """The layer of which a tensor is the weight, or shows a part of it."""
-        if id(tensor) in self._paths or not self._spans or not is_plain(tensor):
+        place = span(tensor)
+        if id(tensor) in self._paths or place is None or not self._spans:
             return self._paths.get(id(tensor))
-        place = bisect_right(self._spans, tensor.data_ptr(), key=lambda span: span[0]) - 1
-        start, weight, path = self._spans[place]
-        inside = start <= tensor.data_ptr() < start + weight.nbytes and tensor.device == weight.device
-        return path if inside else None
+        before = bisect_right(self._spans, place[:2], key=lambda each: each[:2]) - 1
+        device, start, stop, path = self._spans[before]
+        return path if device == place[0] and start <= place[1] < stop else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import WeightMethod
+from ...weights.memory import span
 from ...weights.stored import same_tensor
 from ..layers.hooks import has_hooks
 from ..layers.layer import AdaptedLayer
@@ -72,11 +73,11 @@ class Merging(Surgery):
         self._refuse_two_heads(active)
         for _, layer in self.layers():
             layer.check_merge(merged, active)
-        tied = _shared_parameters(self.model)
+        sharing = _sharing_memory(self.model)
         _warn_of_hooks([layer for _, layer in self.layers() if any(name in layer.adapters for name in merged)])
 
         def shares(layer: AdaptedLayer) -> bool:
-            return any(id(layer.base_layer._parameters.get(name)) in tied for name in ("weight", "bias"))
+            return any(id(layer.base_layer._parameters.get(name)) in sharing for name in ("weight", "bias"))
 
         try:
             for _, layer in self.layers():
@@ -154,7 +155,7 @@ def _warn_of_hooks(layers: Sequence[AdaptedLayer]) -> None:
         )
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def _sharing_memory(model: nn.Module) -> set[int]:
     """Identities of the tensors whose memory is not theirs alone.
 
     Another module holds them (a head tied to the embedding), another tensor lies there (``head.weight.data =
@@ -177,8 +178,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 def _place(tensor: Tensor) -> tuple[str, int, int, bool]:
     """Where a tensor lies: device, first byte, the one after its last, and whether some of its elements are one."""
-    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout is not torch.strided or not tensor.data_ptr():
-        return "", id(tensor), id(tensor) + 1, False  # of another class, offloaded or without elements
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + reach * tensor.element_size(), tensor.numel() > reach
+    place = span(tensor)
+    if place is None:
+        return "", id(tensor), id(tensor) + 1, False
+    return *place, tensor.nbytes > place[2] - place[1]

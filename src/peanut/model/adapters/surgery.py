@@ -182,8 +182,8 @@ class Surgery:
 
     def inside(self, paths: Sequence[str]) -> dict[str, nn.Module]:
         """The base's modules at ``paths`` and in them, by path."""
-        modules = modules_by_path(self.model)
-        return {path: self.own(module) for path, module in modules.items() if not set(paths).isdisjoint(starts(path))}
+        modules, outer = modules_by_path(self.model), frozenset(paths)
+        return {path: self.own(module) for path, module in modules.items() if not outer.isdisjoint(starts(path))}
 
     def check_whole(self, path: str) -> None:
         """Refuses to train the module at ``path`` whole if parts of it are quantised or changed by an adapter.

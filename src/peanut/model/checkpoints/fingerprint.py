@@ -106,10 +106,11 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     read = parse_json(recorded, what)
     new = isinstance(read, dict) and "values" in read
     samples = check_value(what, dict[str, list[float]], read["values"] if new else read)
-    then, now = _of_base(adapters, samples) if new else _of_layers(adapters, name, samples)
+    sharded = _is_sharded(adapters.model)
+    base, statistics = ({}, {}) if sharded else (base_tensors(adapters), base_statistics(adapters))
+    then, now = _of_base(base, samples) if new else _of_layers(adapters, name, samples)
     differing = {path for path in then if path not in now or _apart(then[path], now[path])}
-    base, statistics = base_tensors(adapters), base_statistics(adapters)
-    digests = {} if _is_sharded(adapters.model) else _digests(what, read.get("digests", {}) if new else {})
+    digests = _digests(what, read.get("digests", {}) if new else {})
     exact = {
         path: _first_rows(value, *samples.get(path, ())[1:2])
         for path, value in (base | statistics).items()
@@ -145,12 +146,11 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
             f"'{following[0]}' is another than when the adapter was saved, as statistics follow a training in train() "
             f"mode: train with '{following[0].rpartition('.')[0]}' in eval(), or in modules_to_save"
         )
-    longer = [
-        path for path in sorted(embedding_weights(adapters) & then.keys()) if _rows(base[path]) > int(then[path][1])
-    ]
-    if longer and not has_other_vocabulary(adapters, name):
-        rows = int(then[longer[0]][1])
-        found = f"'{longer[0]}' has {_rows(base[longer[0]])} rows here and had {rows} when the adapter was trained"
+    embeddings = sorted(embedding_weights(adapters) & then.keys())
+    longer = next((path for path in embeddings if _rows(base[path]) > int(then[path][1])), None)
+    if longer is not None and not has_other_vocabulary(adapters, name):
+        rows = int(then[longer][1])
+        found = f"'{longer}' has {_rows(base[longer])} rows here and had {rows} when the adapter was trained"
         call = f"call resize_token_embeddings({rows}) first"
         if new and "shrunk" in read:
             raise PeanutError(f"{found}, as its vocabulary was shrunk", f"{rows}", f"{call}, or pass check_base=False")
@@ -190,11 +190,8 @@ def _rows(value: Tensor) -> int:
     return len(value) if value.dim() == 2 else 0
 
 
-def _of_base(adapters: AdapterSet, recorded: Mapping[str, list[float]]) -> tuple[Samples, Samples]:
+def _of_base(base: Mapping[str, Tensor], recorded: Mapping[str, list[float]]) -> tuple[Samples, Samples]:
     """What a file records of the base's parameters, and the same of the base at hand where that has them."""
-    if _is_sharded(adapters.model):
-        return {}, {}
-    base = base_tensors(adapters)
     there = {path: value for path, value in base.items() if path in recorded and _has_values(value)}
     then = {path: recorded[path] for path in there}
     shapes = {path: (int(values[0]), int(values[1])) for path, values in then.items() if len(values) >= 2}

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...errors import PeanutError
 from ...operators.delta import captured
 from ...stack import called_by, in_a_function
+from ...weights.memory import storage_of
 
 __all__ = ["Reading"]
 
@@ -71,7 +72,7 @@ class Reading(Tensor):
             if name in _TOLD and not (name == "type" and (args[1:] or kwargs)):  # of another dtype
                 return func(*args, **kwargs)
         if name == "grad_fn" and isinstance(first, Reading) and called_by(nn.Module.register_parameter):
-            raise first._refusal("made a parameter of a module in a forward")
+            raise _refusal(first.path, "made a parameter of a module in a forward")
         _refuse_writing(name, args, kwargs)
         if isinstance(first, Reading) and name in ("data", "detach"):
             return Reading(first.weight, lambda: first.values().detach(), first.path)
@@ -83,17 +84,14 @@ class Reading(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Reading))
-        raise found._refusal(f"read by {func}")
+        raise _refusal(found.path, f"read by {func}")
 
     def _made(self) -> _Values:
         """W'."""
         if self.trains and in_a_function():
-            raise self._refusal("read in a torch.autograd.Function, which would give the adapters no gradient")
+            raise _refusal(self.path, "read in a torch.autograd.Function, which would give the adapters no gradient")
         self.made = self.values()  # held, as a kernel may ask for its address
         return _Values.of(self.made, self.path)
-
-    def _refusal(self, what: str) -> PeanutError:
-        return _refusal(self.path, what)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "values", "path", "trains"):
@@ -121,15 +119,10 @@ class _Values(Tensor):
             read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, _Values)]
             if captured() or not read:
                 return answer
-            memory = {_memory(each): each.path for each in read}
+            paths = {storage_of(each): each.path for each in read}
             return tree_map_only(
-                Tensor, lambda y: _Values.of(y, memory[_memory(y)]) if _memory(y) in memory else y, answer
+                Tensor, lambda y: _Values.of(y, paths[storage_of(y)]) if storage_of(y) in paths else y, answer
             )
-
-
-def _memory(values: Tensor) -> int | None:
-    """What tells whether two tensors share memory."""
-    return values.untyped_storage()._cdata if values.layout is torch.strided else None
 
 
 def _refuse_writing(name: str, args: Any, kwargs: Any) -> None:

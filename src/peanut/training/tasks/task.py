@@ -122,9 +122,7 @@ def _first_position(config: PreTrainedConfig) -> int:
     try:
         with torch.device("meta"):
             model = transformers.AutoModel.from_config(short)
-    except (
-        Exception
-    ):  # it is no model that the Auto class knows, or not with one layer: none such has positions of these
+    except Exception:  # the Auto class knows no such model, or none with one layer: its positions begin at 0
         return 0
     named = (module for path, module in model.named_modules() if path.rpartition(".")[2] == "position_embeddings")
     padding = [index for module in named if (index := getattr(module, "padding_idx", None)) is not None]
