@@ -15,7 +15,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import PeanutError
-from .foreign import told_as
+from .foreign import foreign_errors
 
 __all__ = [
     "check_complete",
@@ -94,7 +94,7 @@ def check_complete(checkpoint: Path, *, processes: int, model_only: bool) -> Non
 
 def reading(checkpoint: Path, name: str) -> AbstractContextManager[None]:
     """Turns whatever a damaged file of a checkpoint raises into one line."""
-    return told_as(f"cannot go on from '{checkpoint}': {name} is damaged or of another run", *_INSTEAD)
+    return foreign_errors(f"cannot go on from '{checkpoint}': {name} is damaged or of another run", *_INSTEAD)
 
 
 def restore_best(state: TrainerState, checkpoint: Path, output: Path) -> None:

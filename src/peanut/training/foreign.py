@@ -9,11 +9,11 @@ import torch
 
 from ..errors import PeanutError
 
-__all__ = ["told_as"]
+__all__ = ["foreign_errors"]
 
 
 @contextmanager
-def told_as(found: str, expected: str, do: str) -> Iterator[None]:
+def foreign_errors(found: str, expected: str, do: str) -> Iterator[None]:
     """Turns every error of another library into ``found``, its reason, ``expected`` and ``do``.
 
     pickle, zip, JSON, tokenizers and configs fail in many types over content that they do not expect. A missing module

@@ -21,7 +21,7 @@ from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import PeftConfig, TaskType
 from ..protocols.config import CONFIG_NAME
 from .config import data_section
-from .foreign import told_as
+from .foreign import foreign_errors
 from .sections import AdapterSection, DataSection, RunConfig
 from .tasks import TASKS, CausalLM, Task, TextClassification, positions
 
@@ -237,4 +237,4 @@ def _inside(key: str, paths: Iterable[str]) -> bool:
 
 
 def _loading(path: str) -> AbstractContextManager[None]:
-    return told_as(f"cannot load the model '{path}'", "a model's folder or a hub id", "check model.path")
+    return foreign_errors(f"cannot load the model '{path}'", "a model's folder or a hub id", "check model.path")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import PeanutError
 from ..data import check_column
-from ..foreign import told_as
+from ..foreign import foreign_errors
 from .classes import ClassTask
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class ImageClassification(ClassTask):
     def load_processor(self, path: str | Path, revision: str | None = None) -> Any:
         from transformers import AutoImageProcessor
 
-        with told_as(f"'{path}' has no image processor", "a model's folder with one", "copy preprocessor_config.json"):
+        with foreign_errors(
+            f"'{path}' has no image processor", "a model's folder with one", "copy preprocessor_config.json"
+        ):
             # One backend, so that training and evaluation resize alike on every machine.
             return AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
 

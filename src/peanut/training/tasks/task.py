@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import PeanutError
 from ...protocols import TaskType
-from ..foreign import told_as
+from ..foreign import foreign_errors
 from ..sections import DataSection
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class TextTask(Task):
     def load_processor(self, path: str | Path, revision: str | None = None) -> Any:
         from transformers import AutoTokenizer
 
-        with told_as(f"'{path}' has no tokenizer", "a model's folder with one", "copy it"):
+        with foreign_errors(f"'{path}' has no tokenizer", "a model's folder with one", "copy it"):
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
