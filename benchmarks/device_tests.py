@@ -18,6 +18,10 @@ __all__ = ["TESTS", "device_tests"]
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/test_devices.py"
+# a process of a shell's background ignores interrupts, and so do its children: pytest is to hear of them all the same
+PYTEST = (
+    "import signal, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); raise SystemExit(pytest.main())"
+)
 
 
 def device_tests(selected: str, seconds: float) -> Outcome:
@@ -33,7 +37,7 @@ def device_tests(selected: str, seconds: float) -> Outcome:
         log, found = Path(folder, "log"), Path(folder, "found.xml")
         # without the project's settings of pytest: they name a plugin, and make an error of any library's warning
         command = [
-            *(sys.executable, "-m", "pytest", TESTS, "-q", "-k", selected, f"--junitxml={found}", "--tb=short"),
+            *(sys.executable, "-c", PYTEST, TESTS, "-q", "-k", selected, f"--junitxml={found}", "--tb=short"),
             *("-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib"),
         ]
         with log.open("w") as output:

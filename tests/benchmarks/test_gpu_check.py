@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -235,7 +236,10 @@ def test_a_failing_test_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert device_tests("nothing", 60).error == "no test passed"
 
 
-def test_when_time_is_up_what_has_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["background", "foreground"])
+def test_when_time_is_up_what_has_run_is_told(
+    handler: Callable[..., object] | signal.Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = tmp_path / "started"
     file = tmp_path / "test_some.py"
     file.write_text(
@@ -256,7 +260,11 @@ def test_when_time_is_up_what_has_run_is_told(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(device_tests_module, "TESTS", str(file))
     monkeypatch.setattr(subprocess, "Popen", Impatient)
-    outcome = device_tests("test", 15)
+    before = signal.signal(signal.SIGINT, handler)  # type: ignore[arg-type]
+    try:
+        outcome = device_tests("test", 15)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started.exists()
     assert outcome.results["passed"] == 1
     assert (outcome.cut, outcome.error) == ("stopped after 15 s", "")
