@@ -16,6 +16,7 @@ _WHERE = {
     "errors": ("OutOfReachWarning", "PeanutError"),
     "export": ("from_lora", "to_lora"),
     "interop.from_peft": ("from_peft",),
+    "interop.install": ("install", "uninstall"),
     "interop.to_peft": ("to_peft",),
     "model.auto": (
         "AutoPeftModel",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
 from ..errors import PeanutError
+from ..identity import Recognised
 from ..protocols import METHODS, InputMethod, method_of
 from .layers.adapted import refuse_symbolic
 
@@ -18,8 +20,18 @@ __all__ = ["AsBase", "blank"]
 
 M = TypeVar("M", bound="AsBase")
 
+_PEER_CLASSES = {
+    "SEQ_CLS": "SequenceClassification",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "CAUSAL_LM": "CausalLM",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
+}
+"""What the names of Hugging Face PEFT's model classes end in, by task."""
 
-class AsBase(nn.Module):
+
+class AsBase(Recognised, nn.Module):
     """A wrapper around a base model whose class, for each class of base, has that base's parameters of forward."""
 
     shown: ClassVar[tuple[type[AsBase], type[nn.Module]] | None] = None
@@ -28,6 +40,12 @@ class AsBase(nn.Module):
     def show(self, base: nn.Module) -> None:
         """Shows the parameters of the forward of ``base``."""
         self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(base))
+
+    def counterparts(self) -> Iterable[tuple[str, str]]:
+        base = self.__dict__.get("_modules", {}).get("base_model")  # none while it is being made
+        task = None if base is None else next((each.task_type for each in base.adapters.configs.values()), None)
+        name = _PEER_CLASSES.get(str(getattr(task, "value", task)), "")
+        return (("peft", f"PeftModelFor{name}"), ("peft", "PeftModel"))
 
     @property
     def loss_type(self) -> Any:

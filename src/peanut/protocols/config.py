@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
+from ..identity import Recognised
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types, takes_none
@@ -60,7 +61,7 @@ class _Signature:
 
 
 @dataclass(kw_only=True)
-class PeftConfig:
+class PeftConfig(Recognised):
     """What every method's config holds.
 
     Args:
@@ -136,6 +137,9 @@ class PeftConfig:
                 "both or neither",
                 "name the blocks' indices in layers_to_transform",
             )
+
+    def counterparts(self) -> Iterable[tuple[str, str]]:
+        return (("peft", own.__name__) for own in type(self).__mro__)
 
     @property
     def is_prompt_learning(self) -> bool:

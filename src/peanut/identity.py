@@ -1,0 +1,71 @@
+"""``Recognised``: objects that ``isinstance`` takes for Hugging Face PEFT's own too, where that library is imported."""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+__all__ = ["Recognised"]
+
+
+class Recognised:
+    """An object that other libraries, which ask for a class of Hugging Face PEFT's, are to treat as one of it.
+
+    ``isinstance`` looks at an object's type, then at what it says that its ``__class__`` is: here, while Hugging Face
+    PEFT is imported, a class that inherits from both. No object is ever made of that class, so nothing of the other
+    library is inherited; ``type(x)`` stays as it was.
+    """
+
+    def counterparts(self) -> Iterable[tuple[str, str]]:
+        """The classes that this object may stand for, each as a module of Hugging Face PEFT and a name in it.
+
+        The first that is there is taken.
+        """
+        return ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_blank, *made[1:]) if made[0] is copyreg.__newobj__ else made  # which compares with __class__
+
+    @property
+    def _class(self) -> type:
+        own = type(self)
+        if "peft" not in sys.modules:
+            return own
+        found = (getattr(sys.modules.get(module), name, None) for module, name in self.counterparts())
+        theirs = next(filter(None, found), None)  # none while it is being imported
+        return own if theirs is None else _both(own, theirs)
+
+    @_class.setter
+    def _class(self, new: type) -> None:
+        object.__dict__["__class__"].__set__(self, new)
+
+    __class__ = _class  # type: ignore[assignment]
+
+
+def _blank(own: type, *args: Any) -> Any:
+    return own.__new__(own, *args)
+
+
+class _Answer(type):
+    """The class of what ``__class__`` answers: whoever derives from it, or calls it, gets the object's own class."""
+
+    own: type
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        plain = tuple(base.own if isinstance(base, _Answer) else base for base in bases)
+        if plain == bases:
+            return super().__new__(mcs, name, bases, namespace)
+        return type(name, plain, namespace)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.own(*args, **kwargs)
+
+
+@cache
+def _both(own: type, theirs: type) -> type:
+    parts = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
+    return _Answer(own.__name__, (own, theirs), parts)

@@ -1,0 +1,85 @@
+"""``install``: functions of Hugging Face PEFT that are given a model or a config of ours do what ours do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from ..model.adapters.adapter_set import AdapterSet
+from ..protocols import PeftConfig
+
+__all__ = ["dispatched", "install", "uninstall"]
+
+_MODULES = {
+    "peft.mapping": ("inject_adapter_in_model",),
+    "peft.mapping_func": ("get_peft_model",),
+    "peft.utils.save_and_load": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+}
+"""The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
+_ORIGINALS: dict[str, FunctionType] = {}
+"""What was installed, by name: the function as it was."""
+
+
+def install() -> None:
+    """Lets Hugging Face PEFT's functions take models and configs of ours, wherever they were imported to.
+
+    For libraries that call them: ``SFTTrainer(peft_config=...)`` of TRL, ``model.add_adapter(config)`` of transformers.
+    Objects of Hugging Face PEFT's own are treated as before. A second call does nothing; ``uninstall`` undoes it.
+
+    Raises:
+        ModuleNotFoundError: Hugging Face PEFT is not installed.
+    """
+    for module, names in _MODULES.items():
+        for name in names:
+            if name not in _ORIGINALS:
+                function = getattr(import_module(module), name)
+                # Whoever imported the function holds this object, so it stays, and what it does is exchanged.
+                original = FunctionType(
+                    function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+                )
+                original.__kwdefaults__ = function.__kwdefaults__
+                _ORIGINALS[name] = original
+                function.__signature__ = inspect.signature(original)
+                function.__code__ = _calling(name)
+
+
+def uninstall() -> None:
+    """Undoes ``install``."""
+    for module, names in _MODULES.items():
+        for name in names:
+            original = _ORIGINALS.pop(name, None)
+            if original is not None:
+                function = getattr(import_module(module), name)
+                function.__code__ = original.__code__
+                del function.__signature__
+
+
+def dispatched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls the function of a name: ours if an argument is ours, else Hugging Face PEFT's as it was."""
+    function: Callable[..., Any] = _ORIGINALS[name]
+    if any(_is_ours(value) for value in (*args, *kwargs.values())):
+        function = getattr(import_module("peanut"), name)
+    return function(*args, **kwargs)
+
+
+def _is_ours(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        return isinstance(getattr(value, "adapters", None), AdapterSet) or "_adapter_set" in value.__dict__
+    return isinstance(value, PeftConfig)
+
+
+def _template(*args: Any, **kwargs: Any) -> Any:
+    from peanut.interop.install import dispatched
+
+    return dispatched("NAME", args, kwargs)
+
+
+def _calling(name: str) -> CodeType:
+    code = _template.__code__
+    constants = tuple(name if constant == "NAME" else constant for constant in code.co_consts)
+    return code.replace(co_name=name, co_consts=constants)
