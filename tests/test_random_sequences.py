@@ -267,11 +267,11 @@ class Sequence:
     def write(self) -> None:
         """To one adapter, in a random way."""
         name, way = self.random.choice(self.free()), self.random.choice(WAYS)
-        self.put(way, lambda key, value: f".{name}." in key and isinstance(value, torch.nn.Parameter))
+        self.put(way, lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
 
     def step(self) -> None:
         name, way = self.random.choice(self.free()), self.random.choice(list(OPTIMIZERS))
-        self.put(way, lambda key, value: f".{name}." in key and isinstance(value, torch.nn.Parameter))
+        self.put(way, lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
 
     def write_base(self) -> None:
         way = self.random.choice(WAYS)
@@ -335,7 +335,7 @@ class Sequence:
         self.model.eval()
         before = self.looked_at()
         if not self.depth:
-            self.put("data.copy_", lambda key, value: f".{name}." in key and isinstance(value, torch.nn.Parameter))
+            self.put("data.copy_", lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
         self.model.load_adapter(folder / name, name)
         assert distance(self.looked_at(), before) < 1e-9, self.done
 

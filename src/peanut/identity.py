@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -28,7 +27,9 @@ class Recognised:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(max(protocol, 2))
-        return (_blank, *made[1:]) if made[0] is copyreg.__newobj__ else made  # which compares with __class__
+        if getattr(made[0], "__name__", "") != "__newobj__":
+            return made
+        return (_blank, *made[1:])  # pickle refuses a __newobj__ of another class than __class__
 
     @property
     def _class(self) -> type:
@@ -37,13 +38,13 @@ class Recognised:
             return own
         found = (getattr(sys.modules.get(module), name, None) for module, name in self.counterparts())
         theirs = next(filter(None, found), None)  # none while it is being imported
-        return own if theirs is None else _both(own, theirs)
+        return own if theirs is None else _both((own, theirs))
 
     @_class.setter
     def _class(self, new: type) -> None:
         object.__dict__["__class__"].__set__(self, new)
 
-    __class__ = _class  # type: ignore[assignment]
+    __class__ = _class
 
 
 def _blank(own: type, *args: Any) -> Any:
@@ -66,6 +67,7 @@ class _Answer(type):
 
 
 @cache
-def _both(own: type, theirs: type) -> type:
+def _both(classes: tuple[type, type]) -> Any:
+    own, _ = classes
     parts = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
-    return _Answer(own.__name__, (own, theirs), parts)
+    return _Answer(own.__name__, classes, parts)

@@ -142,7 +142,7 @@ def test_a_new_method_works_by_being_registered() -> None:
     before = net[0](x)
     model = get_peft_model(net, EvenConfig(target_modules=["0"]))
     with torch.no_grad():
-        net[0].adapters["default"].gain.fill_(2.0)
+        net[0].gain["default"].fill_(2.0)
     assert torch.allclose(net[0](x), before + 2 * x.sum(-1, keepdim=True))
     assert model.get_nb_trainable_parameters()[0] == 1
     assert PeftType.even == "even" == PeftType("EVEN")

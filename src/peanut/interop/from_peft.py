@@ -272,13 +272,14 @@ def _take_schedule(allocator: Any, adapters: AdapterSet) -> None:
         if config.peft_type != PeftType.ADALORA or allocator is None:
             continue
         for key, (owner, leaf) in our_slots(adapters, name).items():
-            kind, _, letter = leaf.rpartition("_")
+            path, _, suffix = key.rpartition(".")
+            kind, _, letter = suffix.rpartition("_")
             averages = {"ipt": "exp_avg_ipt", "unc": "exp_avg_unc"}.get(kind)
-            theirs = getattr(allocator, averages or "", {}).get(f"{key.removesuffix(leaf)}lora_{letter}.{name}")
+            theirs = getattr(allocator, averages or "", {}).get(f"{path}.lora_{letter}.{name}")
             if theirs is not None:
                 owner[leaf] = theirs.detach().to(owner[leaf])
-            if leaf == "kept":
-                pattern = (allocator.peft_config.rank_pattern or {}).get(f"{key.removesuffix(leaf)}lora_E.{name}")
+            if suffix == "kept":
+                pattern = (allocator.peft_config.rank_pattern or {}).get(f"{path}.lora_E.{name}")
                 if pattern is not None and len(pattern) == len(owner[leaf]):
                     owner[leaf] = torch.tensor(pattern).unsqueeze(1).to(owner[leaf])
         if allocator.exp_avg_ipt:

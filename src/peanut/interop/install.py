@@ -44,7 +44,7 @@ def install() -> None:
                 )
                 original.__kwdefaults__ = function.__kwdefaults__
                 _ORIGINALS[name] = original
-                function.__signature__ = inspect.signature(original)
+                function.__signature__ = inspect.signature(function)
                 function.__code__ = _calling(name)
 
 

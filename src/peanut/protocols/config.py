@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -87,6 +88,8 @@ class PeftConfig(Recognised):
     """The method's name in files, unique among the registered ones: what makes a config class that method's."""
     only_here: ClassVar[frozenset[str]] = frozenset()
     """Fields that Hugging Face PEFT does not know: written to files only where they differ from their default."""
+    prompts: ClassVar[bool] = False
+    """Whether the method adds virtual tokens."""
     by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Fields whose value may differ between layers, each with the field that holds it by name or pattern."""
 
@@ -143,8 +146,21 @@ class PeftConfig(Recognised):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the method adds virtual tokens (no weight method does)."""
-        return False
+        """Whether the method adds virtual tokens (no weight method does).
+
+        Raises:
+            PeanutError: a function of Hugging Face PEFT asks, as all do first: it would make of this what its own
+                config of that name says, or nothing.
+        """
+        asking = sys._getframe(1)
+        module = str(asking.f_globals.get("__name__"))
+        if module.partition(".")[0] == "peft":
+            raise PeanutError(
+                f"{module}.{asking.f_code.co_name}, given a {type(self).__name__} of this library",
+                "a config or a model of Hugging Face PEFT",
+                "call peanut.install() once, before, or use the function of this name in peanut",
+            )
+        return self.prompts
 
     def patterns(self) -> Mapping[str, Collection[str]]:
         """By field, the names and regular expressions that are for some of the adapted layers."""

@@ -56,6 +56,7 @@ class PromptConfig(PeftConfig):
         num_layers: layers. Read off the model.
     """
 
+    prompts = True
     only_here = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"})
 
     num_virtual_tokens: Count | None = None
@@ -73,10 +74,6 @@ class PromptConfig(PeftConfig):
                 )
         if self.num_virtual_tokens is None:
             raise PeanutError("num_virtual_tokens is not given", "a whole number of at least 1", "set it")
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        return True
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peanut import PeanutError
-from peanut.model.layers.parameters import NamedModules, Parameters
+from peanut.model.layers.parameters import ByAdapter, Parameters
 from peanut.model.layers.state import AdapterState
 
 
@@ -20,15 +20,21 @@ def test_parameters_keep_their_suffixes_as_names() -> None:
         "lora_embedding_A": torch.ones(3),
     }
     parameters = Parameters(values)
-    assert parameters.state_dict().keys() == values.keys()
     assert list(parameters.values_by_suffix()) == list(values)
     assert all(value.requires_grad for value in parameters.values_by_suffix().values())
-    copied = parameters.double()  # whatever replaces the parameters, they are read by name
-    assert {value.dtype for value in copied.values_by_suffix().values()} == {torch.float64}
+    layer = nn.Module()
+    parameters.put(layer, "a")
+    keys = {"peanut_A.a.weight", "peanut_encoders.a.0.weight", "lora_embedding_A.a"}
+    assert layer.state_dict().keys() == keys
+    layer.double()  # whatever replaces the parameters, they are read by name
+    assert {value.dtype for value in parameters.values_by_suffix().values()} == {torch.float64}
+    Parameters(values).put(layer, "b")
+    parameters.take_out(layer, "a")
+    assert layer.state_dict().keys() == {key.replace(".a", ".b") for key in keys}
 
 
 def test_modules_by_names_that_torch_would_refuse() -> None:
-    modules: NamedModules[nn.Linear] = NamedModules()
+    modules = ByAdapter()
     names = ["0", "keys", "training", "forward", "weight"]
     for name in names:
         modules[name] = nn.Linear(1, 1)

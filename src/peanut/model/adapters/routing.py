@@ -77,7 +77,7 @@ def called(
 def _refuse_offloaded_parameters(adapters: AdapterSet) -> None:
     """Refuses to train what a hook of accelerate takes out of the model after each forward: no step would reach it."""
     place = next(adapters.places(), None)
-    if place is not None and any(parameter.is_meta for parameter in place.adapters.parameters()):
+    if place is not None and any(value.is_meta for own in place.adapters.values() for value in own):
         check_by_layer(adapters.model)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import PeftConfig
-from .parameters import NamedModules, Parameters
+from .parameters import ByAdapter, Parameters
 from .state import AdapterState
 
 __all__ = ["Adapted", "refuse_symbolic", "walk"]
@@ -28,12 +28,12 @@ class Adapted(nn.Module):
 
     def __init__(self, path: str, state: AdapterState) -> None:
         super().__init__()
-        self.adapters: NamedModules[Parameters] = NamedModules()
-        self.banks: NamedModules[Parameters] = NamedModules()
+        self.adapters: dict[str, Parameters] = {}
+        self.banks: dict[str, Parameters] = {}
         self.path = path
         self.state = state
         self._methods: dict[str, tuple[Any, Any]] = {}
-        self._shared: dict[str, tuple[Parameters, ...]] = {}  # in tuples, so that they are no modules of this one
+        self._shared: dict[str, tuple[Parameters, ...]] = {}
 
     def add(
         self,
@@ -52,7 +52,9 @@ class Adapted(nn.Module):
         """
         if shared is not None and holds:
             self.banks[name] = shared
+            shared.put(self, name)
         self.adapters[name] = parameters
+        parameters.put(self, name)
         self._methods[name] = (method, config)
         self._shared[name] = () if shared is None else (shared,)
 
@@ -62,9 +64,10 @@ class Adapted(nn.Module):
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""
-        del self.adapters[name], self._methods[name], self._shared[name]
-        if name in self.banks:
-            del self.banks[name]
+        for held in (self.adapters, self.banks):
+            if name in held:
+                held.pop(name).take_out(self, name)
+        del self._methods[name], self._shared[name]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -139,5 +142,5 @@ def walk(model: nn.Module) -> Iterator[nn.Module]:
         yield module
         inside = module._modules
         if isinstance(module, Adapted):
-            inside = {name: child for name, child in inside.items() if name not in ("adapters", "banks")}
+            inside = {name: child for name, child in inside.items() if not isinstance(child, ByAdapter)}
         waiting += [child for child in reversed(inside.values()) if child is not None]

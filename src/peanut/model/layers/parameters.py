@@ -1,9 +1,10 @@
-"""Containers: the tensors of an adapter in one layer, and a ``ModuleDict`` that allows any name."""
+"""The tensors of an adapter in one layer, and the containers that hold those of all adapters there, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Generic, NoReturn, TypeVar
+from itertools import chain
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -11,9 +12,7 @@ from typing_extensions import Self
 from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["NamedModules", "NoParameters", "Parameters", "Place"]
-
-M = TypeVar("M", bound=nn.Module)
+__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place"]
 
 Place = tuple[dict[str, Any], str]
 """Where a module stores a tensor: its parameters or buffers, and the name there.
@@ -26,26 +25,34 @@ class _Places(dict[str, Place]):
     """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
 
 
-class NamedModules(nn.Module, Generic[M]):
-    """Modules by any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses."""
+class ByAdapter(nn.Module):
+    """What adapters have of one name in a layer, by adapter: modules (``lora_A``) or tensors (``vera_lambda_d``).
 
-    def __getitem__(self, name: str) -> M:
-        return self._modules[name]  # type: ignore[return-value]
+    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses.
+    """
 
-    def __setitem__(self, name: str, module: M) -> None:
+    def _held(self) -> Iterator[dict[str, Any]]:
+        yield from (self._modules, self._parameters, self._buffers)
+
+    def __getitem__(self, name: str) -> Any:
+        return next(held[name] for held in self._held() if name in held)
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
 
     def __delitem__(self, name: str) -> None:
-        del self._modules[name]
+        for held in self._held():
+            held.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules
+        return any(name in held for held in self._held())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return chain.from_iterable(self._held())
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return sum(map(len, self._held()))
 
     def train(self, mode: bool = True) -> Self:
         self.__dict__["training"] = mode  # past a module of that name
@@ -54,8 +61,10 @@ class NamedModules(nn.Module, Generic[M]):
         return self
 
 
-class Parameters(nn.Module):
-    """Tensors by the suffix under which files store them: ``lora_A.weight`` is ``lora_A.weight`` here too.
+class Parameters:
+    """The tensors of an adapter in one place, by the suffix under which files store them: ``lora_A.weight``.
+
+    In a layer they are where Hugging Face PEFT has them, ``layer.lora_A["default"].weight``: ``put`` puts them there.
 
     Args:
         untrained: suffixes of those that are buffers.
@@ -67,28 +76,68 @@ class Parameters(nn.Module):
     def __init__(
         self, values: Mapping[str, Tensor], untrained: Collection[str] = (), rebuilt: Collection[str] = ()
     ) -> None:
-        super().__init__()
         self.suffixes = tuple(values)
         self.places = _Places()
+        self._rebuilt = frozenset(rebuilt)
+        self._trees: dict[str, nn.Module] = {}
+        bare: dict[str, Tensor] = {}
         for suffix, value in values.items():
-            module: nn.Module = self
-            *branches, leaf = suffix.split(".")
+            own = value if suffix in untrained else nn.Parameter(value)
+            first, *branches = _parts(suffix)
+            if not branches:
+                bare[suffix] = own
+                self.places[suffix] = (bare, suffix)
+                continue
+            module = self._trees.setdefault(first, nn.Module())
+            *branches, leaf = branches
             for branch in branches:
                 if branch not in module._modules:
                     module.add_module(branch, nn.Module())
                 module = module._modules[branch]  # type: ignore[assignment]
-            if suffix in untrained:
-                module.register_buffer(leaf, value, persistent=suffix not in rebuilt)
+            if isinstance(own, nn.Parameter):
+                module.register_parameter(leaf, own)
             else:
-                module.register_parameter(leaf, nn.Parameter(value))
-            self.places[suffix] = (module._buffers if suffix in untrained else module._parameters, leaf)
+                module.register_buffer(leaf, own, persistent=suffix not in rebuilt)
+            self.places[suffix] = (module._parameters if isinstance(own, nn.Parameter) else module._buffers, leaf)
+        self._loose = bare
+        self._homes: tuple[nn.Module, ...] = tuple(self._trees.values())
+
+    def put(self, layer: nn.Module, name: str) -> None:
+        """Puts the tensors into a layer, under the name of the adapter; bare ones into the first layer alone."""
+        for first, tree in self._trees.items():
+            _by_adapter(layer, first)[name] = tree
+        for suffix, value in self._loose.items():
+            (first,) = _parts(suffix)
+            home = _by_adapter(layer, first)
+            held: dict[str, Any] = home._parameters if isinstance(value, nn.Parameter) else home._buffers
+            held[name] = value
+            if suffix in self._rebuilt:
+                home._non_persistent_buffers_set.add(name)
+            self.places[suffix] = (held, name)
+            self._homes += (home,)
+        self._loose = {}
+
+    def take_out(self, layer: nn.Module, name: str) -> None:
+        """Takes the tensors out of a layer."""
+        for suffix in self.suffixes:
+            first, *_ = _parts(suffix)
+            home = layer._modules.get(first)
+            if isinstance(home, ByAdapter):
+                del home[name]
+                if not len(home):
+                    del layer._modules[first]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The tensors as they are, offloaded ones too."""
+        return (owner[leaf] for owner, leaf in self.places.values())
 
     def values_by_suffix(self) -> dict[str, Tensor]:
         """The tensors by suffix; those that accelerate has offloaded with the base are brought back for good."""
         values = {suffix: owner[leaf] for suffix, (owner, leaf) in self.places.items()}
         for value in values.values():  # asked in every forward, so without a generator
             if value.is_meta:
-                onload(self)  # each stays the object that it is
+                for module in self._homes:
+                    onload(module)  # each stays the object that it is
                 break
         return values
 
@@ -103,6 +152,18 @@ class Parameters(nn.Module):
         owner, leaf = self.places[suffix]
         own = owner[leaf]
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
+
+
+def _parts(suffix: str) -> list[str]:
+    """The names on the way to a tensor; that of a trained bias does not hide the base layer or its bias."""
+    return ["trained_bias"] if suffix in ("bias", "base_layer.bias") else suffix.split(".")
+
+
+def _by_adapter(layer: nn.Module, name: str) -> ByAdapter:
+    """What adapters have of a name in a layer."""
+    home = layer._modules.setdefault(name, ByAdapter())
+    assert isinstance(home, ByAdapter)
+    return home
 
 
 class NoParameters(dict[str, Any]):

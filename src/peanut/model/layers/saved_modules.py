@@ -13,7 +13,7 @@ from ...stack import in_a_forward
 from ...weights.stored import copied, onload
 from .calls import scattered
 from .hooks import input_of
-from .parameters import NamedModules
+from .parameters import ByAdapter
 from .reading import Reading
 from .state import AdapterState
 
@@ -30,7 +30,7 @@ class SavedModule(nn.Module):
     def __init__(self, original_module: nn.Module, path: str, state: AdapterState) -> None:
         super().__init__()
         self.original_module = original_module
-        self.modules_to_save: NamedModules[nn.Module] = NamedModules()
+        self.modules_to_save: ByAdapter = ByAdapter()
         self.path = path
         self.state = state
 
@@ -56,7 +56,7 @@ class SavedModule(nn.Module):
         names = [name for name in self.state.active if name in self.modules_to_save]
         if self.state.call.disabled or not names:
             return self.original_module
-        own = self.modules_to_save[names[0]]
+        own: nn.Module = self.modules_to_save[names[0]]
         first = next(own.parameters(), None)  # all of them are there, or none
         if first is not None and first.is_meta:
             onload(own)  # what is trained is not offloaded with the base
