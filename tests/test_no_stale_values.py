@@ -131,7 +131,7 @@ TO_BUFFERS = [
 @over(cover(HAVING_UNTRAINED, TO_BUFFERS, len(TO_BUFFERS)))
 def test_tensors_that_are_not_trained(case: Case, way: str, history: History, traced_first: bool) -> None:
     trial = trial_of(case)
-    buffers = target(trial, lambda key, value: key.rsplit(".", 1)[1] in UNTRAINED)
+    buffers = target(trial, lambda key, value: key.split(".")[-2] in UNTRAINED)
     write = WAYS[way](buffers)
     for call in history:
         call(trial.model, trial.x)

@@ -264,14 +264,17 @@ class Sequence:
         self.inside.close()
         self.depth = 0
 
+    def trained_by(self, name: str) -> Callable[[str, Tensor], bool]:
+        return lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter)
+
     def write(self) -> None:
         """To one adapter, in a random way."""
         name, way = self.random.choice(self.free()), self.random.choice(WAYS)
-        self.put(way, lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
+        self.put(way, self.trained_by(name))
 
     def step(self) -> None:
         name, way = self.random.choice(self.free()), self.random.choice(list(OPTIMIZERS))
-        self.put(way, lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
+        self.put(way, self.trained_by(name))
 
     def write_base(self) -> None:
         way = self.random.choice(WAYS)
@@ -335,7 +338,7 @@ class Sequence:
         self.model.eval()
         before = self.looked_at()
         if not self.depth:
-            self.put("data.copy_", lambda key, value: f".{name}." in f"{key}." and isinstance(value, torch.nn.Parameter))
+            self.put("data.copy_", self.trained_by(name))
         self.model.load_adapter(folder / name, name)
         assert distance(self.looked_at(), before) < 1e-9, self.done
 

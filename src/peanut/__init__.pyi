@@ -5,6 +5,8 @@ from .errors import PeanutError as PeanutError
 from .export import from_lora as from_lora
 from .export import to_lora as to_lora
 from .interop.from_peft import from_peft as from_peft
+from .interop.install import install as install
+from .interop.install import uninstall as uninstall
 from .interop.to_peft import to_peft as to_peft
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
-__all__ = ["called_by", "in_a_forward", "in_a_function"]
+__all__ = ["called_by", "caller", "in_a_forward", "in_a_function"]
 
 
 def in_a_forward() -> bool:
@@ -23,6 +24,14 @@ def in_a_forward() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def caller(function: Any) -> FrameType | None:
+    """The innermost frame of ``function`` that this is called from, ``None`` if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def called_by(function: Any) -> bool:

@@ -108,7 +108,7 @@ assert (config.__class__, model.__class__) == (type(config), type(model))
 import peft
 assert isinstance(config, peft.LoraConfig) and isinstance(model, peft.PeftModelForCausalLM)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False, timeout=120).returncode == 0
 
 
 # Functions
@@ -116,13 +116,12 @@ assert isinstance(config, peft.LoraConfig) and isinstance(model, peft.PeftModelF
 
 def test_without_install_their_functions_are_refused_in_one_line(tiny_llama: Callable[..., hf.PreTrainedModel]) -> None:
     ours = get_peft_model(tiny_llama(), LoraConfig(r=2))
-    calls: list[Callable[[], object]] = [
-        lambda: bound_before(tiny_llama(), PeanutConfig(r=2)),  # type: ignore[arg-type]
-        lambda: peft.inject_adapter_in_model(LoraConfig(r=2), tiny_llama()),  # type: ignore[arg-type]
+    for call in (
+        lambda: bound_before(tiny_llama(), PeanutConfig(r=2)),
+        lambda: peft.inject_adapter_in_model(LoraConfig(r=2), tiny_llama()),
         lambda: peft.get_peft_model_state_dict(ours),
         lambda: peft.set_peft_model_state_dict(ours, {}),
-    ]
-    for call in calls:
+    ):
         with pytest.raises(PeanutError, match=r"^peft\..* of this library; expected .*; call peanut.install\(\)"):
             call()
 
@@ -145,9 +144,10 @@ def test_installed_functions_take_ours_and_theirs(
     theirs = bound_before(tiny_llama(), peft.LoraConfig(r=2))
     assert type(theirs) is peft.PeftModel
     assert sum(type(module).__module__.startswith("peft.tuners.lora") for module in theirs.modules()) > 1
-    assert peft.get_peft_model_state_dict(theirs).keys() == peanut.get_peft_model_state_dict(
-        get_peft_model(tiny_llama(), LoraConfig(r=2))
-    ).keys()
+    assert (
+        peft.get_peft_model_state_dict(theirs).keys()
+        == peanut.get_peft_model_state_dict(get_peft_model(tiny_llama(), LoraConfig(r=2))).keys()
+    )
 
 
 def test_uninstall_leaves_no_trace() -> None:

@@ -180,7 +180,7 @@ def test_real_input_and_a_weight_without_storage(what: str) -> None:
     net = Net(nn.Linear(12, 20, device="meta" if what == "base" else "cpu"))
     model = get_peft_model(net, LoraConfig(target_modules=["layer"], r=2), low_cpu_mem_usage=what == "adapter")
     if what == "base":
-        model.adapters.model.layer.adapters["default"].to_empty(device="cpu")
+        model.adapters.model.layer.lora_A.to_empty(device="cpu")
     with pytest.raises(PeanutError, match=r"no storage .*on the meta device\); expected weights that are there"):
         model(torch.ones(2, 12))
     meta: Tensor = model.to("meta")(torch.ones(2, 12, device="meta"))

@@ -63,7 +63,7 @@ def dispatched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls the function of a name: ours if an argument is ours, else Hugging Face PEFT's as it was."""
     function: Callable[..., Any] = _ORIGINALS[name]
     if any(_is_ours(value) for value in (*args, *kwargs.values())):
-        function = getattr(import_module("peanut"), name)
+        function = getattr(import_module("...", __name__), name)
     return function(*args, **kwargs)
 
 
@@ -74,12 +74,13 @@ def _is_ours(value: object) -> bool:
 
 
 def _template(*args: Any, **kwargs: Any) -> Any:
-    from peanut.interop.install import dispatched
+    import sys
 
-    return dispatched("NAME", args, kwargs)
+    return sys.modules["WHERE"].dispatched("NAME", args, kwargs)
 
 
 def _calling(name: str) -> CodeType:
     code = _template.__code__
-    constants = tuple(name if constant == "NAME" else constant for constant in code.co_consts)
+    given = {"NAME": name, "WHERE": __name__}
+    constants = tuple(given.get(constant, constant) for constant in code.co_consts)
     return code.replace(co_name=name, co_consts=constants)

@@ -9,14 +9,16 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from ..errors import PeanutError
 from ..identity import Recognised
 from ..protocols import METHODS, InputMethod, method_of
+from ..stack import caller
 from .layers.adapted import refuse_symbolic
 
-__all__ = ["AsBase", "blank"]
+__all__ = ["AsBase", "blank", "inspected"]
 
 M = TypeVar("M", bound="AsBase")
 
@@ -47,6 +49,12 @@ class AsBase(Recognised, nn.Module):
         name = _PEER_CLASSES.get(str(getattr(task, "value", task)), "")
         return (("peft", f"PeftModelFor{name}"), ("peft", "PeftModel"))
 
+    def _virtual(self) -> list[InputMethod[Any]]:
+        """The methods of the active adapters that add virtual tokens."""
+        own: Any = self
+        methods = [method_of(own.peft_config[name].peft_type) for name in own.active_adapters]
+        return [each for each in methods if isinstance(each, InputMethod) and each.prepends == "tokens"]
+
     @property
     def loss_type(self) -> Any:
         """The base's, by which Trainers count the labels that a loss compares.
@@ -54,18 +62,12 @@ class AsBase(Recognised, nn.Module):
         A causal loss has nothing that predicts the first label; behind virtual tokens it has, so all labels count.
         """
         own: Any = self
-        methods = [method_of(own.peft_config[name].peft_type) for name in own.active_adapters]
-        virtual = [each for each in methods if isinstance(each, InputMethod) and each.prepends == "tokens"]
-        return "" if any(not each.own_loss for each in virtual) else getattr(own.get_base_model(), "loss_type", None)
+        all_count = any(not each.own_loss for each in self._virtual())
+        return "" if all_count else getattr(own.get_base_model(), "loss_type", None)
 
     def _get_name(self) -> str:
-        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels.
-
-        Raises:
-            PeanutError: it asks, and has logits of virtual tokens too.
-        """
+        """The base's name, by which transformers' Trainer knows whether label smoothing has to shift the labels."""
         own: Any = self
-        _check_smoothing(sys._getframe(1))
         base = own.get_base_model()
         name: str = getattr(base, "_orig_mod", base)._get_name()
         return name
@@ -78,15 +80,26 @@ class AsBase(Recognised, nn.Module):
         return made if self.shown is None else (blank, self.shown, *made[2:])
 
 
-def _check_smoothing(asking: FrameType) -> None:
+def inspected(asking: FrameType) -> bool:
+    """Whether transformers' Trainer asks for a base model, to see which columns and labels the model takes.
+
+    It does where Hugging Face PEFT is installed; this model takes task_ids and the like too, and counts other labels.
+    """
+    if asking.f_code.co_name == "unwrap_peft_model" and asking.f_back is not None:
+        asking = asking.f_back
+    return asking.f_globals.get("__name__") == "transformers.trainer"
+
+
+def _check_smoothing(outputs: Any) -> None:
     """Refuses that transformers' own Trainer compares labels with more logits than there are labels."""
-    if asking.f_code.co_name != "compute_loss":
+    if "transformers.trainer" not in sys.modules:
         return
     from transformers import Trainer
     from transformers.trainer_pt_utils import LabelSmoother
 
-    trainer, outputs, labels = (asking.f_locals.get(name) for name in ("self", "outputs", "labels"))
-    if asking.f_code is not Trainer.compute_loss.__code__ or outputs is None or labels is None:
+    asking = caller(Trainer.compute_loss)
+    trainer, labels = (None, None) if asking is None else (asking.f_locals.get(name) for name in ("self", "labels"))
+    if labels is None:
         return
     if not isinstance(getattr(trainer, "label_smoother", None), LabelSmoother):
         return
@@ -110,7 +123,10 @@ def _shown_as(own: type[AsBase], base: type[nn.Module]) -> type[AsBase]:
 
     def forward(self: AsBase, *args: Any, **kwargs: Any) -> Any:
         refuse_symbolic(args)
-        return own.forward(self, *args, **kwargs)
+        outputs = own.forward(self, *args, **kwargs)
+        if kwargs.get("labels") is None and not torch.compiler.is_compiling() and self._virtual():
+            _check_smoothing(outputs)
+        return outputs
 
     signature = inspect.signature(base.forward)
     reads = [read for method in METHODS.values() if isinstance(method, InputMethod) for read in method.reads]
