@@ -60,7 +60,7 @@ def test_a_shared_weight_gets_its_own_place_and_is_shared_again() -> None:
     embedding, head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
     head.weight = embedding.weight
     layer, before = frozen(head), embedding.weight.detach().clone()
-    layer.write(layer.matrix() + 1, None, shared=True)
+    layer.write(layer.matrix() + 1, None, shared=["weight"])
     assert layer.untied_from is not None
     assert same_bits(embedding.weight.detach(), before)
     assert same_bits(head.weight.detach(), before + 1)

@@ -81,3 +81,22 @@ def test_what_a_call_replaces_is_not_made() -> None:
     assert not made
     with_tensors(layer, {"bias": torch.zeros(6)}, x)
     assert made
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_what_a_forward_or_a_hook_sets_on_a_parametrised_layer_is_there() -> None:
+    layer: Any = parametrizations.weight_norm(Counting(6, 6))
+    model = get_peft_model(Net(layer), LoraConfig(r=2, target_modules=["layer"])).eval()
+    layer.register_forward_hook(lambda module, args, y: setattr(module, "seen", y))
+    before = layer.calls
+    model(X)
+    y = model(X)
+    assert layer.calls == before + 2
+    assert same_bits(layer.seen, y)

@@ -135,3 +135,13 @@ def test_adapters_in_blocks_that_one_hook_brings_whole_answer_and_are_not_traine
     assert distance(answer(model), wanted) < 1e-6
     with pytest.raises(PeanutError, match=r"^'model\.layers\.0', whose offloaded weights one hook brings together"):
         trained(model)
+
+
+def test_a_head_that_is_partly_offloaded_is_trained_whole() -> None:
+    net: Any = nn.Sequential()
+    net.layer, net.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"]))
+    own = net.head.modules_to_save["default"]
+    cpu_offload(own[2], execution_device=torch.device("cpu"))
+    model(torch.randn(8, 4)).square().sum().backward()
+    assert [parameter.grad is not None and not parameter.is_meta for parameter in own.parameters()] == 4 * [True]

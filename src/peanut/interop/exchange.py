@@ -1,4 +1,4 @@
-"""Replaces modules of a model; hooks and modes are carried over, and everything is restored if it fails."""
+"""Replaces modules of a model; modes are kept, and everything is restored if it fails."""
 
 from __future__ import annotations
 
@@ -8,27 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["as_before", "carry_hooks", "modes_of", "only_whole"]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves users' hooks from a layer to its replacement; if that has none yet, their handles still remove them."""
-    for kind in _HOOKS:
-        hung, there = old.__dict__[kind], new.__dict__[kind]
-        if hung and there:
-            there.update(hung)
-        elif hung:
-            new.__dict__[kind] = hung
+__all__ = ["as_before", "modes_of", "only_whole"]
 
 
 def modes_of(base: nn.Module) -> list[tuple[nn.Module, bool]]:

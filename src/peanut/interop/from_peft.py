@@ -16,11 +16,12 @@ from ..errors import PeanutError
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.checkpoints.checkpoint import by_place, parts_of
 from ..model.checkpoints.keys import flat
+from ..model.layers.hooks import move_hooks
 from ..model.peft_model import PeftModel
 from ..model.targets.matching import target_paths
 from ..model.targets.paths import bare
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
-from .exchange import as_before, carry_hooks, modes_of, only_whole
+from .exchange import as_before, modes_of, only_whole
 from .layers import (
     Slot,
     Wrapped,
@@ -93,7 +94,7 @@ def from_peft(model: nn.Module) -> Any:
         for place in places:
             check_together(place, acting_on(adapters.at(place.path), active, configs))
             for layer in place.layers:
-                carry_hooks(layer, adapters.at(place.path))
+                move_hooks(layer, adapters.at(place.path))
         _take_schedule(getattr(getattr(model, "base_model", None), "rankallocator", None), adapters)
     adapters.state.active = active
     adapters.trained = [name for name in configs if any(value.requires_grad for _, value in adapters.parameters(name))]

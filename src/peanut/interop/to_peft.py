@@ -16,8 +16,9 @@ from ..model.adapters.adapter_set import AdapterSet, experts_of
 from ..model.adapters.surgery import SHARED
 from ..model.checkpoints.checkpoint import adapter_state, file_config
 from ..model.checkpoints.mixtures import save_experts
+from ..model.layers.hooks import move_hooks
 from ..protocols import PeftConfig, PeftType, method_of
-from .exchange import as_before, carry_hooks, modes_of, only_whole
+from .exchange import as_before, modes_of, only_whole
 from .layers import (
     Slot,
     Wrapped,
@@ -90,7 +91,7 @@ def to_peft(model: nn.Module) -> Any:
         _activate(made, base, adapters.state.active, configs)
         for place in places:
             if place.path in outer and outer[place.path] is not place.bare:
-                carry_hooks(outer[place.path], place.layers[0])
+                move_hooks(outer[place.path], place.layers[0])
     adapters.leave()
     for config in configs.values():
         if getattr(config, "adapters", None):

@@ -28,6 +28,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "resize_to",
+    "rows_for",
 ]
 
 _ADAPTER = ("subfolder", "revision")
@@ -93,7 +94,7 @@ class AutoPeftModel:
         model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
         tokenizer = _tokenizer(pretrained_model_name_or_path, kwargs.get("trust_remote_code", False), **hub)
         if tokenizer is not None:
-            resize_to(model, _rows(model, pretrained_model_name_or_path, len(tokenizer), **hub))
+            resize_to(model, rows_for(model, pretrained_model_name_or_path, len(tokenizer), **hub))
         return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, given, **own, **hub
         )
@@ -105,7 +106,7 @@ def resize_to(model: nn.Module, rows: int) -> None:
         model.resize_token_embeddings(rows)  # type: ignore[operator]
 
 
-def _rows(model: nn.Module, adapter: str | os.PathLike[str], tokens: int, **hub: Any) -> int:
+def rows_for(model: nn.Module, adapter: str | os.PathLike[str], tokens: int, **hub: Any) -> int:
     """How many rows the embeddings need for so many tokens: those that they had when the adapter was saved."""
     with open_tensors(locate(adapter, WEIGHTS_NAME, **hub)) as file:
         held = {plain_path(key.removeprefix(PREFIX)): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

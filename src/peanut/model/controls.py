@@ -18,6 +18,7 @@ from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
 from .layers.saved_modules import SavedModule
+from .targets.paths import bare
 from .targets.reach import reach_of
 
 __all__ = ["AdapterControls"]
@@ -123,15 +124,18 @@ class AdapterControls(AsBase):
         Raises:
             PeanutError: an adapter changes an embedding, or trains it whole.
         """
-        changed = (Adapted, SavedModule)
-        for path in embedding_paths(self.adapters) if args or kwargs else ():
-            if any(isinstance(module, changed) for module in self.adapters.at(path).modules()):
+        base, changed = self.get_base_model(), (Adapted, SavedModule)
+        wanted = _rows_wanted(base, *args, **kwargs)
+        for path in embedding_paths(self.adapters):
+            layer = self.adapters.at(path)
+            rows = len(bare(layer).weight)  # type: ignore[arg-type]
+            if wanted not in (None, rows) and any(isinstance(module, changed) for module in layer.modules()):
                 raise PeanutError(
                     f"an adapter changes '{path}', which is to be resized",
                     "embeddings without adapters",
                     "resize the base before get_peft_model or from_pretrained",
                 )
-        resize: Any = self.get_base_model().resize_token_embeddings
+        resize: Any = base.resize_token_embeddings
         return resize(*args, **kwargs)  # type: ignore[no-any-return]
 
     # Counting
@@ -147,3 +151,14 @@ class AdapterControls(AsBase):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
         if unreached := str(reach_of(self.get_base_model())):
             print(f"out of reach of adapters: {unreached}")
+
+
+def _rows_wanted(
+    base: nn.Module, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> int | None:
+    """How many rows ``resize_token_embeddings`` of transformers would give the embeddings; ``None``: as many."""
+    rows = new_num_tokens
+    if pad_to_multiple_of is not None:
+        rows = len(base.get_input_embeddings().weight) if rows is None else rows  # type: ignore[operator]
+        rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+    return rows

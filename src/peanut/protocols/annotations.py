@@ -166,8 +166,8 @@ def _bounded(hint: Any, extras: Iterable[Any]) -> tuple[Check, str]:
 def _one_of(hints: tuple[Any, ...]) -> tuple[Check, str]:
     if any(isinstance(hint, type) and issubclass(hint, Enum) for hint in hints):
         hints = tuple(hint for hint in hints if hint is not str)  # the string names a member
-    # Where a flag may be something else too, a number is no flag.
-    flag = set(hints) <= {bool, NoneType}
+    # Where a flag may be a number too, a number is no flag.
+    flag = not any((get_args(hint)[0] if get_origin(hint) is Annotated else hint) in (int, float) for hint in hints)
     checks = [_OWN_BOOL if hint is bool and not flag else check_of(hint) for hint in hints]
     text = _either(text for _, text in checks if text != "None")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeanutError
 from ..files import read_json, write_json
-from ..model.auto import resize_to
+from ..model.auto import resize_to, rows_for
 from ..model.checkpoints.tensor_files import open_tensors
 from ..model.peft_model import PeftModel, get_peft_model
 from ..protocols import PeftConfig, TaskType
@@ -159,7 +159,7 @@ def load_trained(adapter: str | os.PathLike[str], base_model: str | None = None,
     revision = None if base_model else config.revision
     base, _ = load_base(path, task, processor, dtype, revision)
     if (folder / "tokenizer_config.json").is_file():
-        resize_to(base, len(processor))
+        resize_to(base, rows_for(base, folder, len(processor)))
     return Trained(PeftModel.from_pretrained(base, folder), task, processor, folder, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -145,12 +146,12 @@ class FrozenLayer:
         return self.kind.up_shape(self.module, r)
 
     @torch.no_grad()
-    def write(self, matrix: Tensor, bias: Tensor | None, *, shared: bool = False) -> None:
+    def write(self, matrix: Tensor, bias: Tensor | None, *, shared: Collection[str] = ()) -> None:
         """Puts a merged matrix (out, in) and bias (out) in place; the first time, saves the originals on the CPU.
 
         Args:
             bias: the new b, or ``None`` to leave it.
-            shared: others use the same weight or bias (a tied head) and must not see the change.
+            shared: which of ``weight`` and ``bias`` others use too (a tied head) and must not see change.
 
         Raises:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
@@ -164,26 +165,29 @@ class FrozenLayer:
             raise PeanutError(
                 "the merged weight holds values that are not finite", "finite values", "check the adapter's training"
             )
-        if bias is not None and self.bias() is None:
+        own_bias = self.bias()
+        if bias is not None and own_bias is None:
             raise PeanutError(
                 "the adapter changes the bias of a layer that has none", "a layer with a bias", "use it unmerged"
             )
         if self._weight is None:
             # Codes are small and stay where they are; another parameter takes their place.
             self._weight = weight if self.kind.quantised else weight.detach().to("cpu", copy=True)
-            own_bias = self.bias()
-            self._bias = None if own_bias is None else own_bias.detach().to("cpu", copy=True)
-            if shared and not self.kind.quantised:
+            if "weight" in shared and not self.kind.quantised:
                 self._tied = self.module.weight
             if self.kind.quantised:
                 self._shared["weight"] = weight
-            elif shared and not self.offloaded:
-                self._share_no_more()
+            elif "weight" in shared:
+                self._share_no_more("weight")
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))
         else:
             store(self.module, "weight", merged)
-        if bias is not None:
+        if bias is not None and own_bias is not None:
+            if self._bias is None:
+                self._bias = own_bias.detach().to("cpu", copy=True)
+                if "bias" in shared:
+                    self._share_no_more("bias")
             store(self.module, "bias", bias)
 
     def output(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -223,13 +227,12 @@ class FrozenLayer:
         self._weight = self._bias = self._tied = None
         self._shared = {}
 
-    def _share_no_more(self) -> None:
-        """Puts tensors of the layer's own in the place of its weight and bias."""
-        for name in ("weight", "bias"):
-            own = self.module._parameters.get(name)
-            if own is not None:
-                self._shared[name] = own
-                setattr(self.module, name, nn.Parameter(own.detach().clone(), own.requires_grad))
+    def _share_no_more(self, name: str) -> None:
+        """Puts a tensor of the layer's own in the place of one that others use; what is offloaded is one anyway."""
+        own = self.module._parameters.get(name)
+        if own is not None and not self.offloaded:
+            self._shared[name] = own
+            setattr(self.module, name, nn.Parameter(own.detach().clone(), own.requires_grad))
 
 
 def product(matrix: Tensor, A: Tensor) -> Tensor:

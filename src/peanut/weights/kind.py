@@ -128,14 +128,18 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, *
         kind, made = parametrize.type_before_parametrizations(module), cast(nn.ModuleDict, module.parametrizations)
         tensors = {**{name: current(module, name) for name in made if name not in tensors}, **tensors}
     twin = kind.__new__(kind)
-    twin.__dict__ = {
+    twin.__dict__ = own = {
         **{name: value for name, value in module.__dict__.items() if name not in tensors},
         "_parameters": {**module._parameters, **tensors},
         "_forward_pre_hooks": {
             key: hook for key, hook in module._forward_pre_hooks.items() if made_by(hook) not in tensors
         },
     }
-    return twin(*args, **kwargs)
+    before = dict(own)
+    try:
+        return twin(*args, **kwargs)
+    finally:  # what the forward or a hook has set: a count of calls, an output that is looked at later
+        module.__dict__.update((name, value) for name, value in own.items() if before.get(name, own) is not value)
 
 
 def as_its_class(module: nn.Module) -> bool:

@@ -149,3 +149,13 @@ def test_a_base_of_inference_mode_is_trained_and_merged(method: str) -> None:
     with torch.no_grad():
         assert distance(models[0].eval().merge_and_unload()(X), found) < 1e-5
     assert not any(value.is_inference() for value in itertools.chain(net.parameters(), net.buffers(), held))
+
+
+def test_only_what_is_written_is_untied() -> None:
+    net = Three()
+    net.b.bias = net.a.bias
+    net.c.weight = net.a.weight
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["a"], init_lora_weights=False))
+    model.merge_and_unload()
+    assert net.a.bias is net.b.bias
+    assert net.a.weight is not net.c.weight

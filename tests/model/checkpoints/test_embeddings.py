@@ -265,7 +265,8 @@ def test_trained_tokens_alone_need_no_embeddings(base: Base, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["embedding", "head", "both", "embedding trained whole", "other layers"])
 def test_resizing_under_an_adapter_is_right_or_one_line(kind: str, base: Base, tmp_path: Path) -> None:
     model = randomised(get_peft_model(base(), config_of(peanut, kind))).eval()
-    assert len(model.resize_token_embeddings().weight) == 101
+    for same in ((), (101,), (101, 101)):
+        assert len(model.resize_token_embeddings(*same).weight) == 101
     if kind != "other layers":
         message = r"^an adapter changes '.*', which is to be resized; expected embeddings without adapters; resi"
         with refused(model, message):

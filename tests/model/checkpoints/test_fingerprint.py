@@ -306,3 +306,15 @@ def test_a_base_without_storage_has_none() -> None:
     with torch.device("meta"):
         model = get_peft_model(Net(torch.nn.Linear(3, 4)), PeanutConfig(target_modules=["layer"]))
     assert fingerprint(model.adapters, "default") is None
+
+
+def test_an_embedding_that_lookups_shorten_is_the_same_base_after_them(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(16, 8, max_norm=1.0), nn.Linear(8, 8))
+
+    ids = torch.arange(16)
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    expected = model(ids)
+    model.save_pretrained(tmp_path)
+    assert same_bits(PeftModel.from_pretrained(base(), tmp_path)(ids), expected)

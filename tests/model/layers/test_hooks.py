@@ -183,3 +183,13 @@ def test_a_hook_that_makes_the_weight_goes_on_making_it() -> None:
         y = model(X)
     assert distance(y, X @ mask.T + net.layer.base_layer.bias) < 1e-12
     assert len(seen) == 1
+
+
+def test_a_hook_is_called_with_the_layer_that_is_there_now() -> None:
+    net, seen = linear_net(), []
+    net.layer.register_forward_hook(lambda module, *_: seen.append(module))
+    model = adapted(net)
+    layer = model.get_base_model().layer
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    model(X)
+    assert seen == [layer.base_layer]

@@ -118,7 +118,36 @@ def test_a_head_that_differs_between_samples_is_not_read() -> None:
         model(x, adapter_names=["a", "__base__"])
 
 
+class Scaling(nn.Module):
+    """Has a number for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(6, 6), Scaled(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layer(x), lengths)
+        return y
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * lengths[:, None]
+
+
+def test_a_head_sees_the_number_of_each_sample() -> None:
+    config = LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"])
+    model = get_peft_model(Scaling(), config, "a")
+    model.add_adapter("b", config)
+    randomised(model)
+    x, lengths, names = torch.randn(4, 6), torch.arange(4.0), ["a", "b", "__base__", "b"]
+    alone = [model(x[i : i + 1], lengths[i : i + 1], adapter_names=[name]) for i, name in enumerate(names)]
+    torch.testing.assert_close(model(x, lengths, adapter_names=names), torch.cat(alone))
+
+
 def test_numbers_that_may_be_of_the_samples_or_not_are_refused(model: PeftModel) -> None:
     head = model.get_base_model().head
-    with pytest.raises(PeanutError, match=r"'head' is given 2 numbers beside a batch of 2 samples"):
-        model.adapters.state.called(head, (torch.ones(2, 5, 6), torch.ones(2)), {}, {"samples": ["a", "b"]})
+    given = (torch.ones(3, 5, 6), torch.ones(3))  # as many as the head's outputs
+    with pytest.raises(PeanutError, match=r"'head' is given 3 numbers beside a batch of 3 samples"):
+        model.adapters.state.called(head, given, {}, {"samples": ["a", "b", "a"]})

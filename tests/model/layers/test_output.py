@@ -74,3 +74,11 @@ def test_a_module_that_was_called_before_need_not_be_called_again() -> None:
     y = model(X)
     net.way = WAYS["read"][0]
     assert distance(model(X), y) > 1e-3  # without a warning: attention calls no projection of keys that are cached
+
+
+def test_the_hook_that_tells_stays_for_threads_that_are_about_to_call_it() -> None:
+    model = adapted("called", "BOTTLENECK")
+    base = model.get_base_model()
+    before = dict(base._forward_hooks)
+    model(X)
+    assert dict(base._forward_hooks) == before

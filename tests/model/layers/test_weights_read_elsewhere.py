@@ -293,6 +293,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "several at once": lambda weight: torch._foreach_mul_([weight.data], 2),
     "by a function": lambda weight: F.relu(weight.detach(), inplace=True),
     "by an initialisation": lambda weight: nn.init.ones_(weight[1:]),
+    "by one that is given it by name": nn.init.normal_,
 }
 
 

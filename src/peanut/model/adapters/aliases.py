@@ -17,6 +17,9 @@ from .surgery import Surgery
 
 __all__ = ["warn_of_aliases"]
 
+_LONG = 1000
+"""A container with more entries is a vocabulary or a table if the first of them holds nothing."""
+
 
 def warn_of_aliases(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Says what goes on computing with the base's weight of the layers at the paths ``targets``.
@@ -102,8 +105,9 @@ def _held(value: Any, depth: int = 3) -> Iterator[Tensor | nn.Module]:
         inside = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, MethodType):
         inside = (value.__self__,)
-    for each in inside if depth else ():
-        yield from _held(each, depth - 1)
+    if depth and not (len(inside) > _LONG and next(_held(next(iter(inside)), depth - 1), None) is None):
+        for each in inside:
+            yield from _held(each, depth - 1)
 
 
 class _Memory:

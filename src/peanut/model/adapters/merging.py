@@ -76,16 +76,16 @@ class Merging(Surgery):
         sharing = _sharing_memory(self.model)
         _warn_of_hooks([layer for _, layer in self.layers() if any(name in layer.adapters for name in merged)])
 
-        def shares(layer: AdaptedLayer) -> bool:
-            return any(id(layer.base_layer._parameters.get(name)) in sharing for name in ("weight", "bias"))
+        def shared(layer: AdaptedLayer) -> list[str]:
+            return [name for name in ("weight", "bias") if id(layer.base_layer._parameters.get(name)) in sharing]
 
         try:
             for _, layer in self.layers():
-                layer.merge([name for name in active if name in merged], shared=shares(layer))
+                layer.merge([name for name in active if name in merged], shared=shared(layer))
         except BaseException:
             for _, layer in self.layers():
                 layer.unmerge()
-                layer.merge([name for name in active if name in before], shared=shares(layer))
+                layer.merge([name for name in active if name in before], shared=shared(layer))
             raise
         self.state.merged, self.state.active = merged, active
 

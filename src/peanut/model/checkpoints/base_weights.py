@@ -23,6 +23,7 @@ __all__ = [
     "plain_path",
     "rows_added",
     "saved_module_paths",
+    "weights_moved_by_lookups",
 ]
 
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -88,6 +89,15 @@ def embedding_paths(adapters: AdapterSet) -> list[str]:
 def embedding_weights(adapters: AdapterSet) -> set[str]:
     """The paths of the weights of the base's embeddings."""
     return {f"{path}.weight" for path in embedding_paths(adapters)}
+
+
+def weights_moved_by_lookups(adapters: AdapterSet) -> set[str]:
+    """The paths of the weights of embeddings with a ``max_norm``: each lookup shortens the rows that it finds."""
+    return {
+        f"{path}.weight"
+        for path, _, module in _base_modules(adapters.model)
+        if isinstance(module, nn.Embedding) and module.max_norm is not None
+    }
 
 
 def saved_module_paths(adapters: AdapterSet, name: str) -> list[str]:

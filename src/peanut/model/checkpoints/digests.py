@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ Digest = tuple[torch.dtype, str]
 
 _PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The precisions to which a base may have been rounded on its way here."""
+_FEW = 4
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -24,7 +25,7 @@ def digest_of(value: Tensor) -> str:
     Two rows that are swapped differ, two entries of one row do not.
     """
     rows = value.detach().reshape(len(value) if value.dim() else 1, -1).contiguous()
-    rows = rows if rows.storage_offset() == 0 else rows.clone()  # whole words need no more
+    rows = rows if rows.storage_offset() == 0 else rows.clone()  # else words that begin between two bytes of one
     size = rows.shape[1] * rows.element_size()
     word = next(word for word in _WORDS if size % word.itemsize == 0)
     sums = rows.view(word).sum(1, dtype=torch.int64).cpu()
@@ -41,11 +42,11 @@ def changed(base: Mapping[str, Tensor], recorded: Mapping[str, Digest]) -> set[s
         for path, (dtype, own) in recorded.items()
         if path in base and torch.promote_types(base[path].dtype, dtype) == base[path].dtype
     }
-    found = {
-        path
-        for path, (value, dtype, own) in shared.items()
-        if all(digest_of(rounded) != own for rounded in _rounded(value, dtype))
-    }
+    found = {path for path, (value, dtype, own) in shared.items() if digest_of(value.to(dtype)) != own}
+    # What was recorded may have been rounded, and to what a few of them tell.
+    few = [shared[path] for path in sorted(found)[:_FEW]]
+    for to in {each for value, dtype, own in few for each in _below(dtype) if _agree(value, dtype, own, each)}:
+        found -= {path for path in found if _agree(*shared[path], to)}
     for precision in _PRECISIONS if found else ():
         wide = {path: value for path, (value, dtype, _) in shared.items() if precision in _below(dtype)}
         same = [value for path, value in wide.items() if path not in found]
@@ -57,11 +58,9 @@ def changed(base: Mapping[str, Tensor], recorded: Mapping[str, Digest]) -> set[s
     return found
 
 
-def _rounded(value: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The values in a dtype, as they are and rounded to each precision below."""
-    yield value.to(dtype)
-    for precision in _below(dtype):
-        yield value.to(precision).to(dtype)
+def _agree(value: Tensor, dtype: torch.dtype, own: str, to: torch.dtype) -> bool:
+    """Whether a digest is that of the values rounded to a precision."""
+    return digest_of(value.to(to).to(dtype)) == own
 
 
 def _below(dtype: torch.dtype) -> list[torch.dtype]:

@@ -44,9 +44,10 @@ def saved_embeddings(
         raise PeanutError(f"save_embedding_layers={save!r}", "'auto', True or False", "change it")
     if save is False:
         return {}
-    paths = [path for path in embedding_paths(adapters) if path not in saved_module_paths(adapters, name)]
+    saved = saved_module_paths(adapters, name)
+    paths = [path for path in embedding_paths(adapters) if path not in saved]
     layers = {path: layer for path, layer in adapters.layers(name) if path in paths}
-    if save is True and not paths and not saved_module_paths(adapters, name):
+    if save is True and not paths and not saved:
         warnings.warn(f"{type(adapters.model).__name__} has no embeddings that could be saved", stacklevel=2)
     needed = save is True or (bool(paths) and has_other_vocabulary(adapters, name))
     if not needed:

@@ -24,6 +24,7 @@ from .base_weights import (
     has_other_vocabulary,
     rows_added,
     saved_module_paths,
+    weights_moved_by_lookups,
 )
 from .digests import Digest, changed, digest_of
 
@@ -50,7 +51,8 @@ def fingerprint(
 
     Rows that were added to an embedding are its last. The values are for a base in another precision, of which the
     digest says nothing. What has no plain values (the meta device, codes, shards) is left out, and so are the modules
-    that adapter ``name`` trains whole; ``None`` if nothing is left. Of very many parameters, some are sampled.
+    that adapter ``name`` trains whole, and embeddings with a ``max_norm``, which lookups change; ``None`` if nothing is
+    left. Of very many parameters, some are sampled.
 
     Args:
         saved: parameters that the adapter's file holds.
@@ -65,6 +67,7 @@ def fingerprint(
     elif _is_sharded(adapters.model):
         return None
     left_out, embeddings = tuple(f"{path}." for path in saved_module_paths(adapters, name)), embedding_weights(adapters)
+    saved = {*saved, *weights_moved_by_lookups(adapters)}
     base, statistics = (
         {
             path: value

@@ -154,7 +154,8 @@ def _rows_of(adapters: AdapterSet, key: str, value: Tensor, own: Tensor) -> int:
     """How many tokens the base had for which a tensor of its embedding's adapter was made; 0 if that is not why."""
     if value.dim() != own.dim() or not key.startswith(tuple(f"{path}." for path in embedding_paths(adapters))):
         return 0
-    here = {len(value) for path, value in base_tensors(adapters).items() if path in embedding_weights(adapters)}
+    embeddings = embedding_weights(adapters)
+    here = {len(value) for path, value in base_tensors(adapters).items() if path in embeddings}
     return next((read for read, there in zip(value.shape, own.shape, strict=True) if read != there in here), 0)
 
 

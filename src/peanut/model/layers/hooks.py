@@ -64,13 +64,13 @@ def unhook(module: nn.Module, owner: Hooking | None = None) -> list[tuple[Callab
 
 @dataclass(frozen=True)
 class _Carried:
-    """A user's hook of a module that is wrapped now; it is still called with that module."""
+    """A user's hook of a module that is wrapped now; it is called with the module that the wrapper holds."""
 
     hook: Callable[..., Any]
-    module: nn.Module
+    name: str
 
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.hook(self.module, *args)
+    def __call__(self, wrapper: nn.Module, *args: Any) -> Any:
+        return self.hook(getattr(wrapper, self.name), *args)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -88,7 +88,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     The dictionary itself moves, so that the handles that users hold go on removing their hooks (not those of hooks that
     ``new`` had beside them). Hooks of torch that make a tensor of ``old`` (``weight_norm``, pruning) stay.
     """
-    wraps = any(child is old for child in new.children())
+    wraps = next((name for name, child in new.named_children() if child is old), None)
     for name in _HOOKS:
         moving, there = old.__dict__[name], new.__dict__[name]
         staying = {key: function for key, function in moving.items() if makes_tensor(function)}
@@ -99,8 +99,8 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         for key, function in moving.items():
             if isinstance(function, _Carried):
                 moving[key] = function.hook
-            elif wraps and not isinstance(getattr(function, "__self__", None), Hooking):
-                moving[key] = _Carried(function, old)
+            elif wraps is not None and not isinstance(getattr(function, "__self__", None), Hooking):
+                moving[key] = _Carried(function, wraps)
         both = {**there, **moving}
         moving.clear()
         moving.update(both)

@@ -15,7 +15,7 @@ from ...protocols import Call, OutputMethod, PeftConfig
 from ...weights import kind_of
 from .adapted import Adapted
 from .calls import BASE
-from .hooks import Hooking, names_of, unhook
+from .hooks import Hooking, names_of
 from .parameters import Parameters
 from .state import AdapterState
 
@@ -65,7 +65,7 @@ class AdaptedOutput(Adapted, Hooking):
     It is a child of the module, so that it moves and trains with it, and acts by hooks on it.
     """
 
-    called = False
+    called = told = False
 
     def __init__(self, module: nn.Module, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
@@ -100,14 +100,15 @@ class AdaptedOutput(Adapted, Hooking):
         return changed
 
     def missed(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hook after the module that holds this one, until it has called it: says once that it did not."""
-        if torch.compiler.is_compiling() or self.state.call.disabled or not self.active_adapters:
+        """Hook after the module that holds this one: says once if that has never called it."""
+        # It stays, as another thread may be about to call it.
+        if self.called or self.told or torch.compiler.is_compiling():
             return
-        unhook(around, self)
-        if not self.called:
+        if not self.state.call.disabled and self.active_adapters:
+            self.told = True
             warnings.warn(
                 f"a {type(around).__name__} ran and did not call '{self.path}' (it may read its weight, or call its "
-                "forward): an adapter that changes what is answered does nothing there; name modules that are called, "
+                "forward): an adapter that changes what is answered did nothing there; name modules that are called, "
                 "or use a method that changes weights",
                 stacklevel=2,
             )

@@ -133,7 +133,7 @@ def _refuse_writing(name: str, args: Any, kwargs: Any) -> None:
     """
     written: Any = ()
     if name in _WRITING or (name[-1:] == "_" != name[-2:-1]):
-        written = args[:1]
+        written = args[:1] or [*kwargs.values()][:1]  # torch.nn.init gives it by name
     elif kwargs.get("inplace"):
         written = args
     for each in tree_leaves((written, kwargs.get("out"))):

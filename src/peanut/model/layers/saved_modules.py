@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,7 @@ class SavedModule(nn.Module):
         if self.state.call.disabled or not names:
             return self.original_module
         own: nn.Module = self.modules_to_save[names[0]]
-        first = next(own.parameters(), None)  # all of them are there, or none
-        if first is not None and first.is_meta:
+        if any(parameter.is_meta for parameter in own.parameters()):
             onload(own)  # what is trained is not offloaded with the base
         return own
 
@@ -78,7 +78,8 @@ class SavedModule(nn.Module):
         x, args, kwargs = input_of(self.original_module, given, named)
 
         def answer(module: nn.Module, index: Tensor) -> Any:
-            own_args, own_kwargs = tree_map(lambda value: _rows(value, index, len(x), self.path), (args, kwargs))
+            rows = partial(_rows, index=index, count=len(x), module=module, path=self.path)
+            own_args, own_kwargs = tree_map(rows, (args, kwargs))
             return self._answer(module, x[index], *own_args, **own_kwargs)
 
         parts = (
@@ -118,11 +119,15 @@ def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), None)
 
 
-def _rows(value: Any, index: Tensor, count: int, path: str) -> Any:
-    """The rows of a tensor that has one for each of ``count`` samples."""
+def _rows(value: Any, index: Tensor, count: int, module: nn.Module, path: str) -> Any:
+    """The rows of a tensor that has one for each of ``count`` samples.
+
+    Raises:
+        PeanutError: it may as well have one for each of the module's outputs, say.
+    """
     if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != count:
         return value
-    if value.dim() == 1:
+    if value.dim() == 1 and any(len(own) == count for own in module.parameters()):
         raise PeanutError(
             f"'{path}' is given {count} numbers beside a batch of {count} samples, which differ in their adapters",
             "tensors of which one can tell whether they belong to the samples",

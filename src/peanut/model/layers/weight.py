@@ -148,7 +148,7 @@ class AdaptedWeight(Adapted):
         Change.after([changes[name] for name in outside], inner, Change.together(list(changes.values())))
 
     @torch.no_grad()
-    def merge(self, names: Sequence[str], shared: bool) -> None:
+    def merge(self, names: Sequence[str], shared: Collection[str]) -> None:
         """Writes W' and b' of the adapters ``names``, in this order, all from the weight before any merge."""
         names = [name for name in names if name in self.adapters]
         if not names:
