@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 __all__ = ["Recognised"]
@@ -18,10 +16,10 @@ class Recognised:
     library is inherited; ``type(x)`` stays as it was.
     """
 
-    def counterparts(self) -> Iterable[tuple[str, str]]:
+    def counterparts(self) -> tuple[tuple[str, str], ...]:
         """The classes that this object may stand for, each as a module of Hugging Face PEFT and a name in it.
 
-        The first that is there is taken.
+        The first that is there is taken. It is asked wherever ``isinstance`` finds that an object is none of a class.
         """
         return ()
 
@@ -36,9 +34,8 @@ class Recognised:
         own = type(self)
         if "peft" not in sys.modules:
             return own
-        found = (getattr(sys.modules.get(module), name, None) for module, name in self.counterparts())
-        theirs = next(filter(None, found), None)  # none while it is being imported
-        return own if theirs is None else _both((own, theirs))
+        key = own, self.counterparts()
+        return _ANSWERS[key] if key in _ANSWERS else _answer(*key)
 
     @_class.setter
     def _class(self, new: type) -> None:
@@ -66,8 +63,14 @@ class _Answer(type):
         return cls.own(*args, **kwargs)
 
 
-@cache
-def _both(classes: tuple[type, type]) -> Any:
-    own, _ = classes
+_ANSWERS: dict[tuple[type, tuple[tuple[str, str], ...]], type] = {}
+
+
+def _answer(own: type, counterparts: tuple[tuple[str, str], ...]) -> type:
+    found = (getattr(sys.modules.get(module), name, None) for module, name in counterparts)
+    theirs = next(filter(None, found), None)
+    if theirs is None:  # it is being imported
+        return own
     parts = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "own": own}
-    return _Answer(own.__name__, classes, parts)
+    answer: type = _Answer(own.__name__, (own, theirs), parts)
+    return _ANSWERS.setdefault((own, counterparts), answer)

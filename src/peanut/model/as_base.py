@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
@@ -43,7 +42,7 @@ class AsBase(Recognised, nn.Module):
         """Shows the parameters of the forward of ``base``."""
         self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(base))
 
-    def counterparts(self) -> Iterable[tuple[str, str]]:
+    def counterparts(self) -> tuple[tuple[str, str], ...]:
         base = self.__dict__.get("_modules", {}).get("base_model")  # none while it is being made
         task = None if base is None else next((each.task_type for each in base.adapters.configs.values()), None)
         name = _PEER_CLASSES.get(str(getattr(task, "value", task)), "")

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -141,8 +141,9 @@ class PeftConfig(Recognised):
                 "name the blocks' indices in layers_to_transform",
             )
 
-    def counterparts(self) -> Iterable[tuple[str, str]]:
-        return (("peft", own.__name__) for own in type(self).__mro__)
+    def counterparts(self) -> tuple[tuple[str, str], ...]:
+        own: Any = type(self)
+        return _counterparts(own)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -249,6 +250,11 @@ class PeftConfig(Recognised):
 def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary with a ``peft_type`` describes."""
     return PeftConfig.from_dict(values)
+
+
+@cache
+def _counterparts(config_class: type) -> tuple[tuple[str, str], ...]:
+    return tuple(("peft", own.__name__) for own in config_class.__mro__)
 
 
 @cache
