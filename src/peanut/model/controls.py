@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
+from .arguments import checked
 from .as_base import AsBase, inspected
 from .checkpoints.base_weights import embedding_paths
 from .injection import AdaptedModel
@@ -76,6 +77,7 @@ class AdapterControls(AsBase):
 
     # Which adapters act
 
+    @checked
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
         self.adapters.activate(adapter_name, trainable=not inference_mode)
@@ -96,6 +98,7 @@ class AdapterControls(AsBase):
 
     # Merging
 
+    @checked
     def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
         """Writes adapters (default: the active ones) into the weights; the others stay as they are.
 
@@ -108,6 +111,7 @@ class AdapterControls(AsBase):
         """Restores every weight bit for bit."""
         self.adapters.unmerge()
 
+    @checked
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:

@@ -11,6 +11,7 @@ from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
+from .arguments import checked
 from .checkpoints.checkpoint import adapter_state, base_state
 from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
 from .checkpoints.keys import KeyStyle, file_key, plain_key
@@ -80,6 +81,7 @@ class AdaptedModel(nn.Module):
             return getattr(self.model, name)
 
 
+@checked
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: nn.Module,

@@ -18,6 +18,7 @@ from ..protocols import PeftConfig, method_of
 from .adapters.adapter_set import AdapterSet
 from .adapters.routing import Inference, called
 from .adapters.size_limits import limited_by_file
+from .arguments import checked
 from .as_base import blank
 from .checkpoints.checkpoint import save_adapter
 from .checkpoints.embeddings import SaveEmbeddings
@@ -46,6 +47,7 @@ class PeftModel(AdapterControls):
         PeanutError: the config does not fit the model, which is then unchanged.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -113,6 +115,7 @@ class PeftModel(AdapterControls):
         """
         return Inference(self.adapters.state)
 
+    @checked
     def add_adapter(
         self,
         adapter_name: str,
@@ -127,6 +130,7 @@ class PeftModel(AdapterControls):
 
     # Files
 
+    @checked
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -164,6 +168,7 @@ class PeftModel(AdapterControls):
                 save_experts(folder, self.adapters, name, state_dict, save_embedding_layers)
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -208,6 +213,7 @@ class PeftModel(AdapterControls):
             raise
         return adapted.eval() if not is_trainable else adapted
 
+    @checked
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -267,6 +273,7 @@ def _config_for_use(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     return config
 
 
+@checked
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
