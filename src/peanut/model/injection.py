@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import commonprefix
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
+from .layers.parameters import ByAdapter
 from .targets.reach import warn_of_unreached
 
 __all__ = [
@@ -68,6 +70,27 @@ class AdaptedModel(nn.Module):
     def adapters(self) -> AdapterSet:
         """The adapters in the model."""
         return AdapterSet.of(self.model)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the adapters' tensors in layers begin with, ``lora_``: by it others leave them out.
+
+        Raises:
+            PeanutError: they begin with nothing in common.
+        """
+        held = (each for place in self.adapters.places() for each in place._modules.items())
+        own = sorted(
+            {name for name, home in held if isinstance(home, ByAdapter) and any(True for _ in home.parameters())}
+        )
+        common = commonprefix(own)  # noqa: RUF071 - by characters
+        common = common[: common.rfind("_") + 1]
+        if not common:
+            raise PeanutError(
+                f"adapters' tensors of the names {own}",
+                "one beginning of all of them, as 'lora_'",
+                "ask for each adapter's own with get_peft_model_state_dict, or use adapters of one method",
+            )
+        return common
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
