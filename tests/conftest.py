@@ -28,6 +28,26 @@ The random weights are the same at every call; ``config`` changes fields of its 
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-case", action="store_true", help="run each law on the first case of each method alone")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--one-case"):
+        return
+    seen: set[tuple[object, ...]] = set()
+    kept, left = [], []
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        method = getattr(values.get("case", values.get("form")), "method", values.get("variant"))
+        key = (item.nodeid.partition("[")[0], method if method is not None else item.nodeid)
+        (left if key in seen else kept).append(item)
+        seen.add(key)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from peanut.weights import FrozenLayer, kind_of
 from .variants import PEER, VARIANTS, Variant
 
 VOCABULARY = 11
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaForCausalLM.forward).parameters)
+"""What transformers calls the cache of earlier tokens: since 5.24 by the first name."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -242,6 +245,7 @@ PEER_WARNINGS = [
         "Specified to not",  # save or load what is rebuilt from a seed
         "Sparse invariant checks",  # of its SHiRA
         "Found missing adapter keys",  # of bases that it keeps once a layer
+        "`past_key_values` is deprecated",  # of the name by which it gives transformers 5.24 a cache
     )
 ]
 """What the peer warns of itself."""

@@ -20,7 +20,7 @@ from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.model.adapters.adapter_set import AdapterSet
 
 from .prompts import FORMS, KINDS, LABELS, Form, Kind, adapted, answer, moved, own
-from .support import distance, one_thread, refused, same_bits  # noqa: F401
+from .support import CACHE, distance, one_thread, refused, same_bits  # noqa: F401
 
 
 def kind_of(name: str) -> Kind:
@@ -177,10 +177,10 @@ def test_a_plain_module_is_refused(form: Form) -> None:
 def test_a_cache_begun_without_the_adapter_is_refused() -> None:
     model, ids = adapted(LLAMA, PROMPT), LLAMA.batch()["input_ids"]
     with torch.no_grad(), model.disable_adapter():
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
     mask = torch.ones(3, 7, dtype=torch.long)
     with pytest.raises(PeanutError, match="begin the cache with the adapter active"):
-        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask, **{CACHE: cache})
 
 
 def test_a_broken_run_leaves_nothing_behind() -> None:

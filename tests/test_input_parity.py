@@ -14,10 +14,18 @@ from peanut import PeftModel
 from peanut.model.adapters.adapter_set import AdapterSet
 
 from .prompts import FORMS, KINDS, Form, Kind, adapted, answer, answer_of, own
-from .support import PEER_WARNINGS, distance, one_thread, peer_loaded, peer_model, same_bits  # noqa: F401
+from .support import CACHE, PEER_WARNINGS, distance, one_thread, peer_loaded, peer_model, same_bits  # noqa: F401
 
 pytestmark = [*PEER_WARNINGS, pytest.mark.filterwarnings("ignore:Position ids are not supported")]
-CASES = [(kind, form) for form in FORMS for kind in KINDS if form.fits(kind)]
+PEER_IS_BEHIND = CACHE == "cache"
+"""transformers 5.24 renamed the cache; the peer's generation, and its prefixes of classifiers, know the old name."""
+CASES = [
+    (kind, form)
+    for form in FORMS
+    for kind in KINDS
+    if form.fits(kind)
+    and not (PEER_IS_BEHIND and form.method == "PREFIX_TUNING" and kind.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"))
+]
 SEVERAL = [
     (kind, form)
     for kind, form in CASES
@@ -129,6 +137,7 @@ def test_losses_and_gradients(kind: Kind, form: Form) -> None:
 
 @cases([case for case in SEVERAL if case[0].generates])
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.skipif(PEER_IS_BEHIND, reason="the peer loses its virtual tokens, or repeats them, with this transformers")
 def test_generation(kind: Kind, form: Form, beams: int, tmp_path: Path) -> None:
     model = adapted(kind, form, **given(kind))
     model.save_pretrained(tmp_path)

@@ -17,7 +17,7 @@ from peanut.model.adapters.adapter_set import AdapterSet
 from peanut.protocols import METHODS
 
 from ..prompts import KINDS, Kind, answer, moved
-from ..support import distance, one_thread, same_bits  # noqa: F401
+from ..support import CACHE, distance, one_thread, same_bits  # noqa: F401
 
 LLAMA, QWEN3, T5 = (
     next(kind for kind in KINDS if str(kind) == name)
@@ -60,7 +60,7 @@ def test_attention_sees_them_as_a_cache() -> None:
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(made(model)):
         cache.update(keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1), layer)
-    expected = answer(LLAMA.base(torch.float64), {**batch, "past_key_values": cache})
+    expected = answer(LLAMA.base(torch.float64), {**batch, CACHE: cache})
     assert distance(answer(model, batch), expected) < 1e-12
 
 
@@ -97,7 +97,7 @@ def test_zero_start(projection: bool) -> None:
         nothing = torch.zeros(3, 2, 4, 8, dtype=torch.float64)
         cache.update(nothing, nothing, layer)
     batch = LLAMA.batch()
-    expected = answer(LLAMA.base(torch.float64), {**batch, "past_key_values": cache})
+    expected = answer(LLAMA.base(torch.float64), {**batch, CACHE: cache})
     assert distance(answer(model, batch), expected) < 1e-12
     model(**LLAMA.batch(labels=True))["loss"].backward()
     assert any(

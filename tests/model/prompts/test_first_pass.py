@@ -31,6 +31,7 @@ from ...methods.mixing import (
     peers,
 )
 from ...support import (
+    CACHE,
     PEER_WARNINGS,
     distance,
     gradients,
@@ -76,21 +77,19 @@ def test_a_cache_of_one_s_own(tiny_llama: Builder, experts: dict[str, str], opti
     model = mixed(tiny_llama().double(), experts, **options)
     whole = logits(model)
     cache = DynamicCache(config=model.config)
-    parts = [logits(model, IDS[:, :4], past_key_values=cache), logits(model, IDS[:, 4:], past_key_values=cache)]
+    parts = [logits(model, IDS[:, :4], **{CACHE: cache}), logits(model, IDS[:, 4:], **{CACHE: cache})]
     assert distance(torch.cat(parts, dim=1), whole) < 1e-11
     cache.crop(-4)
-    assert distance(logits(model, IDS[:, 3:], past_key_values=cache), whole[:, 3:]) < 1e-11
+    assert distance(logits(model, IDS[:, 3:], **{CACHE: cache}), whole[:, 3:]) < 1e-11
     with model.disable_adapter():
-        logits(model, IDS[:, :1], past_key_values=cache)
+        logits(model, IDS[:, :1], **{CACHE: cache})
     with refused(
         model, r"^a cache of 8 tokens, not all of which the mixture has seen; expected a cache from the first"
     ):
-        logits(model, IDS[:, :1], past_key_values=cache)
-    given = model(IDS).past_key_values  # begun by the model itself
+        logits(model, IDS[:, :1], **{CACHE: cache})
+    given = model(IDS)[CACHE]  # begun by the model itself
     assert (
-        distance(
-            logits(model, IDS[:, :1], past_key_values=given), logits(model, torch.cat([IDS, IDS[:, :1]], 1))[:, -1:]
-        )
+        distance(logits(model, IDS[:, :1], **{CACHE: given}), logits(model, torch.cat([IDS, IDS[:, :1]], 1))[:, -1:])
         < 1e-11
     )
 
@@ -98,7 +97,7 @@ def test_a_cache_of_one_s_own(tiny_llama: Builder, experts: dict[str, str], opti
 def test_caches_do_not_outlive_their_use(tiny_llama: Builder, experts: dict[str, str]) -> None:
     model = mixed(tiny_llama(), experts)
     cache = DynamicCache(config=model.config)
-    logits(model, past_key_values=cache)
+    logits(model, **{CACHE: cache})
     gone = weakref.ref(cache)
     gc.disable()
     try:

@@ -170,7 +170,7 @@ def _add_input(on: Surgery, new: New, method: InputMethod[Any], config: PeftConf
         backbone = on.model.get_decoder() if shape.encoder_decoder else stack.base_model  # type: ignore[operator]
         if not takes_prefix(backbone):
             raise PeanutError(
-                f"{type(backbone).__name__} is never given keys and values of earlier tokens",
+                f"{type(backbone).__name__}, some of whose layers are never given keys and values of earlier tokens",
                 "a model that can be: a language model, BERT, RoBERTa, T5",
                 "use prompt tuning or P-tuning",
             )

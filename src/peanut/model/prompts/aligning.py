@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import CACHE_NAMES
+
 __all__ = ["aligned", "arranged", "order_of", "padding_first", "with_loss", "without_cache"]
 
 
@@ -77,7 +79,7 @@ def without_cache(output: Any) -> Any:
         from transformers import Cache
 
         return tuple(each for each in output if not isinstance(each, Cache))
-    return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+    return type(output)(**{name: value for name, value in output.items() if name not in CACHE_NAMES})
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:

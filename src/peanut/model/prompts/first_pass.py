@@ -16,6 +16,7 @@ from ...errors import PeanutError
 from ..layers.calls import Running
 from ..layers.input import AdaptedMixture
 from ..layers.state import AdapterState
+from .cache import cache_in, put_cache
 from .prefix import check_grows, filled, length_of
 from .reader import Reader
 
@@ -100,9 +101,10 @@ def _hidden(state: AdapterState, reader: Reader, arguments: dict[str, Any], runn
     backbone: Any = reader.stack.base_model
     known = reader.inner
     given = {key: value for key, value in arguments.items() if key in known and key not in _NOT_FOR_IT}
-    cache = _twin(reader.stack, arguments, running, name)
-    if "past_key_values" in known:
-        given |= {"past_key_values": cache, "use_cache": cache is not None}
+    cache = _twin(reader, arguments, running, name)
+    if reader.cache is not None:
+        put_cache(given, reader.cache, cache)
+        given["use_cache"] = cache is not None
     with state.during(active=[name], off=name == _BARE, running=running), _without_checkpoints(backbone):
         output = backbone.forward(**given, return_dict=True)
     hidden: Tensor = output.last_hidden_state
@@ -130,16 +132,18 @@ def _without_checkpoints(backbone: nn.Module) -> Iterator[None]:
                 module.gradient_checkpointing = True
 
 
-def _twin(stack: Any, arguments: dict[str, Any], running: Running, name: str) -> Cache | None:
+def _twin(reader: Reader, arguments: dict[str, Any], running: Running, name: str) -> Cache | None:
     """The cache of the first passes that goes with the cache of the batch, ``None`` if nothing is cached."""
     from transformers import DynamicCache
 
-    past, settings = arguments.get("past_key_values"), stack.config
+    past, stack = cache_in(arguments), reader.stack
+    settings = stack.config
     if past is None:
         uses = arguments.get("use_cache")
         if stack.training or not (stack.can_generate() and settings.use_cache if uses is None else uses):
             return None
-        past = arguments["past_key_values"] = DynamicCache(config=settings.get_text_config(decoder=True))
+        past = DynamicCache(config=settings.get_text_config(decoder=True))
+        put_cache(arguments, reader.cache, past)
     check_grows(past)
     if past not in _TWINS:
         _TWINS[past] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ..layers.hooks import names_of
+from .cache import cache_name
 
 __all__ = ["PrefixView", "check_grows", "filled", "holds_prefix", "length_of", "takes_prefix"]
 
@@ -61,6 +61,7 @@ def filled(cache: Any, values: Tensor, settings: Any) -> Any:
 
 def check_grows(cache: Any) -> None:
     """Refuses a cache whose size is fixed: it was made for the user's tokens alone."""
+    length_of(cache)
     if getattr(cache, "is_compileable", False):
         raise PeanutError(
             f"a {type(cache).__name__}, whose size is fixed, beside virtual tokens or a mixture",
@@ -70,13 +71,29 @@ def check_grows(cache: Any) -> None:
 
 
 def length_of(cache: Any) -> int:
-    """How many tokens a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    """How many tokens a cache holds.
+
+    Raises:
+        PeanutError: it holds states (Mamba), not keys and values.
+    """
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except (AttributeError, ValueError) as error:
+        raise PeanutError(
+            f"a {type(cache).__name__} of states, which does not tell how many tokens it has read",
+            "a cache of keys and values",
+            "call the model, or generate, with use_cache=False",
+        ) from error
 
 
 def takes_prefix(module: nn.Module) -> bool:
-    """Whether a module is given keys and values of earlier tokens."""
-    return "past_key_values" in names_of(module)
+    """Whether each layer of a backbone is given keys and values of earlier tokens: none keeps a state instead."""
+    from transformers import DynamicCache
+
+    if cache_name(module) is None:
+        return False
+    settings: Any = module.config
+    return all(hasattr(layer, "update") for layer in DynamicCache(config=settings.get_text_config(decoder=True)).layers)
 
 
 def holds_prefix(model: nn.Module) -> Iterator[nn.Module]:
@@ -86,5 +103,5 @@ def holds_prefix(model: nn.Module) -> Iterator[nn.Module]:
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
             for module in block.modules():
-                if module is not block and takes_prefix(module):
+                if module is not block and cache_name(module) is not None:
                     yield module

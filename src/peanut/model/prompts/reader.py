@@ -13,6 +13,7 @@ from ..layers.hooks import names_of
 from ..layers.input import Front
 from ..targets.shape import longest, position_padding, virtual_id
 from .aligning import arranged, order_of, padding_first
+from .cache import cache_name
 from .prefix import length_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Reader:
         stack: the model itself, or the encoder of two stacks.
         names: of the parameters of its forward.
         inner: of those of its backbone's, the model without a head.
+        cache: what the backbone calls its cache of earlier tokens, ``None`` if it has none.
         virtual: the id that stands in for virtual tokens.
         longest: how many tokens it has positions for, ``None`` for any number.
         padding: the id that it leaves out where it counts positions from the ids, if it does (RoBERTa).
@@ -41,6 +43,7 @@ class Reader:
     stack: PreTrainedModel
     names: tuple[str, ...]
     inner: tuple[str, ...]
+    cache: str | None
     virtual: int
     longest: int | None
     padding: int | None
@@ -53,6 +56,7 @@ class Reader:
             stack,
             names_of(stack),
             names_of(stack.base_model),
+            cache_name(stack.base_model),
             virtual_id(stack),
             longest(stack),
             position_padding(stack),
@@ -62,6 +66,11 @@ class Reader:
     def reads_alone(self) -> bool:
         """Whether there is only one stack."""
         return self.stack is self.model
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the stack itself, not only its backbone, takes a cache of earlier tokens."""
+        return self.cache in self.names
 
     def fit_mask(self, arguments: dict[str, Any], there: Tensor | None, seen: int, rows: int, width: int) -> None:
         """The attention mask over what comes before, and the ``seen`` tokens of the user."""
@@ -94,7 +103,7 @@ class Reader:
         given, mask = arguments.get("position_ids"), arguments.get("attention_mask")
         count = _given(arguments).shape[1] + inserted
         if given is None:
-            if mask is not None and self.padding is None and "past_key_values" in self.names:
+            if mask is not None and self.padding is None and self.remembers:
                 arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -count:]
             return
         if given.dim() != 2:
@@ -107,7 +116,7 @@ class Reader:
 
     def skip_prefix(self, arguments: dict[str, Any], there: Tensor) -> None:
         """Position ids where rows have prefixes of different lengths, for models that assume one length for all."""
-        if "past_key_values" in self.names or arguments.get("position_ids") is not None:
+        if self.remembers or arguments.get("position_ids") is not None:
             return
         read = _given(arguments)
         past = there.to(read.device).sum(1, keepdim=True)
@@ -150,7 +159,7 @@ class Reader:
             arguments["labels"] = torch.cat([labels.new_full((rows, width), IGNORED), labels], dim=1)
         order = None
         before: Tensor | int = width
-        if tokens.there is not None and self.reads_alone and "past_key_values" not in self.names:
+        if tokens.there is not None and self.reads_alone and not self.remembers:
             there = tokens.there.to(read.device)
             order, before = order_of(there, read.shape[1]), there.sum(1)
             places = width + read.shape[1]

@@ -19,6 +19,7 @@ from ..layers.output import AdaptedOutput
 from ..layers.state import AdapterState
 from ..targets.shape import reading_stack
 from .aligning import aligned, arranged, padding_first, with_loss, without_cache
+from .cache import cache_in, cache_name, put_cache
 from .first_pass import gates_of
 from .own_loss import own_loss
 from .prefix import PrefixView, check_grows, filled, holds_prefix, length_of
@@ -55,6 +56,7 @@ class Runner(Hooking):
         self.state = state
         self._reader: Reader | None = None
         self._written: tuple[str, ...] = ()  # the names of the parameters of the decoder's forward, if there is one
+        self._cache: str | None = None  # what the stack that holds prefixes calls its cache
         self._now = _Forward()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class Runner(Hooking):
         if stack is not self.model:
             self._listen(self._decoder(), self.before_decoder, self.after)
             self._written = names_of(self._decoder())
+        self._cache = self._reader.cache if stack is self.model else cache_name(self._decoder())
         if "keys_values" in kinds:
             for module in holds_prefix(self.model if stack is self.model else self._decoder()):
                 hook(module, self.see_prefix, before=True)
@@ -140,7 +143,7 @@ class Runner(Hooking):
         rows, count = read.shape[0], read.shape[1]
         own = reader.reads_alone  # else keys and values are for the decoder
         kinds = ("keys_values", "tokens") if own else ("tokens",)  # in the order in which they stand
-        past = arguments.get("past_key_values") if own else None
+        past = cache_in(arguments) if own else None
         begun = length_of(past) > 0  # then all that comes before is in the cache
         prefix = self._front("keys_values", rows) if own and not begun else None
         tokens = self._front("tokens", rows) if not begun else None
@@ -220,7 +223,7 @@ class Runner(Hooking):
                 arguments["encoder_attention_mask"] = arranged(whole, padding_first(whole, width))
         wide, there = self._taken(("keys_values",), rows, read.device)
         if wide:
-            past = arguments.get("past_key_values")
+            past = cache_in(arguments)
             begun = length_of(past) > 0
             reader.fit_mask(arguments, there, count + (length_of(past) - wide if begun else 0), rows, wide)
             prefix = None if begun else self._front("keys_values", rows)
@@ -228,9 +231,8 @@ class Runner(Hooking):
                 if past is None:
                     from transformers import DynamicCache, EncoderDecoderCache
 
-                    arguments["past_key_values"] = EncoderDecoderCache(
-                        DynamicCache(config=decoder.config), DynamicCache(config=decoder.config)
-                    )
+                    own = (DynamicCache(config=decoder.config) for _ in range(2))
+                    put_cache(arguments, self._cache, EncoderDecoderCache(*own))
                 self._begin(decoder, arguments, prefix, past)
                 self._enter(decoder, replace(self.state.call.running, prefix=PrefixView(prefix.values)))
         return (), arguments
@@ -239,11 +241,13 @@ class Runner(Hooking):
         """Hook before an attention module: gives it the keys and values that gradient checkpointing took away."""
         prefix = self.state.call.running.prefix
         crosses = kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
-        if prefix is None or self.state.call.disabled or crosses or kwargs.get("past_key_values") is not None:
+        if prefix is None or self.state.call.disabled or crosses or cache_in(kwargs) is not None:
             return None
         if not attention.training:
             return None
-        return args, {**kwargs, "past_key_values": prefix}
+        given = dict(kwargs)
+        put_cache(given, self._cache, prefix)
+        return args, given
 
     # Helpers
 
@@ -251,8 +255,8 @@ class Runner(Hooking):
         """Begins a cache, ``past`` or a new one, with a prefix."""
         assert self._reader is not None  # it is running
         embedding: Any = self._reader.stack.get_input_embeddings()
-        cache = arguments.get("past_key_values")
-        arguments["past_key_values"] = filled(cache, prefix.values.to(embedding.weight.dtype), stack.config)
+        cache = filled(cache_in(arguments), prefix.values.to(embedding.weight.dtype), stack.config)
+        put_cache(arguments, self._cache, cache)
         if past is None and arguments.get("use_cache") is False:
             self._now.uncached.add(id(stack))
 

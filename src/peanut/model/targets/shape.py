@@ -59,6 +59,12 @@ def shape_of(model: nn.Module) -> ModelShape:
     stack = reading_stack(model)
     settings = stack.config.get_text_config(decoder=True)
     embedding: Any = stack.get_input_embeddings()
+    if not hasattr(settings, "num_attention_heads"):
+        raise PeanutError(
+            f"a {type(settings).__name__} without num_attention_heads: its layers keep states, not keys and values",
+            "a model with attention",
+            "use a method that changes weights or outputs",
+        )
     heads = int(settings.num_attention_heads)
     layers = getattr(settings, "num_decoder_layers", None) or settings.num_hidden_layers
     size = getattr(settings, "head_dim", None) or getattr(settings, "d_kv", None) or settings.hidden_size // heads
