@@ -72,7 +72,7 @@ class BOFT(WeightMethod[BOFTConfig]):
     """
 
     config_class = BOFTConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv")
     size = "boft_n_butterfly_factor * boft_block_size * d_in + d_out"
 
     def tried(self, on: Trial) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class BOFT(WeightMethod[BOFTConfig]):
     def start(self, config: BOFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         b = config.block_size(layer.in_features)
         R = torch.zeros(config.boft_n_butterfly_factor, layer.in_features // b, b, b)
-        s = torch.ones((1, layer.out_features) if layer.kind.name == "conv2d" else (layer.out_features, 1))
+        s = torch.ones((1, layer.out_features) if layer.kind.name == "conv" else (layer.out_features, 1))
         if not config.init_weights:
             nn.init.normal_(R, std=0.1, generator=generator)
             nn.init.normal_(s, mean=1.0, std=0.1, generator=generator)

@@ -51,7 +51,7 @@ class HRA(WeightMethod[HRAConfig]):
     """
 
     config_class = HRAConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv")
     size = "r * d_in"
 
     def check(self, config: HRAConfig, layer: FrozenLayer, path: str) -> None:

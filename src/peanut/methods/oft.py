@@ -80,11 +80,11 @@ class OFT(WeightMethod[OFTConfig]):
     """W' = W · R, R = diag(R₁, …, R_n), R_i = (I + S_i)(I − S_i)⁻¹ with S_i skew-symmetric (b, b), n·b = in.
 
     ``oft_R.weight`` (n, b(b−1)/2) holds the upper triangles of the S_i row by row; (1, b(b−1)/2) if they are shared. On
-    a convolution in = in_channels/groups·h·w, the features of a patch.
+    a convolution in = in_channels/groups·∏k, the features of a patch.
     """
 
     config_class = OFTConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv")
     size = "d_in * (d_in // r - 1) // 2"
 
     def tried(self, on: Trial) -> dict[str, Any]:

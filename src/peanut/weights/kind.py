@@ -105,7 +105,7 @@ class LayerKind(ABC):
         """Whether every output depends on the whole input, so that the weight can hold a matrix that mixes outputs."""
         return True
 
-    def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def on_output(self, module: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)
 

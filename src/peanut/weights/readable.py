@@ -97,7 +97,7 @@ def _computes(module: Any, kind: LayerKind) -> bool:
             found = module.forward(x)
         expected = kind.respond(module, x, Dense(kind.matrix(module, weight)))
         bias = getattr(module, "bias", None)
-        expected = expected if bias is None else kind.on_output(expected, lambda y: y + bias)
+        expected = expected if bias is None else kind.on_output(module, expected, lambda y: y + bias)
         tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
         return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
     except Exception:  # it takes other inputs, or this machine cannot run it

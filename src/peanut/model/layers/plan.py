@@ -16,7 +16,7 @@ from ...operators.delta import autocasts, product_dtype, recomputed
 from ...operators.inference import few_tokens
 from ...operators.random_bases import RandomBases
 from ...protocols import Change
-from ...weights import FrozenLayer, LayerKind, with_tensors
+from ...weights import FrozenLayer, with_tensors
 from ...weights.stored import stored
 
 __all__ = ["Plan", "for_samples"]
@@ -126,10 +126,9 @@ class Plan:
 
     def _behind(self, y: Tensor, change: Change) -> Tensor:
         """L y + shift, bias and all."""
-        kind = self.frozen.kind
         if change.left is not None:
-            y = kind.on_output(y, change.left.to(y.dtype).apply)
-        return _shifted(kind, y, change.shift)
+            y = self.frozen.kind.on_output(self.frozen.module, y, change.left.to(y.dtype).apply)
+        return self._shifted(y, change.shift)
 
     def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer called with W' and b', for kinds whose input or output cannot be changed instead.
@@ -147,13 +146,14 @@ class Plan:
             if bias is not None and offset is not None:
                 own["bias"] = offset.to(bias.dtype)
             y: Tensor = with_tensors(module, own, x, *args, **kwargs)
-            return _shifted(kind, y, offset if bias is None else None)
+            return self._shifted(y, offset if bias is None else None)
 
         return recomputed(run, x) if kind.multiplies else run(x)
 
-
-def _shifted(kind: LayerKind, y: Tensor, shift: Tensor | None) -> Tensor:
-    return y if shift is None else kind.on_output(y, lambda each: each + shift.to(each.dtype))
+    def _shifted(self, y: Tensor, shift: Tensor | None) -> Tensor:
+        if shift is None:
+            return y
+        return self.frozen.kind.on_output(self.frozen.module, y, lambda each: each + shift.to(each.dtype))
 
 
 def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *, training: bool) -> Change | None:
