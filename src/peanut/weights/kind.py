@@ -109,6 +109,10 @@ class LayerKind(ABC):
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)
 
+    def replaced(self, module: Any, x: Tensor, y: Tensor, changed: Tensor) -> Tensor:
+        """``changed`` in the place of the output y for x, as if the weight had been changed."""
+        return changed
+
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     """The output of ``module`` with other tensors in the place of its parameters.

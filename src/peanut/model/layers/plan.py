@@ -105,7 +105,7 @@ class Plan:
                 y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)
             else:
                 y = y + kind.respond(module, seen, change.delta).to(y.dtype)
-        return self._behind(self._with_dropped(y, seen, self.dropped), change)
+        return self._behind(x, self._with_dropped(y, seen, self.dropped), change)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
         """Of a plain linear layer, whose product the change joins."""
@@ -116,7 +116,7 @@ class Plan:
             y = y if change.delta is None else y + change.delta.apply(x)
         else:
             y = F.linear(x, weight, bias) if change.delta is None else change.delta.joined(x, weight, bias)
-        return self._behind(self._with_dropped(y, x, self.dropped), change)
+        return self._behind(x, self._with_dropped(y, x, self.dropped), change)
 
     def _with_dropped(self, y: Tensor, seen: Tensor, dropped: Sequence[tuple[Delta, float]]) -> Tensor:
         for delta, probability in dropped:
@@ -124,10 +124,12 @@ class Plan:
             y = y + self.frozen.kind.respond(self.frozen.module, x, delta.to(x.dtype)).to(y.dtype)
         return y
 
-    def _behind(self, y: Tensor, change: Change) -> Tensor:
-        """L y + shift, bias and all."""
+    def _behind(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
+        """L y + shift, bias and all, for the input x."""
         if change.left is not None:
-            y = self.frozen.kind.on_output(self.frozen.module, y, change.left.to(y.dtype).apply)
+            kind, module = self.frozen.kind, self.frozen.module
+            turned = kind.on_output(module, y, change.left.to(y.dtype).apply).to(y.dtype)
+            y = kind.replaced(module, x, y, turned)
         return self._shifted(y, change.shift)
 
     def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
