@@ -70,6 +70,17 @@ def images() -> Tensor:
     return torch.randn(4, 4, 9, 7)
 
 
+class Scale(nn.Module):
+    """A module of no known class with a weight of one dimension."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.weight + self.bias
+
+
 def series() -> Tensor:
     return torch.randn(4, 4, 9)
 
@@ -117,6 +128,7 @@ LAYERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "rms norm": lambda: nn.RMSNorm(12),
         "llama's": lambda: LlamaRMSNorm(12),
         "gemma's": lambda: Gemma3RMSNorm(12),
+        "another": lambda: Scale(12),
     },
 }
 """Every kind of layer in its variants; the first one of a kind meets every config of every method."""

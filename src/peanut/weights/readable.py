@@ -89,7 +89,9 @@ def _computes(module: Any, kind: LayerKind) -> bool:
     """
     weight = stored(module, "weight")
     generator = torch.Generator().manual_seed(0)
-    x = kind.trial(module, generator).to(weight.device)
+    with torch.device("cpu"):  # adapters may be being made on the meta device
+        x = kind.trial(module, generator)
+    x = x.to(weight.device)
     x = x.to(weight.dtype) if x.is_floating_point() else x
     before = [(value, value.clone()) for value in module.buffers()]  # a forward may count in them
     try:
