@@ -47,4 +47,4 @@ def written_out(case: Case, layer: AdaptedLayer, names: Sequence[str], x: Tensor
         bias, shift = bias + shift, None
     own = {"weight": kind.layout(module, matrix)} | ({} if bias is None else {"bias": bias})
     y = torch.func.functional_call(module, own, (x,))
-    return y if shift is None else kind.on_output(y, lambda each: each + shift)
+    return y if shift is None else kind.on_output(module, y, lambda each: each + shift)

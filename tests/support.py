@@ -73,6 +73,25 @@ def images() -> Tensor:
     return torch.randn(4, 4, 9, 7)
 
 
+class Scale(nn.Module):
+    """A module of no known class with a weight of one dimension."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.weight + self.bias
+
+
+def series() -> Tensor:
+    return torch.randn(4, 4, 9)
+
+
+def volumes() -> Tensor:
+    return torch.randn(2, 4, 5, 4, 3)
+
+
 def ids() -> Tensor:
     return torch.arange(20).reshape(4, 5) % VOCABULARY
 
@@ -80,15 +99,18 @@ def ids() -> Tensor:
 INPUTS: dict[str, Callable[[], Tensor]] = {
     "linear": tokens,
     "conv1d": tokens,
-    "conv2d": images,
+    "conv": images,
+    "1d": series,
+    "3d": volumes,
     "embedding": ids,
     "norm": tokens,
 }
+"""What a kind of layer is given, or a layer of it that takes something else."""
 
 LAYERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "linear": {"wide": lambda: nn.Linear(12, 20), "narrow, no bias": lambda: nn.Linear(12, 8, bias=False)},
     "conv1d": {"wide": lambda: Conv1D(20, 12), "narrow": lambda: Conv1D(8, 12)},
-    "conv2d": {
+    "conv": {
         "plain": lambda: nn.Conv2d(4, 10, 3),
         "strided": lambda: nn.Conv2d(4, 10, (3, 2), stride=(2, 1), padding=(1, 2), bias=False),
         "dilated": lambda: nn.Conv2d(4, 10, 3, dilation=2, padding="same"),
@@ -96,6 +118,8 @@ LAYERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "circular": lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="circular"),
         "grouped": lambda: nn.Conv2d(4, 10, 3, groups=2),
         "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
+        "1d": lambda: nn.Conv1d(4, 10, 3, stride=2, padding=1),
+        "3d": lambda: nn.Conv3d(4, 10, (2, 3, 1), padding=(1, 0, 1)),
     },
     "embedding": {
         "plain": lambda: nn.Embedding(VOCABULARY, 12),
@@ -107,6 +131,7 @@ LAYERS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "rms norm": lambda: nn.RMSNorm(12),
         "llama's": lambda: LlamaRMSNorm(12),
         "gemma's": lambda: Gemma3RMSNorm(12),
+        "another": lambda: Scale(12),
     },
 }
 """Every kind of layer in its variants; the first one of a kind meets every config of every method."""
@@ -147,7 +172,7 @@ class Case:
     def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            x = INPUTS[self.kind]()
+            x = INPUTS.get(self.layer, INPUTS[self.kind])()
         return x.to(dtype) if x.is_floating_point() else x
 
     def config(self, **more: Any) -> PeftConfig:
@@ -253,6 +278,9 @@ PEER_WARNINGS = [
 
 def peer_has(case: Case) -> bool:
     """Whether the peer can do the same: on fewer kinds of layer, and of a convolution it forgets all but the stride."""
+    only = {"1d": ("LORA", "LOKR"), "3d": ("LORA", "IA3")}
+    if case.method not in only.get(case.layer, (case.method,)):
+        return False
     refused = {"dilated", "reflecting", "circular", "grouped", "depthwise"}
     return case.kind in PEER.get(case.method, ()) and case.variant.peer and case.layer not in refused
 

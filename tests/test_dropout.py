@@ -56,7 +56,7 @@ PAIRS += [
     (a, replace(b, layer=a.layer))
     for a in CASES
     for b in [*(case for case in FIRST_CASES if case.method == "OFT"), *INPUT_GAINS]
-    if a.method == "LORA" and a.kind == b.kind == "conv2d" and not on(a, b.kind, b.layer)
+    if a.method == "LORA" and a.kind == b.kind == "conv" and not on(a, b.kind, b.layer)
     if b.method != "IA3" or a.layer not in ("grouped", "depthwise")  # which it refuses
 ]
 """LoRA beside every method on every kind of layer; every method with dropout beside itself, a rotation and gains; and

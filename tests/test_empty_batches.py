@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Net returned no loss")  # of met
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 def test_an_empty_batch(case: Case) -> None:
     base, model, full = case.net(), case.adapted(), case.input()
-    for part in (full[:0], full[:0] if case.kind == "conv2d" else full[:, :0]):  # an image has pixels
+    for part in (full[:0], full[:0] if case.kind == "conv" else full[:, :0]):  # an image has pixels
         expected = base(part).detach()
         x = part.clone().requires_grad_(part.is_floating_point())
         for training in (False, True):

@@ -98,7 +98,7 @@ def test_head_goes_along(tiny_bert: Any, tmp_path: Path) -> None:
     assert distance(peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()(IDS).logits, expected) < EXACT
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(4, 10, 3, padding=1), nn.Embedding(11, 6)], ids=["conv2d", "embedding"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 10, 3, padding=1), nn.Embedding(11, 6)], ids=["conv", "embedding"])
 @pytest.mark.parametrize(
     "config",
     [PeanutConfig(r=3, target_modules=["layer"]), LoraConfig(r=3, lora_bias=True, target_modules=["layer"])],

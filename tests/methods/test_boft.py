@@ -204,4 +204,4 @@ def test_blocks_that_do_not_fit_a_layer_are_refused(options: dict[str, Any], mes
 
 
 def test_kinds() -> None:
-    assert METHODS["BOFT"].kinds == ("linear", "conv1d", "conv2d")
+    assert METHODS["BOFT"].kinds == ("linear", "conv1d", "conv", "embedding")

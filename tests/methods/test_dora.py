@@ -22,9 +22,12 @@ LORA = METHODS["LORA"]
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),
     "conv1d": lambda: Conv1D(5, 6),
-    "conv2d": lambda: nn.Conv2d(3, 5, (3, 2)),
+    "conv": lambda: nn.Conv2d(3, 5, (3, 2)),
+    "conv 1d": lambda: nn.Conv1d(3, 5, 2),
+    "conv 3d": lambda: nn.Conv3d(3, 5, (2, 1, 2)),
     "embedding": lambda: nn.Embedding(9, 5),
 }
+SHAPES = {"conv 1d": (1, 5, 1), "conv": (1, 5, 1, 1), "conv 3d": (1, 5, 1, 1, 1)}
 every_kind = pytest.mark.parametrize("kind", LAYERS)
 
 
@@ -77,7 +80,7 @@ def test_magnitude_starts_as_the_norms_of_the_rows(kind: str) -> None:
     config = LoraConfig(r=2, use_dora=True)
     values = LORA.start(config, layer, torch.Generator())
     assert distance(values["lora_magnitude_vector"].flatten(), layer.matrix().norm(dim=1)) < 1e-6
-    assert values["lora_magnitude_vector"].shape == ((1, 5, 1, 1) if kind == "conv2d" else (5,))
+    assert values["lora_magnitude_vector"].shape == SHAPES.get(kind, (5,))
     assert not LORA.rebuilt(config)
     delta = LORA.change(config, values, layer).delta
     assert not delta.dense().any()
@@ -127,7 +130,8 @@ def test_the_peer_does_the_same_in_training(kind: str, dropout: float) -> None:
     trained["lora_magnitude_vector"] = trained.pop("lora_magnitude_vector.weight")
     layer = frozen(theirs.base_layer)
     delta = LORA.change(config, trained, layer).delta
-    x = {"conv2d": torch.randn(2, 3, 6, 5), "embedding": torch.arange(9)}.get(kind, torch.randn(4, 6))
+    inputs = {"conv": torch.randn(2, 3, 6, 5), "conv 1d": torch.randn(2, 3, 6), "conv 3d": torch.randn(2, 3, 4, 3, 3)}
+    x = (inputs | {"embedding": torch.arange(9)}).get(kind, torch.randn(4, 6))
     torch.manual_seed(7)
     expected = theirs(x)
     torch.manual_seed(7)

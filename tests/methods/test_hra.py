@@ -63,7 +63,7 @@ def test_weight_is_as_the_formula_says(r: int, orthogonal: bool) -> None:
 
 @pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("r", [1, 4, 7])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_equals_the_peer(kind: str, r: int, orthogonal: bool) -> None:
     def base() -> Net:
         layer = nn.Linear(36, 8) if kind == "linear" else nn.Conv2d(4, 10, 3, stride=2, padding=1, bias=False)

@@ -81,9 +81,9 @@ def test_convolution_scales_channels(inside: bool) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv"])
 def test_equals_the_peer(kind: str, inside: bool) -> None:
-    layers = {"linear": nn.Linear(12, 8), "conv1d": Conv1D(8, 12), "conv2d": nn.Conv2d(4, 10, 3, stride=2, padding=1)}
+    layers = {"linear": nn.Linear(12, 8), "conv1d": Conv1D(8, 12), "conv": nn.Conv2d(4, 10, 3, stride=2, padding=1)}
 
     def base() -> Net:
         return net(layers[kind], torch.float32)
@@ -91,7 +91,7 @@ def test_equals_the_peer(kind: str, inside: bool) -> None:
     config = IA3Config(target_modules=["layer"], feedforward_modules=["layer"] if inside else [])
     model = randomised(get_peft_model(base(), config)).eval()
     value = layer_of(model).values("default")["ia3_l"]
-    x = torch.randn(2, 4, 9, 7) if kind == "conv2d" else torch.randn(5, 12)
+    x = torch.randn(2, 4, 9, 7) if kind == "conv" else torch.randn(5, 12)
     y = model(x)
     theirs = peer_model(base(), config)
     own = theirs.base_model.model.layer.ia3_l["default"]
@@ -183,13 +183,13 @@ def test_names_that_are_no_targets_are_refused() -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv"])
 def test_a_gain_near_one_acts_in_half_precision(layer: str, dtype: torch.dtype, side: str, training: bool) -> None:
     """Gains near one are what training makes; bfloat16 itself knows none between 1 and 1.0078."""
     made = {
         "linear": (lambda: nn.Linear(256, 256, bias=False), (64, 256)),
         "conv1d": (lambda: Conv1D(256, 256), (64, 256)),
-        "conv2d": (lambda: nn.Conv2d(16, 16, 3, bias=False), (8, 16, 6, 6)),
+        "conv": (lambda: nn.Conv2d(16, 16, 3, bias=False), (8, 16, 6, 6)),
     }
     module, shape = made[layer]
     base, gains = net(module(), dtype), [1.003]

@@ -36,7 +36,7 @@ LORA = METHODS["LORA"]
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),
     "conv1d": lambda: Conv1D(5, 6),
-    "conv2d": lambda: nn.Conv2d(3, 5, (3, 2)),
+    "conv": lambda: nn.Conv2d(3, 5, (3, 2)),
     "embedding": lambda: nn.Embedding(9, 5),
 }
 STARTS = ["pissa", "pissa_niter_8", "milora", "olora"]

@@ -212,4 +212,4 @@ def test_eight_blocks_on_gpt2() -> None:
     config = OFTConfig(r=8, target_modules=["c_attn", "c_proj"], module_dropout=0.05, task_type="CAUSAL_LM")
     model = get_peft_model(GPT2LMHeadModel(tiny), config)
     assert {tuple(p.shape) for p in model.parameters() if p.requires_grad} == {(8, 6), (8, 120)}
-    assert METHODS["OFT"].kinds == ("linear", "conv1d", "conv2d")
+    assert METHODS["OFT"].kinds == ("linear", "conv1d", "conv", "embedding")

@@ -26,7 +26,7 @@ def layer_of(model: Any) -> Any:
         (nn.Linear(12, 8, bias=False), (-1,)),
         (nn.Conv2d(4, 10, 3), (-1, 1, 1)),
     ],
-    ids=["linear", "no bias", "conv2d"],
+    ids=["linear", "no bias", "conv"],
 )
 def test_representation_is_scaled_and_shifted(layer: nn.Module, along: tuple[int, ...]) -> None:
     torch.manual_seed(1)

@@ -133,3 +133,12 @@ def test_more_entries_than_the_weight_has() -> None:
 def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PeanutError, match=message):
         ShiraConfig(**options)
+
+
+def test_an_unknown_mask_without_a_function_is_refused_where_the_adapter_is_made() -> None:
+    config = ShiraConfig(mask_type="x", r=1, target_modules=["layer"])
+    model = Net(nn.Linear(8, 6))
+    with refused(model, r"^mask_type='x' without a mask_fn; expected a function \(module, r\) → mask; give mask_fn$"):
+        get_peft_model(model, config)
+    config.mask_fn = lambda module, r: (torch.arange(48) < 14 * r).reshape(6, 8).float()  # as scripts set it
+    assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == 14

@@ -159,6 +159,7 @@ def test_the_peer_reads_our_file_and_we_read_its(config_class: type[PeftConfig],
         ({"peft_type": "PEANUTS"}, r"names the method 'PEANUTS'; expected one of .*PEANUT.*; nearest: 'PEANUT'$"),
         ({}, r"names the method None; expected one of"),
         ({"peft_type": "LORA", "use_nora": True}, r"sets use_nora=True; expected the fields of LoraConfig; remove it"),
+        ({"peft_type": "LORA", "use_nora": True, "peft_version": "0.21.2"}, r"sets use_nora=True; "),
         ({"peft_type": "PEANUT", "dept": 1}, r"sets dept=1; expected the fields of PeanutConfig; .*nearest: 'depth'"),
         ({"peft_type": "LORA", "r": "8"}, r"^'.*adapter_config.json': r='8'; expected a whole number"),
     ],
@@ -265,3 +266,25 @@ def test_patterns_give_a_layer_its_rank_and_scale() -> None:
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scaling == 4
     peanut = PeanutConfig(r=8, rank_pattern={"q_proj": 2})
     assert (peanut.for_layer("a.q_proj").r, peanut.for_layer("a.q_proj2").r) == (2, 8)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.21.3.dev0", "1.0"])
+def test_unknown_fields_of_a_later_version_are_told_in_one_line_and_ignored(version: str) -> None:
+    values = {"peft_type": "LORA", "r": 4, "peft_version": version, "use_nora": True, "nora": {"a": 1}, "off": False}
+    told = rf"^the config was written by Hugging Face PEFT '{version}', and .* ignored: use_nora=True, nora={{'a': 1}}$"
+    with pytest.warns(UserWarning, match=told):
+        config = get_peft_config(values)
+    assert isinstance(config, LoraConfig)
+    assert config.r == 4
+
+
+def test_a_known_field_of_a_later_version_that_asks_for_what_is_not_here_is_refused() -> None:
+    with pytest.raises(PeanutError, match="use_qalora=True"):
+        get_peft_config({"peft_type": "LORA", "peft_version": "0.22.0", "use_qalora": True})
+
+
+def test_a_runtime_config_that_asks_for_nothing_is_taken() -> None:
+    off = LoraConfig(runtime_config={"ephemeral_gpu_offload": False})
+    assert off.to_dict() == LoraConfig().to_dict()
+    with pytest.raises(PeanutError, match="runtime_config"):
+        LoraConfig(runtime_config={"ephemeral_gpu_offload": True})

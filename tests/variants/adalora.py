@@ -21,4 +21,4 @@ VARIANTS = {
         Variant("dropout", {"r": 3, "dropout": 0.25, "rank_pattern": {"lay..": 2}}),
     ],
 }
-PEER = {"ADALORA": ("linear", "conv1d", "conv2d")}
+PEER = {"ADALORA": ("linear", "conv1d", "conv")}

@@ -33,7 +33,7 @@ VARIANTS = {
             "kernels",
             {"r": 3, "num_vectors": 6, "init_vector_bank_bound": 1, "vector_length": 1},
             silent=False,
-            kinds=("conv2d",),
+            kinds=("conv",),
         ),
         Variant(
             "all", {"r": 3, "num_vectors": 6, "init_vector_bank_bound": 1, "vector_length": 2, "topk": 6}, silent=False

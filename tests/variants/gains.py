@@ -12,4 +12,4 @@ VARIANTS = {
     "BITFIT": [Variant("plain")],
     "LN_TUNING": [Variant("plain")],
 }
-PEER = {"IA3": ("linear", "conv1d", "conv2d"), "LN_TUNING": ("norm",)}
+PEER = {"IA3": ("linear", "conv1d", "conv"), "LN_TUNING": ("norm", "linear", "conv1d", "conv", "embedding")}

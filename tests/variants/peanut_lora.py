@@ -17,7 +17,7 @@ VARIANTS = {
     "LORA": [
         Variant("plain", {"r": 3, "lora_alpha": 6}),
         Variant("rslora", {"r": 4, "use_rslora": True}),
-        Variant("lora_bias", {"r": 3, "lora_bias": True}, kinds=("linear", "conv1d", "conv2d")),
+        Variant("lora_bias", {"r": 3, "lora_bias": True}, kinds=("linear", "conv1d", "conv")),
         Variant("lora_bias", {"r": 3, "lora_bias": True}, peer=False, kinds=("embedding",)),
         Variant("lora_only", {"r": 3, "bias": "lora_only"}),
         Variant("gaussian", {"r": 3, "init_lora_weights": "gaussian"}),
@@ -28,7 +28,7 @@ VARIANTS = {
         Variant("dora, dropout", {"r": 3, "use_dora": True, "lora_dropout": 0.25}),
         # The peer starts these on linear layers alone, and OLoRA on no Conv1D.
         Variant("pissa", {"r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}, kinds=("linear", "conv1d")),
-        Variant("pissa", {"r": 3, "init_lora_weights": "pissa"}, peer=False, kinds=("conv2d", "embedding")),
+        Variant("pissa", {"r": 3, "init_lora_weights": "pissa"}, peer=False, kinds=("conv", "embedding")),
         Variant("pissa by iterations", {"r": 3, "init_lora_weights": "pissa_niter_4"}, peer=False),
         Variant(
             "pissa, patterns",
@@ -36,9 +36,9 @@ VARIANTS = {
             kinds=("linear",),
         ),
         Variant("olora", {"r": 3, "init_lora_weights": "olora"}, kinds=("linear",)),
-        Variant("olora", {"r": 3, "init_lora_weights": "olora"}, peer=False, kinds=("conv1d", "conv2d", "embedding")),
+        Variant("olora", {"r": 3, "init_lora_weights": "olora"}, peer=False, kinds=("conv1d", "conv", "embedding")),
         Variant("milora", {"r": 3, "use_rslora": True, "init_lora_weights": "milora"}, peer=False),
         Variant("dora from pissa", {"r": 3, "use_dora": True, "init_lora_weights": "pissa"}, kinds=("linear",)),
     ],
 }
-PEER = {"PEANUT": ("linear",), "LORA": ("linear", "conv1d", "conv2d", "embedding")}
+PEER = {"PEANUT": ("linear",), "LORA": ("linear", "conv1d", "conv", "embedding")}

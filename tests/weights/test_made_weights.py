@@ -69,7 +69,7 @@ REMOVED: dict[str, Callable[[Any], Any]] = {
     "old spectral_norm": nn.utils.remove_spectral_norm,
     "pruning": lambda layer: prune.remove(layer, "weight"),
 }
-CASES = [case for case in FIRST_CASES if case.kind in ("linear", "conv2d")]
+CASES = [case for case in FIRST_CASES if case.kind in ("linear", "conv")]
 
 
 def made(case: Case, way: str) -> Net:
@@ -272,7 +272,7 @@ def test_what_a_thread_makes_is_kept_for_its_call_alone() -> None:
 
 @pytest.mark.parametrize("method", ["OFT", "LORA", "PEANUT"])
 def test_a_bias_that_is_made_is_used_where_the_weight_is_changed(method: str) -> None:
-    case = next(case for case in FIRST_CASES if (case.method, case.kind) == (method, "conv2d"))
+    case = next(case for case in FIRST_CASES if (case.method, case.kind) == (method, "conv"))
     net = case.net()
     parametrizations.weight_norm(net.layer, "bias", dim=None)
     torch.manual_seed(3)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PeanutError, nearest
 from ..model.adapters.adapter_set import AdapterSet
@@ -145,9 +146,9 @@ def check_alike(path: str, layer: nn.Module, config: PeftConfig) -> None:
     tokens on a linear layer forget its bias.
     """
     kind = config.peft_type
-    padded = isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros"
-    apart = isinstance(layer, nn.Conv2d) and set(layer.dilation) != {1}
-    other = (isinstance(layer, nn.Conv2d) and kind == PeftType.OFT) or (padded and kind != PeftType.IA3)
+    padded = isinstance(layer, _ConvNd) and layer.padding_mode != "zeros"
+    apart = isinstance(layer, _ConvNd) and set(layer.dilation) != {1}
+    other = (isinstance(layer, _ConvNd) and kind == PeftType.OFT) or (padded and kind != PeftType.IA3)
     other = other or (apart and kind not in (PeftType.IA3, PeftType.LOKR))
     if other or (kind == PeftType.TRAINABLE_TOKENS and isinstance(layer, nn.Linear) and layer.bias is not None):
         raise PeanutError(

@@ -101,7 +101,7 @@ class AdaLora(WeightMethod[AdaLoraConfig]):
     """
 
     config_class = AdaLoraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "init_r * (d_in + d_out + 1)"
 
     def tried(self, on: Trial) -> dict[str, Any]:

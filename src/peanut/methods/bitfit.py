@@ -27,7 +27,7 @@ class BitFit(WeightMethod[BitFitConfig]):
     """b' = ``bias`` (out), which starts as the layer's own b; the weight stays."""
 
     config_class = BitFitConfig
-    kinds = ("linear", "conv1d", "conv2d", "norm")
+    kinds = ("linear", "conv1d", "conv", "norm")
     size = "d_out"
     targets = "biases"
 

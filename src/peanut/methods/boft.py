@@ -16,7 +16,7 @@ from ..operators.cayley import cayley
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.values import Bound, Probability, Whole
 from ..weights import FrozenLayer
-from .oft import nearest_divisors
+from .oft import nearest_divisors, turning
 
 __all__ = ["BOFT", "BOFTConfig"]
 
@@ -68,38 +68,40 @@ class BOFT(WeightMethod[BOFTConfig]):
     """W' = diag(s) · W · R, R = F₀ F₁ … with F_i = P_i diag(R_i1, …, R_in) P_iᵀ; the bias is not scaled.
 
     R_ij = (I + S)(I − S)⁻¹ with S the skew-symmetric half (M − Mᵀ)/2 of M = ``boft_R[i, j]``. ``boft_R`` is
-    (factors, n, b, b) with n·b = in; ``boft_s`` holds s: (out, 1), of a convolution (1, out).
+    (factors, n, b, b) with n·b = in; ``boft_s`` holds s: (out, 1), of a convolution (1, out). An embedding has
+    its output rotated, y = diag(s) · R · W e_id and n·b = out, which Hugging Face PEFT's does not.
     """
 
     config_class = BOFTConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "boft_n_butterfly_factor * boft_block_size * d_in + d_out"
 
     def tried(self, on: Trial) -> dict[str, Any]:
         return {"boft_block_size": on.divisor(4)}
 
     def check(self, config: BOFTConfig, layer: FrozenLayer, path: str) -> None:
-        width, name = layer.in_features, "boft_block_size" if config.boft_block_size else "boft_block_num"
+        (side, width), name = layer.features, "boft_block_size" if config.boft_block_size else "boft_block_num"
         value: int = getattr(config, name)
         if width % value or config.block_size(width) < 2:
             raise PeanutError(
-                f"{name}={value} for '{path}', whose input has {width} features",
+                f"{name}={value} for '{path}', whose {side} has {width} features",
                 f"a divisor of {width} that leaves blocks of at least 2",
                 f"nearest divisors: {nearest_divisors(value, width, sizes=bool(config.boft_block_size))}",
             )
         b, f = config.block_size(width), config.boft_n_butterfly_factor
         if f > 1 and (b % 2 or width % (b * 2 ** (f - 1))):
             raise PeanutError(
-                f"boft_n_butterfly_factor={f} with {width // b} blocks of {b} for '{path}', whose input has {width} "
+                f"boft_n_butterfly_factor={f} with {width // b} blocks of {b} for '{path}', whose {side} has {width} "
                 "features",
                 f"blocks of even size, their number a multiple of {2 ** (f - 1)}",
                 "take fewer factors or other blocks",
             )
 
     def start(self, config: BOFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        b = config.block_size(layer.in_features)
-        R = torch.zeros(config.boft_n_butterfly_factor, layer.in_features // b, b, b)
-        s = torch.ones((1, layer.out_features) if layer.kind.name == "conv2d" else (layer.out_features, 1))
+        _, width = layer.features
+        b = config.block_size(width)
+        R = torch.zeros(config.boft_n_butterfly_factor, width // b, b, b)
+        s = torch.ones((1, layer.out_features) if layer.kind.name == "conv" else (layer.out_features, 1))
         if not config.init_weights:
             nn.init.normal_(R, std=0.1, generator=generator)
             nn.init.normal_(s, mean=1.0, std=0.1, generator=generator)
@@ -110,7 +112,8 @@ class BOFT(WeightMethod[BOFTConfig]):
         rotations = cayley(0.5 * (M - M.transpose(2, 3)))
         gains, bias = parameters["boft_s"].flatten(), layer.bias()
         shift = None if bias is None else bias - gains.to(bias.dtype) * bias  # the bias itself is not scaled
-        return Change(rotation=BlockFactors.butterfly(rotations), left=Diagonal(gains), shift=shift)
+        change = turning(layer, BlockFactors.butterfly(rotations))
+        return Change.together([change, Change(left=Diagonal(gains), shift=shift)])
 
     def sampled(self, config: BOFTConfig, parameters: Values) -> Values:
         """Blocks of one factor dropped at random: with M = 0 a block is the identity."""

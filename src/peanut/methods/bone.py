@@ -39,7 +39,7 @@ class Bone(WeightMethod[BoneConfig]):
     """ΔW[o, i] = block[i mod r, o], block (r, out); "bat": (W⁰_ac + I) block_a, block (out/r, r, r)."""
 
     config_class = BoneConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * d_out"
 
     def start(self, config: BoneConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class C3A(WeightMethod[C3AConfig]):
     """ΔW of blocks (b, b), the block (i, j) being kernel[i, j, (column − row) mod b] / in; kernel (out/b, in/b, b)."""
 
     config_class = C3AConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "d_in * d_out // block_size"
 
     def tried(self, on: Trial) -> dict[str, Any]:

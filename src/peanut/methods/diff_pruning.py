@@ -50,7 +50,7 @@ class DiffPruning(WeightMethod[DiffPruningConfig]):
     """
 
     config_class = DiffPruningConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "2 * d_in * d_out"
 
     def start(self, config: DiffPruningConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

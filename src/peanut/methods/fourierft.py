@@ -51,7 +51,7 @@ class FourierFT(WeightMethod[FourierFTConfig]):
     """
 
     config_class = FourierFTConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "n_frequency"
 
     def tried(self, on: Trial) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..operators.householder import Householder
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.values import Count
 from ..weights import FrozenLayer
+from .oft import turning
 
 __all__ = ["HRA", "HRAConfig"]
 
@@ -47,27 +48,29 @@ class HRAConfig(PeftConfig):
 class HRA(WeightMethod[HRAConfig]):
     """W' = W · H₁ H₂ … H_r with H_i = I − 2 u_i u_iᵀ, u_i the columns of ``hra_u`` (in, r), normalised.
 
-    With ``apply_GS`` the columns are made orthogonal, W' = W (I − 2 Q Qᵀ). No in × in matrix is built.
+    With ``apply_GS`` the columns are made orthogonal, W' = W (I − 2 Q Qᵀ). No in × in matrix is built. An embedding has
+    its output reflected, y = H₁ H₂ … H_r W e_id with u_i (out), which Hugging Face PEFT's does not.
     """
 
     config_class = HRAConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * d_in"
 
     def check(self, config: HRAConfig, layer: FrozenLayer, path: str) -> None:
-        if config.r > layer.in_features:
+        side, width = layer.features
+        if config.r > width:
             raise PeanutError(
-                f"r={config.r} reflections for '{path}', whose input has {layer.in_features} features",
-                f"at most {layer.in_features}",
+                f"r={config.r} reflections for '{path}', whose {side} has {width} features",
+                f"at most {width}",
                 "lower r, there by rank_pattern",
             )
 
     def start(self, config: HRAConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         paired = config.init_weights and not config.apply_GS
-        u = torch.empty(layer.in_features, math.ceil(config.r / 2) if paired else config.r)
+        u = torch.empty(layer.features[1], math.ceil(config.r / 2) if paired else config.r)
         nn.init.kaiming_uniform_(u, a=math.sqrt(5), generator=generator)
         return {"hra_u": u.repeat_interleave(2, dim=1)[:, : config.r].contiguous() if paired else u}
 
     def change(self, config: HRAConfig, parameters: Values, layer: FrozenLayer) -> Change:
         u = parameters["hra_u"]
-        return Change(rotation=Householder.orthogonal(u) if config.apply_GS else Householder.reflections(u))
+        return turning(layer, Householder.orthogonal(u) if config.apply_GS else Householder.reflections(u))

@@ -81,11 +81,11 @@ class IA3Config(PeftConfig):
 class IA3(WeightMethod[IA3Config]):
     """W' = diag(l) W, b' = l ⊙ b with l (out); on feed-forward layers W' = W diag(l) with l (in), b' = b.
 
-    ``ia3_l`` holds l: (out, 1) or (1, in); of a convolution (1, channels, 1, 1), one gain for each channel.
+    ``ia3_l`` holds l: (out, 1) or (1, in); of a convolution (1, channels, 1, …), one gain for each channel.
     """
 
     config_class = IA3Config
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv")
     size = "d_out"
 
     def tried(self, on: Trial) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class IA3(WeightMethod[IA3Config]):
         return replace(config, target_modules=targets, feedforward_modules=inputs if names is None else names)
 
     def check(self, config: IA3Config, layer: FrozenLayer, path: str) -> None:
-        if config.scales_input and layer.kind.name == "conv2d" and layer.module.groups > 1:
+        if config.scales_input and layer.kind.name == "conv" and layer.module.groups > 1:
             raise PeanutError(
                 f"'{path}', a convolution in {layer.module.groups} groups, among feedforward_modules",
                 "one group there: each group would scale the columns of the kernel in its own way",
@@ -111,9 +111,10 @@ class IA3(WeightMethod[IA3Config]):
             )
 
     def start(self, config: IA3Config, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        if layer.kind.name == "conv2d":
+        if layer.kind.name == "conv":
             module = layer.module
-            gains = torch.ones(1, module.in_channels if config.scales_input else module.out_channels, 1, 1)
+            channels = module.in_channels if config.scales_input else module.out_channels
+            gains = torch.ones(1, channels, *(1 for _ in module.kernel_size))
         else:
             gains = torch.ones((1, layer.in_features) if config.scales_input else (layer.out_features, 1))
         return {"ia3_l": gains if config.init_ia3_weights else nn.init.normal_(gains, generator=generator)}
@@ -122,5 +123,5 @@ class IA3(WeightMethod[IA3Config]):
         gains = parameters["ia3_l"].flatten()
         if not config.scales_input:
             return Change(left=Diagonal(gains))
-        # The columns of a kernel's matrix are channel by channel, h·w of each.
+        # The columns of a kernel's matrix are channel by channel, a patch of each.
         return Change(in_scale=Diagonal(gains.repeat_interleave(layer.in_features // gains.numel())))

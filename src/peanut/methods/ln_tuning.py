@@ -18,7 +18,7 @@ WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 
 @dataclass(kw_only=True)
 class LNTuningConfig(PeftConfig):
-    """Config of LayerNorm tuning; ``target_modules`` of ``None`` takes the architecture's norms."""
+    """Config of LayerNorm tuning; ``target_modules`` of ``None`` takes the model's norms, and may name any layers."""
 
     method = "LN_TUNING"
     only_here = frozenset({"layers_to_transform", "layers_pattern"})
@@ -28,19 +28,21 @@ class LNTuningConfig(PeftConfig):
 class LNTuning(WeightMethod[LNTuningConfig]):
     """y = n(x) ⊙ w + b with new w and b (features): ``ln_tuning_layers.weight`` and, if the norm has one, ``.bias``.
 
-    They start as the norm's own. Seen as a layer, the norm's matrix is w as (features, 1).
+    They start as the norm's own. Seen as a layer, the norm's matrix is w as (features, 1). Of a layer of another kind
+    that ``target_modules`` names, w is the weight.
     """
 
     config_class = LNTuningConfig
-    kinds = ("norm",)
+    kinds = ("norm", "linear", "conv1d", "conv", "embedding")
     size = "2 * d_out"
     targets = "norms"
 
     def start(self, config: LNTuningConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        bias, values = layer.bias(), {WEIGHT: layer.weight.detach().clone()}
+        weight = layer.kind.layout(layer.module, layer.matrix())
+        bias, values = layer.bias(), {WEIGHT: weight.detach().clone()}
         return values if bias is None else {**values, BIAS: bias.detach().clone()}
 
     def change(self, config: LNTuningConfig, parameters: Values, layer: FrozenLayer) -> Change:
-        delta = parameters[WEIGHT].reshape(-1, 1) - layer.matrix()
+        delta = layer.kind.matrix(layer.module, parameters[WEIGHT]) - layer.matrix()
         bias = layer.bias()
         return Change(delta=Dense(delta), shift=None if bias is None else parameters[BIAS] - bias)

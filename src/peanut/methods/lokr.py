@@ -36,7 +36,7 @@ class LoKrConfig(PeftConfig):
         rank_dropout: probability with which, in training, an output keeps its old weights.
         rank_dropout_scale: scale what is left by its share.
         module_dropout: probability with which, in training, a whole layer keeps them.
-        use_effective_conv2d: a low-rank kernel keeps its two spatial dimensions apart (CP decomposition).
+        use_effective_conv2d: a low-rank kernel keeps its spatial dimensions apart (CP decomposition).
         decompose_both: the smaller matrix is of rank r, too, where that makes it smaller.
         decompose_factor: size of the smaller matrix, if it divides the layer's; -1 for about the square root.
         init_weights: ``True``: the smaller matrix starts at zero; ``"lycoris"``: the larger one; ``False``: neither.
@@ -68,21 +68,22 @@ class LoKr(WeightMethod[LoKrConfig]):
     """
 
     config_class = LoKrConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "a · c + r · (b + d), where a · b is d_out and c · d is d_in"
 
     def start(self, config: LoKrConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        kernel = tuple(layer.module.weight.shape[2:]) if layer.kind.name == "conv2d" else ()
+        kernel = tuple(layer.module.weight.shape[2:]) if layer.kind.name == "conv" else ()
         a, b = divided(layer.out_features, config.decompose_factor)
         c, d = divided(layer.in_features // math.prod(kernel), config.decompose_factor)
-        r, wide = config.r, config.use_effective_conv2d and kernel not in ((), (1, 1))
+        r, wide = config.r, config.use_effective_conv2d and math.prod(kernel) > 1
         shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (a, c)}
         if config.decompose_both and r < max(a, c) / 2:
             shapes = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)}
         if r >= max(b, d) / 2:
             shapes["lokr_w2"] = (b, d, *kernel)
         elif wide:
-            shapes |= {"lokr_t2": (r, r, *kernel), "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
+            kept = (*kernel, 1) if len(kernel) == 1 else kernel  # as in Hugging Face PEFT's files
+            shapes |= {"lokr_t2": (r, r, *kept), "lokr_w2_a": (r, b), "lokr_w2_b": (r, d)}
         else:
             shapes |= {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d * math.prod(kernel))}
         zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[config.init_weights]
@@ -99,7 +100,7 @@ class LoKr(WeightMethod[LoKrConfig]):
             W1 = parameters["lokr_w1_a"] @ parameters["lokr_w1_b"]
         if "lokr_t2" in parameters:
             core, a, b = (parameters[name] for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
-            W2 = torch.einsum("ijkl,ib,jd->bdkl", core, a, b)
+            W2 = torch.einsum("ij...,ib,jd->bd...", core, a, b)
         elif W2 is None:
             W2, down = parameters["lokr_w2_a"], parameters["lokr_w2_b"]
         delta = Kronecker(W1, W2.flatten(1), down, config.alpha / config.r)

@@ -105,7 +105,7 @@ class Lora(WeightMethod[LoraConfig]):
     """
 
     config_class = LoraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * (d_in + d_out)"
     styles = (("DORA", "use_dora", True),)
 
@@ -133,7 +133,7 @@ class Lora(WeightMethod[LoraConfig]):
             W = layer.matrix().to("meta") if A.is_meta else layer.matrix()
             wide = torch.promote_types(W.dtype, torch.float32)
             low = low_rank(config, {suffix: value.to(W.device, wide) for suffix, value in values.items()})
-            shape = (1, -1, 1, 1) if layer.kind.name == "conv2d" else (-1,)
+            shape = (1, -1, *(1 for _ in layer.module.kernel_size)) if layer.kind.name == "conv" else (-1,)
             values["lora_magnitude_vector"] = norms_with(W, low).reshape(shape)
         return values
 

@@ -55,6 +55,8 @@ class LoraFields(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.runtime_config and not any(self.runtime_config.values()):  # {"ephemeral_gpu_offload": False}
+            self.runtime_config = None
         for name in _NOT_HERE:
             if getattr(self, name):
                 why = "parameters that no layer holds, as fused experts, cannot be adapted yet"

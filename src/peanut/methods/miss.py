@@ -49,7 +49,7 @@ class Miss(WeightMethod[MissConfig]):
     """
 
     config_class = MissConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * d_out"
     styles = (("MISS_BAT", "init_weights", "bat"),)
 

@@ -46,7 +46,7 @@ class MultiplicativeLora(WeightMethod[MultiplicativeLoraConfig]):
     """ΔW = s · W⁰ · A · B with A (in, r), B (r, in): W⁰A is (out, r), so ΔW has rank r and is never built."""
 
     config_class = MultiplicativeLoraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "2 * r * d_in"
 
     def start(

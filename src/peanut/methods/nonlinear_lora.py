@@ -53,7 +53,7 @@ class NonlinearLora(WeightMethod[NonlinearLoraConfig]):
     """ΔW = s · σ(A) · B with A (out, r), B (r, in): σ works entry by entry, so ΔW has rank r and is never built."""
 
     config_class = NonlinearLoraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * (d_in + d_out)"
 
     def start(self, config: NonlinearLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

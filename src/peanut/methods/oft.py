@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.block_factors import BlockFactors
 from ..operators.cayley import cayley, cayley_neumann
+from ..operators.rotation import Rotation
 from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.values import Bound, Positive, Probability, Whole
 from ..weights import FrozenLayer
 
-__all__ = ["OFT", "OFTConfig", "nearest_divisors"]
+__all__ = ["OFT", "OFTConfig", "nearest_divisors", "turning"]
 
 WEIGHT = "oft_R.weight"
 
@@ -80,41 +81,44 @@ class OFT(WeightMethod[OFTConfig]):
     """W' = W · R, R = diag(R₁, …, R_n), R_i = (I + S_i)(I − S_i)⁻¹ with S_i skew-symmetric (b, b), n·b = in.
 
     ``oft_R.weight`` (n, b(b−1)/2) holds the upper triangles of the S_i row by row; (1, b(b−1)/2) if they are shared. On
-    a convolution in = in_channels/groups·h·w, the features of a patch.
+    a convolution in = in_channels/groups·∏k, the features of a patch. An embedding has its output rotated, y = R W e_id
+    and n·b = out, which Hugging Face PEFT's does not.
     """
 
     config_class = OFTConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "d_in * (d_in // r - 1) // 2"
 
     def tried(self, on: Trial) -> dict[str, Any]:
         return {"oft_block_size": on.divisor(32), "r": 0}
 
     def check(self, config: OFTConfig, layer: FrozenLayer, path: str) -> None:
-        width, name = layer.in_features, "r" if config.r else "oft_block_size"
+        (side, width), name = layer.features, "r" if config.r else "oft_block_size"
         value: int = getattr(config, name)
         if width % value or config.block_size(width) < 2:
             raise PeanutError(
-                f"{name}={value} for '{path}', whose input has {width} features",
+                f"{name}={value} for '{path}', whose {side} has {width} features",
                 f"a divisor of {width} that leaves blocks of at least 2",
                 f"nearest divisors: {nearest_divisors(value, width, sizes=not config.r)}",
             )
 
     def start(self, config: OFTConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
-        b = config.block_size(layer.in_features)
-        weight = torch.zeros(1 if config.block_share else layer.in_features // b, b * (b - 1) // 2)
+        _, width = layer.features
+        b = config.block_size(width)
+        weight = torch.zeros(1 if config.block_share else width // b, b * (b - 1) // 2)
         if not config.init_weights:
             nn.init.normal_(weight, std=0.1, generator=generator)
         return {WEIGHT: held(weight, config.eps) if config.coft else weight}
 
     def change(self, config: OFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
-        weight, b = parameters[WEIGHT], config.block_size(layer.in_features)
+        _, width = layer.features
+        weight, b = parameters[WEIGHT], config.block_size(width)
         if config.coft:
             # The gradient of the held point is handed on: a step from there, as in projected gradient descent.
             weight = held(weight, config.eps).detach() + (weight - weight.detach())
         S = skew(weight, b)
         blocks = cayley_neumann(-S, config.num_cayley_neumann_terms) if config.use_cayley_neumann else cayley(S)
-        return Change(rotation=BlockFactors.diagonal(blocks, layer.in_features // (b * blocks.shape[0])))
+        return turning(layer, BlockFactors.diagonal(blocks, width // (b * blocks.shape[0])))
 
     def sampled(self, config: OFTConfig, parameters: Values) -> Values:
         """Blocks dropped at random: with S = 0 a block is the identity."""
@@ -129,6 +133,11 @@ class OFT(WeightMethod[OFTConfig]):
         if config.coft:
             for values in layers:
                 values[WEIGHT].copy_(held(values[WEIGHT], config.eps))
+
+
+def turning(layer: FrozenLayer, rotation: Rotation) -> Change:
+    """The change that rotates a layer's input, or the output of one whose input is ids."""
+    return Change(rotation=rotation) if layer.kind.takes_activations else Change(left=rotation)
 
 
 def skew(weight: Tensor, b: int) -> Tensor:

@@ -63,7 +63,7 @@ class Peanut(WeightMethod[PeanutConfig]):
     """
 
     config_class = PeanutConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "2 * r * d_out + 2 * depth * r**2"
 
     def start(self, config: PeanutConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class RandLora(WeightMethod[RandLoraConfig]):
     """
 
     config_class = RandLoraConfig
-    kinds = ("linear", "conv1d", "conv2d")  # of an embedding the larger basis would be as large as the embedding
+    kinds = ("linear", "conv1d", "conv")  # of an embedding the larger basis would be as large as the embedding
     size = "ceil(min(d_in, d_out) / r) * (r + min(d_in, d_out))"
 
     def shared(

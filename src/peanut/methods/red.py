@@ -36,7 +36,7 @@ class RED(WeightMethod[REDConfig]):
     """
 
     config_class = REDConfig
-    kinds = ("linear", "conv1d", "conv2d")
+    kinds = ("linear", "conv1d", "conv")
     size = "2 * d_out"
     targets = "outputs"
 

@@ -51,7 +51,7 @@ class Shira(WeightMethod[ShiraConfig]):
     """ΔW[places] = w: r·(out + in) trained numbers at fixed places, zero elsewhere."""
 
     config_class = ShiraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * (d_in + d_out)"
 
     def start(self, config: ShiraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

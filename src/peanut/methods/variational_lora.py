@@ -77,7 +77,7 @@ class VariationalLora(WeightMethod[VariationalLoraConfig]):
     """
 
     config_class = VariationalLoraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "vb_r * (2 * d_in + d_out)"
 
     def start(self, config: VariationalLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class VBLoRA(WeightMethod[VBLoRAConfig]):
     """
 
     config_class = VBLoRAConfig
-    kinds = ("linear", "conv1d", "conv2d")  # pieces of a vocabulary's width would have no meaning
+    kinds = ("linear", "conv1d", "conv")  # pieces of a vocabulary's width would have no meaning
     size = "r * (d_in + d_out) // vector_length * num_vectors"
 
     def tried(self, on: Trial) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Vera(WeightMethod[VeraConfig]):
     """
 
     config_class = VeraConfig
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r + d_out"
 
     def shared(

@@ -19,6 +19,7 @@ from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
 from .layers.saved_modules import SavedModule
+from .lenient import activate, delete
 from .targets.paths import bare
 from .targets.reach import reach_of
 
@@ -79,12 +80,15 @@ class AdapterControls(AsBase):
 
     @checked
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
-        self.adapters.activate(adapter_name, trainable=not inference_mode)
+        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused.
+
+        What is merged and is not among them is unmerged, and one warning says so.
+        """
+        activate(self.adapters, adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model."""
-        self.adapters.delete(adapter_name)
+        """Takes an adapter out of the model; if none is active then, the first left becomes so, with a warning."""
+        delete(self.adapters, adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from .checkpoints.stored_adapter import TRAINING_NAME, StoredAdapter, read_adapt
 from .controls import AdapterControls
 from .injection import AdaptedModel
 from .keywords import LOADING, SAVING
+from .lenient import make_room
 from .models import model_of
 from .targets.reach import warn_of_unreached
 
@@ -286,13 +287,15 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``.
 
-    It warns (``OutOfReachWarning``) where "all-linear" leaves out much: fused experts, and other bare parameters.
+    It warns (``OutOfReachWarning``) where "all-linear" leaves out much: fused experts, and other bare parameters; and
+    where the model has an adapter of that name, which is then replaced.
 
     Args:
         mixed: without effect, for scripts: adapters of several methods may always be active together.
         revision: the base model's, for the config.
     """
     peft_config = peft_config if revision is None else replace(peft_config, revision=revision)
+    make_room(AdapterSet.of(model), adapter_name, peft_config)
     adapted = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     warn_of_unreached(adapted.get_base_model(), peft_config)
     return adapted

@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -202,7 +204,8 @@ class PeftConfig(Recognised):
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:
         """The config that ``values`` describes, of the class that its ``peft_type`` names.
 
-        Fields of Hugging Face PEFT that this library does not have are accepted as long as they have no effect, and
+        Fields that this library does not have are accepted as long as they have no effect; those of a later version of
+        Hugging Face PEFT than the one whose format is written (``FORMAT_VERSION``) are told in one warning and ignored.
         ``None`` is the default of a field that cannot be so.
 
         Raises:
@@ -211,13 +214,19 @@ class PeftConfig(Recognised):
         method = method_of(values.get("peft_type") or getattr(cls, "method", None), source)
         config_class: type[PeftConfig] = method.config_class
         known = {field.name for field in dataclasses.fields(config_class)}
-        for name, value in values.items():
-            if name not in known and not _asks_for_nothing(name, value):
-                raise PeanutError(
-                    f"{source} sets {name}={shown(value)}",
-                    f"the fields of {config_class.__name__}",
-                    f"remove it (nearest: {nearest(name, known)})",
-                )
+        strange = [name for name, value in values.items() if name not in known and not _asks_for_nothing(name, value)]
+        if strange and _is_later(values.get("peft_version")):
+            warnings.warn(
+                f"{source} was written by Hugging Face PEFT {shown(values['peft_version'])}, and what it sets is not "
+                f"known here and ignored: {', '.join(f'{name}={shown(values[name])}' for name in strange)}",
+                stacklevel=2,
+            )
+        elif strange:
+            raise PeanutError(
+                f"{source} sets {strange[0]}={shown(values[strange[0]])}",
+                f"the fields of {config_class.__name__}",
+                f"remove it (nearest: {nearest(strange[0], known)})",
+            )
         known &= {name for name, value in values.items() if value is not None} | takes_none(config_class)
         try:
             return config_class(**{name: value for name, value in values.items() if name in known})
@@ -274,4 +283,12 @@ _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    return value is None or value is False or value in ({}, []) or _NEUTRAL.get(name) == value
+    if isinstance(value, Mapping):
+        return all(_asks_for_nothing(inner, each) for inner, each in value.items())
+    return value is None or value is False or value == [] or _NEUTRAL.get(name) == value
+
+
+def _is_later(version: object) -> bool:
+    """Whether a file is of a later version of Hugging Face PEFT than the one whose format is written."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(version))
+    return found is not None and [int(part or 0) for part in found.groups()] > [*map(int, FORMAT_VERSION.split("."))]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .conv2d import Conv2dKind
+from .conv import ConvKind
 from .embedding import EmbeddingKind
 from .frozen import FrozenLayer
 from .kind import LayerKind, with_tensors
@@ -18,7 +18,7 @@ KINDS: tuple[LayerKind, ...] = (
     Linear8bitKind(),
     LinearKind(),
     Conv1DKind(),
-    Conv2dKind(),
+    ConvKind(),
     EmbeddingKind(),
     NormKind(),
 )

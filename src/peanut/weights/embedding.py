@@ -51,9 +51,20 @@ class EmbeddingKind(LayerKind):
 
     def respond(self, module: nn.Embedding, x: Tensor, delta: Delta) -> Tensor:
         rows = delta.rows(x)
-        if module.max_norm is not None:
-            own = nn.functional.embedding(x, stored(module, "weight").detach()).to(rows.dtype)
-            whole = (own + rows).detach()
+        own = None if module.max_norm is None else nn.functional.embedding(x, stored(module, "weight").detach())
+        rows = self._moved(module, x, own, rows)
+        scale = getattr(module, "embed_scale", None)
+        return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+    def replaced(self, module: nn.Embedding, x: Tensor, y: Tensor, changed: Tensor) -> Tensor:
+        if module.max_norm is None and module.padding_idx is None and not module.scale_grad_by_freq:
+            return changed
+        return y + self._moved(module, x, y, changed - y)
+
+    def _moved(self, module: nn.Embedding, x: Tensor, own: Tensor | None, rows: Tensor) -> Tensor:
+        """What the lookup of ids x gains where its rows of the weight, ``own``, gain ``rows``."""
+        if module.max_norm is not None and own is not None:
+            whole = (own.to(rows.dtype) + rows).detach()
             rows = rows + (_shortened(module, whole) - whole)
         if module.scale_grad_by_freq:
             # The gradient of a row of the weight is divided by how often it is looked up.
@@ -62,8 +73,7 @@ class EmbeddingKind(LayerKind):
         if module.padding_idx is not None:
             # nn.Embedding lets no gradient into its padding row, so neither does its change.
             rows = torch.where((x == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
-        scale = getattr(module, "embed_scale", None)
-        return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+        return rows
 
 
 def _shortened(module: nn.Embedding, rows: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class FrozenLayer:
         return self.kind.shape(self.module)[1]
 
     @property
+    def features(self) -> tuple[str, int]:
+        """The side that can be rotated, ``"input"`` (of an embedding, which reads ids, ``"output"``), and its width."""
+        return ("input", self.in_features) if self.kind.takes_activations else ("output", self.out_features)
+
+    @property
     def merged(self) -> bool:
         return self._weight is not None
 

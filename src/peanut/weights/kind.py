@@ -105,9 +105,13 @@ class LayerKind(ABC):
         """Whether every output depends on the whole input, so that the weight can hold a matrix that mixes outputs."""
         return True
 
-    def on_output(self, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def on_output(self, module: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function``, of features in the last dimension, applied to the layer's output."""
         return function(y)
+
+    def replaced(self, module: Any, x: Tensor, y: Tensor, changed: Tensor) -> Tensor:
+        """``changed`` in the place of the output y for x, as if the weight had been changed."""
+        return changed
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

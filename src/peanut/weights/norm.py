@@ -5,18 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
 
 from ..operators import Delta
 from .kind import LayerKind, with_tensors
 from .stored import stored
 
-__all__ = ["NormKind"]
+__all__ = ["NormKind", "is_norm"]
+
+
+def is_norm(module: object) -> bool:
+    """Whether a module is a normalisation layer, by its class."""
+    named = type(module).__name__.lower().endswith(("rmsnorm", "layernorm"))
+    return named or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+
+
+def counts(module: object) -> bool:
+    """Whether a module is a batch norm with running statistics."""
+    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 class NormKind(LayerKind):
-    """y = n(x) ⊙ w + b, whatever n is: LayerNorm, GroupNorm, RMSNorm and the RMSNorms of transformers' models.
+    """y = n(x) ⊙ w + b, whatever n is: LayerNorm, GroupNorm, RMSNorms, and any module with a weight of one dimension.
 
-    Batch norms, which change with the data that they see, are none of them.
+    Batch norms that count what they see, which is in no adapter's file, are none of them.
     """
 
     name = "norm"
@@ -24,11 +37,11 @@ class NormKind(LayerKind):
     dims = None
 
     def matches(self, module: object) -> bool:
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-            return isinstance(module.weight, Tensor)
-        weight = getattr(module, "weight", None)
-        named = type(module).__name__.lower().endswith(("rmsnorm", "layernorm"))
-        return isinstance(module, nn.Module) and named and isinstance(weight, Tensor) and weight.dim() == 1
+        weight = getattr(module, "weight", None) if isinstance(module, nn.Module) else None
+        if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter) or counts(module):
+            return False
+        # An emptied weight (of DeepSpeed's third stage) has one dimension too.
+        return is_norm(module) or (weight.dim() == 1 and weight.is_floating_point() and weight.numel() > 0)
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.weight.numel(), 1

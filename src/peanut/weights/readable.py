@@ -89,7 +89,9 @@ def _computes(module: Any, kind: LayerKind) -> bool:
     """
     weight = stored(module, "weight")
     generator = torch.Generator().manual_seed(0)
-    x = kind.trial(module, generator).to(weight.device)
+    with torch.device("cpu"):  # adapters may be being made on the meta device
+        x = kind.trial(module, generator)
+    x = x.to(weight.device)
     x = x.to(weight.dtype) if x.is_floating_point() else x
     before = [(value, value.clone()) for value in module.buffers()]  # a forward may count in them
     try:
@@ -97,7 +99,7 @@ def _computes(module: Any, kind: LayerKind) -> bool:
             found = module.forward(x)
         expected = kind.respond(module, x, Dense(kind.matrix(module, weight)))
         bias = getattr(module, "bias", None)
-        expected = expected if bias is None else kind.on_output(expected, lambda y: y + bias)
+        expected = expected if bias is None else kind.on_output(module, expected, lambda y: y + bias)
         tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
         return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
     except Exception:  # it takes other inputs, or this machine cannot run it

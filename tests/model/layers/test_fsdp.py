@@ -26,7 +26,7 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-SOME = [case for case in FIRST_CASES if case.kind in ("conv2d", "norm") or case.method in ("LORA", "PEANUT", "OFT")]
+SOME = [case for case in FIRST_CASES if case.kind in ("conv", "norm") or case.method in ("LORA", "PEANUT", "OFT")]
 
 
 @pytest.mark.usefixtures("group")

@@ -47,7 +47,7 @@ class ReadingNet(nn.Module):
             return y
         kind = kind_of(bare)
         assert kind is not None
-        return kind.on_output(y, lambda each: each + bias)
+        return kind.on_output(bare, y, lambda each: each + bias)
 
 
 def both(case: Case, *names: str) -> tuple[PeftModel, PeftModel]:

@@ -207,8 +207,8 @@ def test_a_model_without_default_is_told_what_it_has() -> None:
 
 
 OTHER_KINDS = [
-    lambda: nn.Conv1d(4, 4, 1),
-    lambda: nn.Conv3d(4, 4, 1),
+    lambda: nn.ConvTranspose1d(4, 4, 1),
+    lambda: nn.ConvTranspose3d(4, 4, 1),
     lambda: nn.LSTM(4, 4),
     lambda: nn.MultiheadAttention(4, 2),
     lambda: nn.EmbeddingBag(4, 4),
@@ -272,7 +272,8 @@ def test_a_layer_inside_a_module_trained_whole_by_another_adapter_is_the_origina
     assert not torch.equal(model(x).logits, before)
     model.set_adapter("a")
     assert torch.equal(model(x).logits, before)
-    model.delete_adapter("a")
+    with pytest.warns(UserWarning, match="'b' is active now"):
+        model.delete_adapter("a")
     with refused(base, r"^'classifier' is to be trained whole, and another adapter changes a layer in it; .*leave it"):
         model.add_adapter("c", LoraConfig(task_type="SEQ_CLS"))
     model.delete_adapter("b")

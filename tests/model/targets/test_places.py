@@ -300,7 +300,8 @@ def test_hooks_follow_wrapping_and_leave_with_the_adapter(tiny_bert: Any) -> Non
     adapted = get_peft_model(model, BottleneckConfig(style="pfeiffer"), "bottleneck")
     adapted.add_adapter("parallel", BottleneckConfig(style="parallel"))
     adapted.add_adapter("norms", LNTuningConfig())
-    adapted.delete_adapter("bottleneck")
+    with pytest.warns(UserWarning, match="'parallel' is active now"):
+        adapted.delete_adapter("bottleneck")
     adapted.delete_adapter("norms")
     adapted.add_adapter("norms", LNTuningConfig())
     adapted.unload()

@@ -47,7 +47,7 @@ class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.norm, self.embedding = nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(8, 8)
-        self.own, self.conv = nn.Parameter(torch.randn(8, 8)), nn.Conv1d(8, 8, 1)
+        self.own, self.conv = nn.Parameter(torch.randn(8, 8)), nn.ConvTranspose1d(8, 8, 1)
         self.positions, self.scale = nn.Parameter(torch.zeros(1, 20, 8)), nn.Parameter(torch.zeros(1, 1, 8))
         self.recurrent, self.tied = nn.RNN(8, 8, bias=False), nn.Parameter(self.linear.weight)
         self.tied = self.linear.weight
@@ -84,7 +84,7 @@ def test_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert reach.total == total
     assert reach.unreached == {
         "Bare.own": 64,
-        "Conv1d.weight": 64,
+        "ConvTranspose1d.weight": 64,
         "RNN.weight_ih_l0": 64,
         "RNN.weight_hh_l0": 64,
     }
@@ -93,7 +93,7 @@ def test_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["linear"], modules_to_save=["conv"]), model)
     after = reach_of(model)
     assert after.total == total
-    assert after.unreached.keys() == reach.unreached.keys() - {"Conv1d.weight"}  # it is trained whole
+    assert after.unreached.keys() == reach.unreached.keys() - {"ConvTranspose1d.weight"}  # it is trained whole
 
 
 def test_attention_reads_its_weights() -> None:

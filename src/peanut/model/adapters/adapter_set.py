@@ -250,7 +250,7 @@ class AdapterSet(Merging):
                 "an unmerged model",
                 "call unmerge_adapter() first",
             )
-        self._refuse_two_heads(wanted)
+        self.refuse_two_heads(wanted)
         for _, layer in self.layers() if self.state.merged else ():
             layer.check_merge(self.state.merged, wanted)
         self.state.active = wanted

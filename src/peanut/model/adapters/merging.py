@@ -70,7 +70,7 @@ class Merging(Surgery):
         before = list(self.state.merged)
         active = list(dict.fromkeys([*(() if alone else self.state.active), *before, *wanted]))
         merged = list(dict.fromkeys([*before, *wanted]))
-        self._refuse_two_heads(active)
+        self.refuse_two_heads(active)
         for _, layer in self.layers():
             layer.check_merge(merged, active)
         sharing = _sharing_memory(self.model)
@@ -133,7 +133,7 @@ class Merging(Surgery):
         (one, name), (other, same) = ((path.rpartition(".")[0], path.rpartition(".")[2]) for path in (target, source))
         return name == same and same_tensor(self.model.get_submodule(one), self.model.get_submodule(other), name)
 
-    def _refuse_two_heads(self, names: Sequence[str]) -> None:
+    def refuse_two_heads(self, names: Sequence[str]) -> None:
         for path, saved in self.saved_modules():
             both = [name for name in names if name in saved.modules_to_save]
             if len(both) > 1:

@@ -16,7 +16,7 @@ from ...operators.delta import autocasts, product_dtype, recomputed
 from ...operators.inference import few_tokens
 from ...operators.random_bases import RandomBases
 from ...protocols import Change
-from ...weights import FrozenLayer, LayerKind, with_tensors
+from ...weights import FrozenLayer, with_tensors
 from ...weights.stored import stored
 
 __all__ = ["Plan", "for_samples"]
@@ -105,7 +105,7 @@ class Plan:
                 y = y + change.delta.beside(seen, y, getattr(module, "bias", None)).to(y.dtype)
             else:
                 y = y + kind.respond(module, seen, change.delta).to(y.dtype)
-        return self._behind(self._with_dropped(y, seen, self.dropped), change)
+        return self._behind(x, self._with_dropped(y, seen, self.dropped), change)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, change: Change) -> Tensor:
         """Of a plain linear layer, whose product the change joins."""
@@ -116,7 +116,7 @@ class Plan:
             y = y if change.delta is None else y + change.delta.apply(x)
         else:
             y = F.linear(x, weight, bias) if change.delta is None else change.delta.joined(x, weight, bias)
-        return self._behind(self._with_dropped(y, x, self.dropped), change)
+        return self._behind(x, self._with_dropped(y, x, self.dropped), change)
 
     def _with_dropped(self, y: Tensor, seen: Tensor, dropped: Sequence[tuple[Delta, float]]) -> Tensor:
         for delta, probability in dropped:
@@ -124,12 +124,13 @@ class Plan:
             y = y + self.frozen.kind.respond(self.frozen.module, x, delta.to(x.dtype)).to(y.dtype)
         return y
 
-    def _behind(self, y: Tensor, change: Change) -> Tensor:
-        """L y + shift, bias and all."""
-        kind = self.frozen.kind
+    def _behind(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
+        """L y + shift, bias and all, for the input x."""
         if change.left is not None:
-            y = kind.on_output(y, change.left.to(y.dtype).apply)
-        return _shifted(kind, y, change.shift)
+            kind, module = self.frozen.kind, self.frozen.module
+            turned = kind.on_output(module, y, change.left.to(y.dtype).apply).to(y.dtype)
+            y = kind.replaced(module, x, y, turned)
+        return self._shifted(y, change.shift)
 
     def _rebuilt(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer called with W' and b', for kinds whose input or output cannot be changed instead.
@@ -147,13 +148,14 @@ class Plan:
             if bias is not None and offset is not None:
                 own["bias"] = offset.to(bias.dtype)
             y: Tensor = with_tensors(module, own, x, *args, **kwargs)
-            return _shifted(kind, y, offset if bias is None else None)
+            return self._shifted(y, offset if bias is None else None)
 
         return recomputed(run, x) if kind.multiplies else run(x)
 
-
-def _shifted(kind: LayerKind, y: Tensor, shift: Tensor | None) -> Tensor:
-    return y if shift is None else kind.on_output(y, lambda each: each + shift.to(each.dtype))
+    def _shifted(self, y: Tensor, shift: Tensor | None) -> Tensor:
+        if shift is None:
+            return y
+        return self.frozen.kind.on_output(self.frozen.module, y, lambda each: each + shift.to(each.dtype))
 
 
 def for_samples(groups: Sequence[tuple[Tensor, Sequence[Change]]], x: Tensor, *, training: bool) -> Change | None:

@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
+from ...weights.norm import is_norm
 from .architectures import architecture_of, model_type_of
 from .paths import (
     Modules,
@@ -247,7 +248,7 @@ def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modu
     if config.target_modules is not None:
         return matching_paths(model, config, method, modules)
     if method.targets == "norms":
-        hits = [path for path, module in modules.items() if kind_name(module) == "norm"]
+        hits = [path for path, module in modules.items() if kind_name(module) == "norm" and is_norm(bare(module))]
     elif method.targets == "biases":
         hits = biased_paths(model, config, method)
     elif method.targets == "embedding":

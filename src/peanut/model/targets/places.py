@@ -112,7 +112,7 @@ def _sizes(module: nn.Module, path: str, settings: object, *, heard: bool) -> tu
     """The sizes of the last dimension of a module's output, and of x, which is the stream's if it is ``heard``."""
     kind, stream = kind_of(bare(module)), getattr(settings, "hidden_size", None)
     sizes: tuple[Any, Any] = stream, stream
-    if (kind is not None and kind.name == "conv2d") or isinstance(bare(module), nn.GroupNorm):
+    if (kind is not None and kind.name == "conv") or isinstance(bare(module), nn.GroupNorm):
         raise PeanutError(
             f"'{path}' is a {type(bare(module)).__name__}, whose output has its channels first",
             "a module whose output ends in the dimension to change",
