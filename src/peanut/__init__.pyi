@@ -2,7 +2,9 @@
 
 from .errors import OutOfReachWarning as OutOfReachWarning
 from .errors import PeanutError as PeanutError
+from .export import convert_to_lora as convert_to_lora
 from .export import from_lora as from_lora
+from .export import save_as_lora as save_as_lora
 from .export import to_lora as to_lora
 from .interop.from_peft import from_peft as from_peft
 from .interop.install import install as install

@@ -14,7 +14,7 @@ __all__ = ["find", "homes", "ours"]
 
 _WHERE = {
     "errors": ("OutOfReachWarning", "PeanutError"),
-    "export": ("from_lora", "to_lora"),
+    "export": ("convert_to_lora", "from_lora", "save_as_lora", "to_lora"),
     "interop.from_peft": ("from_peft",),
     "interop.install": ("install", "uninstall"),
     "interop.to_peft": ("to_peft",),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
+from ..operators.combining import Majority
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
+from .adapters.weighted import Combination, add_weighted
 from .arguments import checked
 from .checkpoints.checkpoint import adapter_state, base_state
 from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
@@ -94,6 +96,38 @@ class AdaptedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Majority = "total",
+    ) -> None:
+        """Adds a LoRA that combines adapters of any methods (of (IA)³ an (IA)³): ΔW = Σ wᵢ ΔWᵢ, or as named.
+
+        Args:
+            combination_type: of the factors: ``linear``, ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``;
+                of the changes ΔWᵢ, cut to the rank: ``svd`` and these with ``_svd``; exact sums, of all ranks
+                together: ``cat``, ``task_arithmetic`` (cut if svd_rank is given), ``slerp`` of two.
+            svd_rank: the rank; by default the largest of the adapters'.
+            svd_clamp: factors are clamped to this quantile of their entries.
+            density: the share of the entries that pruning leaves.
+            majority_sign_method: whether signs are elected by their sum or by their number.
+
+        Raises:
+            PeanutError: an adapter is unknown or does not fit, or there is not one weight for each.
+        """
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        add_weighted(self.adapters, adapters, weights, adapter_name, how)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,101 @@
+"""LoRA+, LoRA-FA and Riemannian preconditioning take the steps that Hugging Face PEFT's take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peanut import LoraConfig, PeanutConfig, PeanutError, get_peft_model
+from peanut.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+
+from ..support import PEER_WARNINGS, scattered
+
+peft = pytest.importorskip("peft")
+pytestmark = PEER_WARNINGS
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(torch.tanh(self.first(self.embed(ids)))))
+
+
+SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["embed", "first", "second"]}
+MAKERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "plus": ("loraplus", (torch.optim.AdamW,), {"lr": 0.01, "loraplus_lr_ratio": 8, "loraplus_weight_decay": 0.1}),
+    "plus, faster embeddings": (
+        "loraplus",
+        (torch.optim.Adam,),
+        {"lr": 0.01, "loraplus_lr_ratio": 4, "loraplus_lr_embedding": 0.02},
+    ),
+    "riemannian": ("riemannian", (torch.optim.AdamW,), {"lr": 0.01, "weight_decay": 0.1}),
+    "riemannian sgd": ("riemannian", (torch.optim.SGD,), {"lr": 1e-4, "reg": 1e-1}),
+    "fa": ("lorafa", (4, 6, 0.01), {"weight_decay": 0.1}),
+}
+OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "loraplus": create_loraplus_optimizer,
+    "riemannian": create_riemannian_optimizer,
+    "lorafa": create_lorafa_optimizer,
+}
+
+
+@pytest.mark.parametrize("case", MAKERS)
+def test_steps_equal_those_of_the_peer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would round LoRA-FA's projection to bfloat16.
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)
+    kind, given, named = MAKERS[case]
+    settings = dict(SETTINGS, target_modules=["first", "second"]) if kind == "lorafa" else SETTINGS
+    base = Mixed()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
+    scattered((own for own in ours.parameters() if own.requires_grad), scale=0.4)
+    theirs.load_state_dict(ours.state_dict())
+    steppers = [
+        OURS[kind](ours, *given, **named),
+        getattr(peft.optimizers, f"create_{kind}_optimizer")(theirs, *given, **named),
+    ]
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    ids = torch.arange(11)
+    for _ in range(4):
+        for model, stepper in zip((ours, theirs), steppers, strict=True):
+            stepper.zero_grad()
+            model(ids).square().sum().backward()
+            stepper.step()
+    after, expected = ours.state_dict(), theirs.state_dict()
+    assert after.keys() == expected.keys()
+    assert max((after[key] - expected[key]).abs().max().item() for key in after) < 1e-6
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert len(moved) == (2 if kind == "lorafa" else 6)
+
+
+def test_b_of_peanut_learns_faster() -> None:
+    model = get_peft_model(Mixed(), PeanutConfig(r=4, depth=1, target_modules=["first"]))
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=16)
+    rates = {id(own): group["lr"] for group in optimizer.param_groups for own in group["params"]}
+    found = {
+        name.split(".")[-3 if "_B" in name or "_A" in name else -4]: rates[id(own)]
+        for name, own in model.named_parameters()
+        if own.requires_grad
+    }
+    assert found["peanut_B"] == 8
+    assert [rate for name, rate in found.items() if name != "peanut_B"] == [0.5] * (len(found) - 1)
+    assert len(found) >= 3
+
+
+@pytest.mark.parametrize("make", ["lorafa", "riemannian"])
+def test_without_a_lora_it_is_refused(make: str) -> None:
+    model = get_peft_model(Mixed(), PeanutConfig(r=4, target_modules=["first"]))
+    given = (4, 4, 0.1) if make == "lorafa" else (torch.optim.SGD,)
+    named = {} if make == "lorafa" else {"lr": 0.1}
+    with pytest.raises(PeanutError, match=r"LoRA|lora_A"):
+        OURS[make](model, *given, **named)
+    assert any(own.requires_grad for own in model.parameters())
