@@ -89,11 +89,13 @@ def _computes(module: Any, kind: LayerKind) -> bool:
     """
     weight = stored(module, "weight")
     generator = torch.Generator().manual_seed(0)
-    x = kind.trial(module, generator).to(weight.device)
+    with torch.device("cpu"):  # adapters may be being made on the meta device
+        x = kind.trial(module, generator)
+    x = x.to(weight.device)
     x = x.to(weight.dtype) if x.is_floating_point() else x
     before = [(value, value.clone()) for value in module.buffers()]  # a forward may count in them
     try:
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             found = module.forward(x)
         expected = kind.respond(module, x, Dense(kind.matrix(module, weight)))
         bias = getattr(module, "bias", None)

@@ -57,7 +57,7 @@ def fingerprint(
     Args:
         saved: parameters that the adapter's file holds.
         state_dict: the base's tensors by path, gathered, to take the values from.
-        embeddings_may_differ: give embeddings no digest: rows that were added may have been made at random.
+        embeddings_may_differ: give rows that were added to embeddings no digest: they may have been made at random.
     """
     base, statistics = base_tensors(adapters), base_statistics(adapters)
     if state_dict and state_dict.keys() & base.keys():
@@ -81,12 +81,13 @@ def fingerprint(
     samples = _samples({path: (value, _shape(value, path in embeddings)) for path, value in taken.items()})
     shapes = {path: _shape(value, path in embeddings) for path, value in taken.items()}
     found = {path: [*shapes[path], *(float(f"{value:.5g}") for value in own)] for path, own in samples.items()}
+    added = rows_added(adapters, name) if embeddings_may_differ else 0
     digests: dict[str, dict[str, str]] = {}
     for path, value in (base | statistics).items():
-        if not (embeddings_may_differ and path in embeddings):
-            digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(value)
+        own = value[:-added] if added > 0 and path in embeddings else value
+        digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(own)
     record: dict[str, Any] = {"digests": digests, "values": found}
-    record |= {"shrunk": True} if embeddings_may_differ and rows_added(adapters, name) < 0 else {}
+    record |= {"shrunk": True} if added < 0 else {"added": added} if added > 0 else {}
     return json.dumps(record, sort_keys=True, separators=(",", ":")) if found else None
 
 
@@ -114,8 +115,9 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     then, now = _of_base(base, samples) if new else _of_layers(adapters, name, samples)
     differing = {path for path in then if path not in now or _apart(then[path], now[path])}
     digests = _digests(what, read.get("digests", {}) if new else {})
+    added = check_value(what, int, read.get("added", 0)) if new else 0
     exact = {
-        path: _first_rows(value, *samples.get(path, ())[1:2])
+        path: _first_rows(value, *(rows - added for rows in samples.get(path, ())[1:2]))
         for path, value in (base | statistics).items()
         if path in digests and path not in differing and _has_values(value)
     }
