@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig
+from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
-from .arguments import checked
 from .checkpoints.checkpoint import adapter_state, base_state
 from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
 from .checkpoints.keys import KeyStyle, file_key, plain_key
@@ -108,6 +108,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     return AdapterSet.of(model).penalty()
 
 
+@checked
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -130,6 +131,7 @@ def get_peft_model_state_dict(
     return {file_key(key, style): value for key, value in state.items()}
 
 
+@checked
 def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, nearest, shown
 from ..files import read_json, write_json
+from .arguments import checked
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types, takes_none
@@ -173,6 +174,7 @@ class PeftConfig:
             plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
 
+    @checked
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes ``adapter_config.json`` into a folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
@@ -204,6 +206,7 @@ class PeftConfig:
             raise PeanutError(f"{source}: {error.found}", error.expected, error.do, detail=error.detail) from None
 
     @classmethod
+    @checked
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config in an adapter's folder (or, if the user names one, on the hub)."""
         config = cls.read(pretrained_model_name_or_path, **hub)
