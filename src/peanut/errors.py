@@ -6,10 +6,13 @@ import difflib
 import heapq
 import re
 import reprlib
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Mapping
+from types import FrameType
 from typing import Any
 
-__all__ = ["OutOfReachWarning", "PeanutError", "check_keywords", "nearest", "shown"]
+__all__ = ["OutOfReachWarning", "PeanutError", "check_keywords", "nearest", "shown", "warn"]
 
 _LONGEST = 800
 """How many characters each of an error's three parts may have: what is longer is cut in the middle."""
@@ -38,6 +41,17 @@ class PeanutError(ValueError):
 
 class OutOfReachWarning(UserWarning):
     """A large share of a model's weights lies where no adapter reaches it, and the user may not expect so."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line that called this library, however deep in it the reason was found."""
+    frame: FrameType | None = sys._getframe(1)
+    level = outside = 2
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+            outside = level + 1
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=outside)
 
 
 def _line(text: str) -> str:

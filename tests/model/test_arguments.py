@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+import peanut
 from peanut import LoraConfig, PeanutError, PeftModel, get_peft_model, inject_adapter_in_model
 
 from ..support import Net, one_thread, refused  # noqa: F401
 
+SOURCE = "pretrained_model_name_or_path"
 CONFIG = LoraConfig(r=2, target_modules=["layer"])
 WRONG: dict[str, tuple[Any, str]] = {
     "a path for a model": (lambda model: get_peft_model("here", CONFIG), "get_peft_model(model='here')"),  # type: ignore[arg-type]
@@ -22,6 +24,18 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda model: inject_adapter_in_model(model.get_base_model(), CONFIG),  # type: ignore[arg-type]
         "inject_adapter_in_model(model=a LoraConfig)",
     ),
+    "a path for a model of a class": (lambda model: PeftModel("here", CONFIG), "PeftModel(model='here')"),  # type: ignore[arg-type]
+    "a path to be converted": (lambda model: peanut.from_peft("here"), "from_peft(model='here')"),
+    "a path to be exported": (lambda model: peanut.to_lora("here"), "to_lora(model='here')"),
+    "no adapter": (
+        lambda model: peanut.AutoPeftModel.from_pretrained(None),
+        "from_pretrained(pretrained_model_name_or_path=None)",
+    ),
+    "no config": (
+        lambda model: peanut.PeftConfig.from_pretrained(None),
+        "from_pretrained(pretrained_model_name_or_path=None)",
+    ),
+    "no folder for a config": (lambda model: CONFIG.save_pretrained(None), "save_pretrained(save_directory=None)"),
     "no folder": (lambda model: model.save_pretrained(None), "save_pretrained(save_directory=None)"),
     "no folder to load": (lambda model: model.load_adapter(None, "a"), "load_adapter(model_id=None)"),
     "a flag of text": (

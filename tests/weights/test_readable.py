@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
-from peanut import LoraConfig, PeanutConfig, PeanutError, get_peft_model
+from peanut import LoraConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model
 
 from ..support import (  # noqa: F401
     FIRST_CASES,
@@ -25,6 +25,7 @@ from ..support import (  # noqa: F401
     filled,
     gradients,
     one_thread,
+    randomised,
     refused,
 )
 
@@ -242,3 +243,14 @@ def test_a_forward_that_changes_what_it_computes_is_tried_again_before_a_merge()
     layer.forward = lambda x: own(x) * 3
     with pytest.raises(PeanutError, match="computes something else than the product with its weight"):
         model.merge_adapter()
+
+
+def test_a_forward_of_its_own_is_tried_also_while_loading(tmp_path: Path) -> None:
+    def base() -> Net:
+        torch.manual_seed(0)
+        return Net(Own(12, 20))
+
+    model = randomised(get_peft_model(base(), LoraConfig(r=2, use_dora=True, target_modules=["layer"]))).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 12)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(x), model(x))

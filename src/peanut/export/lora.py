@@ -20,6 +20,7 @@ from ..model.layers.layer import AdaptedLayer
 from ..model.targets.matching import target_paths
 from ..operators import LowRank
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
+from ..protocols.arguments import checked
 
 __all__ = ["LoraExport", "from_lora", "to_lora"]
 
@@ -51,12 +52,14 @@ class LoraExport:
         """The rank of the new adapter, of the largest layer."""
         return int(self.adapters.configs[self.name].r)  # type: ignore[attr-defined]
 
+    @checked
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the LoRA as an adapter of its own, which Hugging Face PEFT and servers of LoRA read."""
         return save_adapter(folder, self.adapters, self.name)
 
 
 @torch.no_grad()
+@checked
 def to_lora(
     model: nn.Module, name: str = "default", new_name: str | None = None, rank: int | None = None
 ) -> LoraExport:
@@ -145,6 +148,7 @@ def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
 
 
 @torch.no_grad()
+@checked
 def from_lora(
     model: nn.Module, name: str = "default", new_name: str | None = None, side: Literal["in", "out"] = "in"
 ) -> LoraExport:

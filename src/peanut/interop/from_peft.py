@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, warn
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.checkpoints.checkpoint import by_place, parts_of
 from ..model.checkpoints.keys import flat
@@ -21,6 +20,7 @@ from ..model.peft_model import PeftModel
 from ..model.targets.matching import target_paths
 from ..model.targets.paths import bare
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
+from ..protocols.arguments import checked
 from .exchange import as_before, modes_of, only_whole
 from .layers import (
     Slot,
@@ -42,6 +42,7 @@ _STARTS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runt
 """Fields of PEFT's LoRA that say how it started or where it computes; a live adapter is past its start."""
 
 
+@checked
 def from_peft(model: nn.Module) -> Any:
     """A live model of Hugging Face PEFT made ours in place: equal outputs, the same tensors, no weight copied.
 
@@ -170,10 +171,9 @@ def _our_config(name: str, theirs: Any, places: list[Wrapped]) -> PeftConfig:
     if values["peft_type"] == "LORA" and isinstance(start, str) and start != "gaussian":
         values["init_lora_weights"] = True
         if start not in ("eva", "orthogonal"):
-            warnings.warn(
+            warn(
                 f"adapter {name!r} started by init_lora_weights={start!r}, which took a part out of the base's "
                 "weights; it is now a plain LoRA of the base as it is: save that base too, or merge",
-                stacklevel=3,
             )
     if values["peft_type"] == "ADALORA":
         shapes = {place.path: place.held(name) for place in places}
@@ -284,8 +284,7 @@ def _take_schedule(allocator: Any, adapters: AdapterSet) -> None:
                 if pattern is not None and len(pattern) == len(owner[leaf]):
                     owner[leaf] = torch.tensor(pattern).unsqueeze(1).to(owner[leaf])
         if allocator.exp_avg_ipt:
-            warnings.warn(
+            warn(
                 f"adapter {name!r} has been trained for a number of steps that Hugging Face PEFT does not keep: "
                 "AdaLoRA's schedule starts again from its first",
-                stacklevel=4,
             )

@@ -18,6 +18,7 @@ from ..model.checkpoints.checkpoint import adapter_state, file_config
 from ..model.checkpoints.mixtures import save_experts
 from ..model.layers.hooks import move_hooks
 from ..protocols import PeftConfig, PeftType, method_of
+from ..protocols.arguments import checked
 from .exchange import as_before, modes_of, only_whole
 from .layers import (
     Slot,
@@ -36,6 +37,7 @@ from .together import acting_on, check_together
 __all__ = ["to_peft"]
 
 
+@checked
 def to_peft(model: nn.Module) -> Any:
     """A model of ours made one of Hugging Face PEFT in place: the inverse of ``from_peft``, with the same promises.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import warn
 from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 from ..protocols.values import Count, Layers, Probability
 
@@ -54,10 +54,7 @@ class PromptEncoderConfig(PromptConfig):
         super().__post_init__()
         kind = self.encoder_reparameterization_type
         if kind == "MLP" and not self.inference_mode and (self.encoder_num_layers != 2 or self.encoder_dropout):
-            warnings.warn(
-                "encoder_num_layers and encoder_dropout are for the LSTM; an MLP has three layers and no dropout",
-                stacklevel=3,
-            )
+            warn("encoder_num_layers and encoder_dropout are for the LSTM; an MLP has three layers and no dropout")
 
     @property
     def encoded(self) -> bool:

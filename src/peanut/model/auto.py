@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import PeanutError
 from ..hub import locate
 from ..protocols import PeftConfig
+from ..protocols.arguments import checked
 from .checkpoints.base_weights import plain_path
 from .checkpoints.fingerprint import FINGERPRINT, recorded_rows
 from .checkpoints.keys import PREFIX
@@ -54,6 +55,7 @@ class AutoPeftModel:
     """The task, if it is not read off the adapter's config."""
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig
+from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
-from .arguments import checked
 from .as_base import AsBase, inspected
 from .checkpoints.base_weights import embedding_paths
 from .injection import AdaptedModel
@@ -126,6 +126,8 @@ class AdapterControls(AsBase):
         """The base model as it was, without adapters."""
         return self.adapters.unload()
 
+    # Embeddings, and how large it is
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model's; arguments as for transformers.
 
@@ -134,10 +136,10 @@ class AdapterControls(AsBase):
         """
         base, changed = self.get_base_model(), (Adapted, SavedModule)
         wanted = _rows_wanted(base, *args, **kwargs)
-        for path in embedding_paths(self.adapters):
+        for path in embedding_paths(self.adapters) if wanted is not None else ():
             layer = self.adapters.at(path)
-            rows = len(bare(layer).weight)  # type: ignore[arg-type]
-            if wanted not in (None, rows) and any(isinstance(module, changed) for module in layer.modules()):
+            touched = any(isinstance(module, changed) for module in layer.modules())
+            if touched and wanted != len(bare(layer).weight):  # type: ignore[arg-type]
                 raise PeanutError(
                     f"an adapter changes '{path}', which is to be resized",
                     "embeddings without adapters",
@@ -145,8 +147,6 @@ class AdapterControls(AsBase):
                 )
         resize: Any = base.resize_token_embeddings
         return resize(*args, **kwargs)  # type: ignore[no-any-return]
-
-    # Counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) numbers of parameters."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators.combining import Majority
 from ..protocols import PeftConfig
+from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet, experts_of
 from .adapters.surgery import SHARED
 from .adapters.weighted import Combination, add_weighted
-from .arguments import checked
 from .checkpoints.checkpoint import adapter_state, base_state
 from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
 from .checkpoints.keys import KeyStyle, file_key, plain_key
@@ -165,6 +165,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     return AdapterSet.of(model).penalty()
 
 
+@checked
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -187,6 +188,7 @@ def get_peft_model_state_dict(
     return {file_key(key, style): value for key, value in state.items()}
 
 
+@checked
 def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..protocols.arguments import checked
 from ..weights import fix_storage, kind_of
 
 __all__ = ["prepare_model_for_kbit_training"]
 
 
+@checked
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 
-from ..errors import PeanutError
+from ..errors import PeanutError, warn
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet, experts_of
 from .checkpoints.mixtures import name_for
@@ -37,10 +36,9 @@ def make_room(adapters: AdapterSet, name: str, config: PeftConfig) -> None:
         if merged:
             adapters.merge(merged)
         raise
-    warnings.warn(
+    warn(
         f"the model has an adapter {name!r} already: a new one takes its place, and what it has learned is lost; to "
         "keep both, give the new one another adapter_name; to begin with the bare base, call unload() first",
-        stacklevel=3,
     )
 
 
@@ -52,7 +50,7 @@ def delete(adapters: AdapterSet, name: str) -> None:
     left = [other for other in adapters.configs if other not in mixed]
     if name in active and not adapters.state.active and left:
         adapters.activate(left[0], trainable=trained)
-        warnings.warn(f"adapter {name!r}, which is deleted, was active; {left[0]!r} is active now", stacklevel=3)
+        warn(f"adapter {name!r}, which is deleted, was active; {left[0]!r} is active now")
 
 
 def activate(adapters: AdapterSet, names: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -61,7 +59,7 @@ def activate(adapters: AdapterSet, names: str | Sequence[str], *, trainable: boo
     if merged and not _exact(adapters, wanted):
         adapters.refuse_two_heads(wanted)
         adapters.unmerge()
-        warnings.warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {wanted} can be active", stacklevel=3)
+        warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {wanted} can be active")
     adapters.activate(wanted, trainable=trainable)
 
 

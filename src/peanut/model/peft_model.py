@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PeanutError, check_keywords
+from ..errors import PeanutError, check_keywords, warn
 from ..hub import HUB_OPTIONS
 from ..protocols import PeftConfig, method_of
+from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
 from .adapters.routing import Inference, called
 from .adapters.size_limits import limited_by_file
-from .arguments import checked
 from .as_base import blank
 from .checkpoints.checkpoint import save_adapter
 from .checkpoints.embeddings import SaveEmbeddings
@@ -265,10 +264,9 @@ def _config_for_use(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
     method = method_of(config.peft_type)
     needed = method.scaffold(config) if is_trainable else frozenset()
     if needed and not stored.passing:
-        warnings.warn(
+        warn(
             f"'{stored.source}' has no {TRAINING_NAME}, so {method.name} is trained on without {sorted(needed)[0]} and "
             "the like: what they compute is trained itself",
-            stacklevel=3,
         )
         return method.without_scaffold(config)  # type: ignore[no-any-return]
     return config

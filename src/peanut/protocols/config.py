@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -16,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import PeanutError, check_keywords, nearest, shown
+from ..errors import PeanutError, check_keywords, nearest, shown, warn
 from ..files import read_json, write_json
 from ..identity import Recognised
+from .arguments import checked
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types, takes_none
@@ -196,6 +196,7 @@ class PeftConfig(Recognised):
             plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
 
+    @checked
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes ``adapter_config.json`` into a folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
@@ -216,10 +217,9 @@ class PeftConfig(Recognised):
         known = {field.name for field in dataclasses.fields(config_class)}
         strange = [name for name, value in values.items() if name not in known and not _asks_for_nothing(name, value)]
         if strange and _is_later(values.get("peft_version")):
-            warnings.warn(
+            warn(
                 f"{source} was written by Hugging Face PEFT {shown(values['peft_version'])}, and what it sets is not "
                 f"known here and ignored: {', '.join(f'{name}={shown(values[name])}' for name in strange)}",
-                stacklevel=2,
             )
         elif strange:
             raise PeanutError(
@@ -234,6 +234,7 @@ class PeftConfig(Recognised):
             raise PeanutError(f"{source}: {error.found}", error.expected, error.do, detail=error.detail) from None
 
     @classmethod
+    @checked
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config in an adapter's folder (or, if the user names one, on the hub)."""
         config = cls.read(pretrained_model_name_or_path, **hub)

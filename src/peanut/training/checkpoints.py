@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import PeanutError
+from ..errors import PeanutError, warn
 from .foreign import foreign_errors
 
 __all__ = [
@@ -80,11 +79,9 @@ def check_complete(checkpoint: Path, *, processes: int, model_only: bool) -> Non
     random = "rng_state.pth" if processes == 1 else "rng_state_0.pth"
     missing = [name for name in ("optimizer.pt", "scheduler.pt", random) if not (checkpoint / name).is_file()]
     if missing == [random] and any(checkpoint.glob("rng_state*.pth")):
-        warnings.warn(
-            f"'{checkpoint}' was written by another number of processes: random states begin anew", stacklevel=2
-        )
+        warn(f"'{checkpoint}' was written by another number of processes: random states begin anew")
     elif missing and model_only:
-        warnings.warn(f"'{checkpoint}' lacks {', '.join(missing)} (save_only_model): they begin anew", stacklevel=2)
+        warn(f"'{checkpoint}' lacks {', '.join(missing)} (save_only_model): they begin anew")
     elif missing:
         raise refused(checkpoint, f"it lacks {', '.join(missing)}")
     for path in (checkpoint / name for name in ("optimizer.pt", "scheduler.pt", random)):
@@ -113,7 +110,7 @@ def restore_best(state: TrainerState, checkpoint: Path, output: Path) -> None:
     if is_whole(beside):
         state.best_model_checkpoint = str(beside)
     elif state.best_model_checkpoint is None:
-        warnings.warn(f"the best checkpoint '{best}' is gone: the best of the steps to come is kept", stacklevel=2)
+        warn(f"the best checkpoint '{best}' is gone: the best of the steps to come is kept")
         state.best_metric = state.best_global_step = None
 
 

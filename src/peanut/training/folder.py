@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from pathlib import Path
 
-from ..errors import PeanutError
+from ..errors import PeanutError, warn
 from ..files import staged_files, write_files
 from .checkpoints import STATE_NAME, is_whole, whole_checkpoints
 from .config import RunConfig, differing_keys, load_config, to_yaml
@@ -59,10 +58,7 @@ class RunFolder:
         for left in self._half_written():
             if left.name.startswith("checkpoint-"):
                 why = f"is damaged ({STATE_NAME})" if (left / STATE_NAME).is_file() else f"lacks {STATE_NAME}"
-                warnings.warn(
-                    f"'{left}' {why} and is removed: training goes on from the one before it, if there is one",
-                    stacklevel=2,
-                )
+                warn(f"'{left}' {why} and is removed: training goes on from the one before it, if there is one")
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:

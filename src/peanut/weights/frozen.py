@@ -178,11 +178,10 @@ class FrozenLayer:
         if self._weight is None:
             # Codes are small and stay where they are; another parameter takes their place.
             self._weight = weight if self.kind.quantised else weight.detach().to("cpu", copy=True)
-            if "weight" in shared and not self.kind.quantised:
-                self._tied = self.module.weight
             if self.kind.quantised:
                 self._shared["weight"] = weight
             elif "weight" in shared:
+                self._tied = self.module.weight
                 self._share_no_more("weight")
         if self.kind.quantised:
             self.kind.install(self.module, self.kind.quantise(self.module, merged))

@@ -95,7 +95,7 @@ def _computes(module: Any, kind: LayerKind) -> bool:
     x = x.to(weight.dtype) if x.is_floating_point() else x
     before = [(value, value.clone()) for value in module.buffers()]  # a forward may count in them
     try:
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             found = module.forward(x)
         expected = kind.respond(module, x, Dense(kind.matrix(module, weight)))
         bias = getattr(module, "bias", None)

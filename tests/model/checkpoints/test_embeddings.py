@@ -284,3 +284,16 @@ def test_the_rows_to_resize_to_are_those_of_the_file(kind: str, base: Base, tmp_
     small = base()
     with refused(small, r"; call resize_token_embeddings\(104\) on the base first$"):
         PeftModel.from_pretrained(small, tmp_path / "a")
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_embeddings_that_are_not_saved_are_still_those_of_the_base(resized: bool, base: Base, tmp_path: Path) -> None:
+    """But for the rows that were added, which may have been made at random."""
+    model = adapted(base(1) if resized else base())
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    again, other = (base(1) if resized else base() for _ in range(2))
+    assert same_bits(logits(PeftModel.from_pretrained(again, tmp_path / "a")), logits(model))
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3, 1] += 1
+    with refused(other, r"embed_tokens\.weight'( and 1 more)? differ"):
+        PeftModel.from_pretrained(other, tmp_path / "a")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...errors import warn
 from ...weights.memory import span
 from ..targets.paths import bare, first_paths, kind_name, modules_by_path
 from .surgery import Surgery
@@ -57,24 +57,21 @@ def warn_of_aliases(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             called += [(holder, paths_of[id(each)]) for each in held if id(each) in paths_of]
     for key, paths in others.items():
         if len(adapted[key]) <= len(paths):
-            warnings.warn(
+            warn(
                 f"{_listed(adapted[key])} shares its weight with {_listed(paths)}, which the adapter does not change: "
                 "name those too, or instead if the model calls only them",
-                stacklevel=2,
             )
     if kept:
         owner = kept[0][1]
-        warnings.warn(
+        warn(
             f"{_listed([holder for holder, _ in kept])} holds the weight of '{owner}', and what computes with that "
             f"computes without the adapter: read {owner}.weight in each forward, or leave the layer out",
-            stacklevel=2,
         )
     if called:
         holders, owners = (_listed(list(dict.fromkeys(each))) for each in zip(*called, strict=True))
-        warnings.warn(
+        warn(
             f"{holders} holds {owners} itself, and what calls it there computes without the adapter: look it up in "
             "each forward, hold it in an nn.ModuleList or nn.ModuleDict, or leave it out",
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -10,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import PeanutError
+from ...errors import PeanutError, warn
 from ...protocols import WeightMethod
 from ...weights.memory import span
 from ...weights.stored import same_tensor
@@ -148,10 +147,9 @@ def _warn_of_hooks(layers: Sequence[AdaptedLayer]) -> None:
     hooked = [layer.path for layer in layers if has_hooks(layer.base_layer)]
     if hooked:
         more = f" (and {len(hooked) - 1} more)" if len(hooked) > 1 else ""
-        warnings.warn(
+        warn(
             f"hooks were put on '{hooked[0]}.base_layer', not on '{hooked[0]}'{more}: while adapters are merged they "
             "see what is computed with the merged weight",
-            stacklevel=2,
         )
 
 

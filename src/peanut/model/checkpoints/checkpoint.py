@@ -135,7 +135,7 @@ def save_adapter(
     save = save_id(config, sums, passing_sums)
     metadata = {"format": "pt", SAVE: save}
     recorded = fingerprint(
-        adapters, name, {*map(plain_path, embeddings)}, base, embeddings_may_differ=save_embedding_layers is False
+        adapters, name, {*map(plain_path, embeddings)}, base, new_rows_may_differ=save_embedding_layers is False
     )
     more = {CONFIG: config_digest(config)} | ({} if recorded is None else {FINGERPRINT: recorded})
     more |= {TRAINS: "true"} if passing else {}

@@ -16,6 +16,7 @@ Digest = tuple[torch.dtype, str]
 _PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The precisions to which a base may have been rounded on its way here."""
 _FEW = 4
+"""How many parameters tell to which precision all were rounded."""
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...errors import PeanutError
+from ...errors import PeanutError, warn
 from ...weights.stored import stored as tensor_of
 from ..adapters.adapter_set import AdapterSet, experts_of
 from ..layers.layer import AdaptedLayer
@@ -48,7 +47,7 @@ def saved_embeddings(
     paths = [path for path in embedding_paths(adapters) if path not in saved]
     layers = {path: layer for path, layer in adapters.layers(name) if path in paths}
     if save is True and not paths and not saved:
-        warnings.warn(f"{type(adapters.model).__name__} has no embeddings that could be saved", stacklevel=2)
+        warn(f"{type(adapters.model).__name__} has no embeddings that could be saved")
     needed = save is True or (bool(paths) and has_other_vocabulary(adapters, name))
     if not needed:
         paths = [path for path in layers if _is_named(adapters, name, path)]
@@ -134,10 +133,9 @@ def without_base(
     read = {plain_path(key) for key in state}
     lacking = [path for path in (f"{own}.weight" for own in embeddings) if path in base and path not in read]
     if changed and stored.base is None and lacking and id(base[lacking[0]]) not in changed:
-        warnings.warn(
+        warn(
             f"'{source}' holds a '{path}' of its own and no '{lacking[0]}': if the vocabulary was resized, as Hugging "
             "Face PEFT saves only one of them then, new rows of the other are lost",
-            stacklevel=4,
         )
     return left, [(there, value) for _, there, value in changed.values()]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PeanutError
+from ...errors import PeanutError, warn
 from ...files import parse_json
 from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
@@ -45,7 +44,7 @@ def fingerprint(
     saved: Collection[str] = (),
     state_dict: Mapping[str, Tensor] | None = None,
     *,
-    embeddings_may_differ: bool = False,
+    new_rows_may_differ: bool = False,
 ) -> str | None:
     """JSON of the shape, a digest and a few values of every parameter of the base; of embeddings, their last row too.
 
@@ -57,7 +56,7 @@ def fingerprint(
     Args:
         saved: parameters that the adapter's file holds.
         state_dict: the base's tensors by path, gathered, to take the values from.
-        embeddings_may_differ: give embeddings no digest: rows that were added may have been made at random.
+        new_rows_may_differ: give rows that were added to embeddings no digest: they may have been made at random.
     """
     base, statistics = base_tensors(adapters), base_statistics(adapters)
     if state_dict and state_dict.keys() & base.keys():
@@ -81,12 +80,13 @@ def fingerprint(
     samples = _samples({path: (value, _shape(value, path in embeddings)) for path, value in taken.items()})
     shapes = {path: _shape(value, path in embeddings) for path, value in taken.items()}
     found = {path: [*shapes[path], *(float(f"{value:.5g}") for value in own)] for path, own in samples.items()}
+    added = rows_added(adapters, name) if new_rows_may_differ else 0
     digests: dict[str, dict[str, str]] = {}
     for path, value in (base | statistics).items():
-        if not (embeddings_may_differ and path in embeddings):
-            digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(value)
+        own = value[:-added] if added > 0 and path in embeddings else value
+        digests.setdefault(str(value.dtype).removeprefix("torch."), {})[path] = digest_of(own)
     record: dict[str, Any] = {"digests": digests, "values": found}
-    record |= {"shrunk": True} if embeddings_may_differ and rows_added(adapters, name) < 0 else {}
+    record |= {"shrunk": True} if added < 0 else {"added": added} if added > 0 else {}
     return json.dumps(record, sort_keys=True, separators=(",", ":")) if found else None
 
 
@@ -114,8 +114,9 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     then, now = _of_base(base, samples) if new else _of_layers(adapters, name, samples)
     differing = {path for path in then if path not in now or _apart(then[path], now[path])}
     digests = _digests(what, read.get("digests", {}) if new else {})
+    added = check_value(what, int, read.get("added", 0)) if new else 0
     exact = {
-        path: _first_rows(value, *samples.get(path, ())[1:2])
+        path: _first_rows(value, *(rows - added for rows in samples.get(path, ())[1:2]))
         for path, value in (base | statistics).items()
         if path in digests and path not in differing and _has_values(value)
     }
@@ -140,12 +141,12 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
             "or pass check_base=False",
         )
     if random:
-        _warn(
+        warn(
             f"'{random[0]}' was made at random, as the base's files lack it, and is another than when the adapter was "
             "trained: its answers are right only if the model does not use it"
         )
     if following := sorted(changes & statistics.keys()):
-        _warn(
+        warn(
             f"'{following[0]}' is another than when the adapter was saved, as statistics follow a training in train() "
             f"mode: train with '{following[0].rpartition('.')[0]}' in eval(), or in modules_to_save"
         )
@@ -157,11 +158,7 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
         call = f"call resize_token_embeddings({rows}) first"
         if new and "shrunk" in read:
             raise PeanutError(f"{found}, as its vocabulary was shrunk", f"{rows}", f"{call}, or pass check_base=False")
-        _warn(f"{found}, so it answers over other tokens; {call} if they were not added since")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=7)  # where an adapter is loaded
+        warn(f"{found}, so it answers over other tokens; {call} if they were not added since")
 
 
 def _digests(what: str, read: Any) -> dict[str, Digest]:

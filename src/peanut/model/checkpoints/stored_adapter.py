@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import PeanutError
+from ...errors import PeanutError, warn
 from ...files import staged_files
 from ...hub import locate
 from ...protocols import PeftConfig
@@ -112,16 +111,14 @@ def _read_once(
         return None
     passing, fits = _training(folder, KeyStyle.of(read), metadata)
     if config is None and config_digest(read) != metadata.get(CONFIG, config_digest(read)):
-        warnings.warn(
+        warn(
             f"{CONFIG_NAME} in '{source}' is not as it was saved; if you have not changed it, copy or save the adapter "
             "again",
-            stacklevel=4,
         )
     elif config is None and written and not save and _is_ours(folder, read, written):
-        warnings.warn(
+        warn(
             f"{CONFIG_NAME} in '{source}' was saved by this library and {WEIGHTS_NAME} by another; if they do not "
             "belong together, copy or save the adapter again",
-            stacklevel=4,
         )
     base = metadata.get(FINGERPRINT) or metadata.get(OLD_FINGERPRINT)
     return StoredAdapter(read, state, base, str(source), passing, fits)

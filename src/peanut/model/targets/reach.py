@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ...errors import OutOfReachWarning
+from ...errors import OutOfReachWarning, warn
 from ...protocols import PeftConfig
 from ..layers.layer import AdaptedLayer
 from ..layers.saved_modules import SavedModule
@@ -84,10 +83,9 @@ def warn_of_unreached(model: nn.Module, config: PeftConfig) -> None:
         return
     reach = reach_of(model)
     if reach.linear >= LEAST * reach.total:
-        warnings.warn(
+        warn(
             f"'all-linear' does not reach {reach}: no linear layer that is called holds these, so they stay frozen",
             OutOfReachWarning,
-            stacklevel=3,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from torch import nn
 
 from ..errors import PeanutError, shown
-from ..protocols.values import check_value
+from .values import check_value
 
 __all__ = ["checked"]
 
@@ -34,6 +34,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         PeanutError: one is something else.
     """
     signature = inspect.signature(function)
+    made, _, method = function.__qualname__.rpartition(".")
+    called = made if method == "__init__" else method
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -41,7 +43,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in signature.bind_partial(*args[: len(signature.parameters)], **known).arguments.items():
             hint = _hints(function).get(name)
             if hint in _EXPECTED:
-                _check(function.__name__, name, hint, value)
+                _check(called, name, hint, value)
         return function(*args, **kwargs)
 
     return call
