@@ -143,6 +143,6 @@ def test_an_order_that_a_merge_forbids_unmerges() -> None:
 def test_an_unknown_adapter_is_an_error_while_one_is_merged() -> None:
     model = two()
     model.merge_adapter()
-    with pytest.raises(PeanutError, match="^no adapter 'c'"):
+    with pytest.raises(PeanutError, match=r"^no adapter 'c'"):
         model.set_adapter("c")
     assert model.merged_adapters == ["a"]
