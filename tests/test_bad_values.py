@@ -20,7 +20,6 @@ from peanut import (
     FourierFTConfig,
     HRAConfig,
     IA3Config,
-    LNTuningConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
@@ -106,7 +105,6 @@ CASES: list[tuple[PeftConfig, str]] = [
     # Layers that a method has no use for
     (on("bare", BitFitConfig), r"'bare' \(20 → 6\) has no bias"),
     (on("words", BitFitConfig), r"target_modules matches 'words', a Embedding; expected layers of kind linear"),
-    (on("wide", LNTuningConfig), r"target_modules matches 'wide', a Linear; expected layers of kind norm"),
     (on("norm", LoraConfig), r"target_modules matches 'norm', a LayerNorm; expected layers of kind linear"),
     (on("words", OFTConfig, r=2), r"target_modules matches 'words', a Embedding"),
     (on("attention.out_proj", LoraConfig), r"'attention.out_proj' belongs to an nn.MultiheadAttention"),
