@@ -20,7 +20,6 @@ from peanut import (
     FourierFTConfig,
     HRAConfig,
     IA3Config,
-    LNTuningConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
@@ -106,9 +105,8 @@ CASES: list[tuple[PeftConfig, str]] = [
     # Layers that a method has no use for
     (on("bare", BitFitConfig), r"'bare' \(20 → 6\) has no bias"),
     (on("words", BitFitConfig), r"target_modules matches 'words', a Embedding; expected layers of kind linear"),
-    (on("wide", LNTuningConfig), r"target_modules matches 'wide', a Linear; expected layers of kind norm"),
     (on("norm", LoraConfig), r"target_modules matches 'norm', a LayerNorm; expected layers of kind linear"),
-    (on("words", OFTConfig, r=2), r"target_modules matches 'words', a Embedding"),
+    (on("words", OFTConfig, r=5), r"r=5 for 'words', whose output has 12 features.*4 and 6"),
     (on("attention.out_proj", LoraConfig), r"'attention.out_proj' belongs to an nn.MultiheadAttention"),
     (on("grouped", IA3Config, feedforward_modules=["grouped"]), r"'grouped', a convolution in 2 groups"),
     (IA3Config(target_modules=".*e", feedforward_modules=["turned"]), r"feedforward_modules names 'turned'"),
