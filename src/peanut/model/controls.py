@@ -18,6 +18,7 @@ from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
 from .layers.saved_modules import SavedModule
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .targets.paths import bare
 from .targets.reach import reach_of
 
@@ -137,6 +138,25 @@ class AdapterControls(AsBase):
                 )
         resize: Any = base.resize_token_embeddings
         return resize(*args, **kwargs)  # type: ignore[no-any-return]
+
+    # What libraries ask
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all adapters' tensors have in them: ``lora_``; errors: see ``prefix_of``."""
+        return self.base_model.prefix
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters; which are active stays as it is."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of the adapters in each place."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the model's adapters."""
+        return get_model_status(self)
 
     # Counting
 

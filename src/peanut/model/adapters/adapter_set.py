@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class AdapterSet(Merging):
         super().__init__(model)
         self.runner = Runner(model, self.state)
         self.trained: list[str] = []
+        self._resting: list[str] | None = None
         model.__dict__["_adapter_set"] = self
 
     @staticmethod
@@ -173,8 +175,20 @@ class AdapterSet(Merging):
         self.configs[name] = config
 
     @changes
-    def delete(self, name: str) -> None:
-        """Takes an adapter out; layers that then have none are the base's own again."""
+    def delete(self, name: str, *, unwrap: bool = True) -> None:
+        """Takes an adapter out; where it alone was active, another one is activated, with a warning.
+
+        Args:
+            unwrap: put the base's own modules back where no adapter is left.
+        """
+        alone = self.state.active == [name]
+        self._delete(name, unwrap=unwrap)
+        if alone and self.configs:
+            other = min(self.configs)
+            self.activate(other)
+            warnings.warn(f"adapter {name!r}, which was active, is deleted: {other!r} is active now", stacklevel=3)
+
+    def _delete(self, name: str, *, unwrap: bool = True) -> None:
         self.known(name)
         if name in self.state.merged:
             raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
@@ -185,24 +199,31 @@ class AdapterSet(Merging):
                 "an adapter that stands alone",
                 f"delete {mixed[0]!r} first",
             )
-        self._take_out(name)
+        self._take_out(name, unwrap=unwrap)
         del self.configs[name]
+        if unwrap:  # else whoever takes it out of the layers one by one does this too
+            self.model.__dict__.get("peft_config", {}).pop(name, None)
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
         if not self.configs:
             unhook(self.model, self.state)
 
-    def _take_out(self, name: str) -> None:
+    def _take_out(self, name: str, *, unwrap: bool = True) -> None:
         """Takes what there is of an adapter out of the model's modules."""
+        for place in self.places(name):
+            place.delete(name)
+        for _, saved in self.saved_modules(name):
+            saved.delete(name)
+        if unwrap:
+            self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Puts the base's own modules back where no adapter is left."""
         for place in list(self.places()):
-            if name in place.adapters:
-                place.delete(name)
             if not len(place.adapters):
                 self.emptied(place)
         for path, saved in list(self.saved_modules()):
-            if name in saved.modules_to_save:
-                saved.delete(name)
             if not len(saved.modules_to_save):
                 self.put(path, saved.original_module)
 
@@ -211,7 +232,8 @@ class AdapterSet(Merging):
         """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
         self.unmerge()
         for name in sorted(self.configs, key=lambda name: not experts_of(self.configs[name])):  # mixtures first
-            self.delete(name)
+            self._delete(name)
+        self._unwrap()
         self.leave()
         return self.model
 
@@ -229,7 +251,7 @@ class AdapterSet(Merging):
         for place in list(self.places()):
             self.emptied(place)
         self.leave()
-        self.configs, self.state, self.trained = {}, AdapterState(), []
+        self.configs, self.state, self.trained, self._resting = {}, AdapterState(), [], None
         return self.model
 
     # Which act
@@ -238,37 +260,67 @@ class AdapterSet(Merging):
     def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Makes exactly ``names`` active, and trainable unless told otherwise.
 
+        What is merged is unmerged first, with a warning, where it would not be active, or not next to the weight.
+
         Raises:
-            PeanutError: an adapter is unknown; one that is merged would not be active, or not next to the weight; two
-                have a copy of one head.
+            PeanutError: an adapter is unknown, or two have a copy of one head.
         """
         wanted = self.known(names)
-        left = [name for name in self.state.merged if name not in wanted]
-        if left:
-            raise PeanutError(
-                f"adapter {left[0]!r} is merged into the weights and would stay so",
-                "an unmerged model",
-                "call unmerge_adapter() first",
-            )
         self._refuse_two_heads(wanted)
-        for _, layer in self.layers() if self.state.merged else ():
-            layer.check_merge(self.state.merged, wanted)
+        if self.state.merged and not self._stays_merged(wanted):
+            warnings.warn(f"adapter {self.state.merged[0]!r} is merged: it is unmerged before others act", stacklevel=3)
+            self.unmerge()
         self.state.active = wanted
+        self._resting = None
         self.freeze(trainable=wanted if trainable else ())
+
+    def _stays_merged(self, wanted: Sequence[str]) -> bool:
+        """Whether what is merged can stay so while ``wanted`` act."""
+        try:
+            for _, layer in self.layers():
+                layer.check_merge(self.state.merged, wanted)
+        except PeanutError:
+            return False
+        return set(self.state.merged) <= set(wanted)
+
+    @changes
+    def enable(self, enabled: bool) -> None:
+        """Lets the model compute what its base does, with all adapters frozen, until it is called with ``True``."""
+        if enabled == self.state.enabled:
+            return
+        self.state.enabled = enabled
+        if not enabled:
+            self._resting = self.trained
+            self.freeze(())
+        elif self._resting is not None:
+            self.freeze(self._resting)
+            self._resting = None
+
+    def trains(self, names: Collection[str], trained: bool) -> None:
+        """Notes that adapters are trained, or not."""
+        others = [name for name in self.trained if name not in names]
+        self.trained = [*others, *(name for name in self.configs if name in names)] if trained else others
 
     @changes
     def freeze(self, trainable: Sequence[str]) -> None:
         """Freezes the parameters of every adapter but those called ``trainable``."""
         self.trained = list(trainable)
-        trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
         for place in self.places():
-            for own in (place.adapters, place.banks):
-                for name in own:
-                    own[name].requires_grad_(name in trainable)
+            self.freeze_in(place)
         for _, saved in self.saved_modules():
-            saved.original_module.requires_grad_(False)
-            for name in saved.modules_to_save:
-                saved.modules_to_save[name].requires_grad_(name in trainable)
+            self.freeze_in(saved)
+
+    def freeze_in(self, module: Any) -> None:
+        """Freezes what is in one place but for the adapters that are trained."""
+        trainable = [*self.trained, *(expert for name in self.trained for expert in self._trained_with(name))]
+        if isinstance(module, SavedModule):
+            module.original_module.requires_grad_(False)
+            for name in module.modules_to_save:
+                module.modules_to_save[name].requires_grad_(name in trainable)
+            return
+        for own in (module.adapters, module.banks):
+            for name in own:
+                own[name].requires_grad_(name in trainable)
 
     def _trained_with(self, name: str) -> list[str]:
         """The experts that are trained when mixture ``name`` is."""
@@ -284,7 +336,8 @@ class AdapterSet(Merging):
         self.runner.leave()
         unhook(self.model, self.state)
         unfollow(self)
-        self.model.__dict__.pop("_adapter_set", None)
+        for name in ("_adapter_set", "peft_config"):
+            self.model.__dict__.pop(name, None)
 
 
 def overrides(method: Method[Any], name: str) -> bool:
