@@ -120,7 +120,9 @@ def test_scales_multiply_the_change_merged_and_unmerged(kind: str, tiny_llama: C
     with peft.helpers.rescale_adapter_scale(model, 0.5):
         half = logits(model)
         if kind != "dora":  # which scales what it normalises
-            assert all(torch.allclose(layer.delta("default"), own / 2) for layer, own in zip(layers, whole, strict=True))
+            assert all(
+                torch.allclose(layer.delta("default"), own / 2) for layer, own in zip(layers, whole, strict=True)
+            )
         for layer in layers:
             layer.merge()
         assert torch.allclose(logits(model), half, atol=1e-6)
@@ -163,8 +165,8 @@ def test_weights_are_synchronised_as_trl_does(heads: list[str] | None, tiny_llam
         before = {name: value.clone() for name, value in model.state_dict().items()}
         model.merge_adapter()
         sent = {}
-        for name, value in model.named_parameters():
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for full, value in model.named_parameters():
+            name = full.removeprefix("base_model.model.").replace(".base_layer", "")
             if model.prefix in name or "original_module" in name:
                 continue
             sent[name.replace("modules_to_save.default.", "")] = value.data.clone()

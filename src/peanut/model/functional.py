@@ -1,4 +1,4 @@
-"""What libraries call on a model with injected adapters, which is no ``PeftModel``: those of transformers, diffusers."""
+"""What libraries call on a model with injected adapters, which is no ``PeftModel``: diffusers', say."""
 
 from __future__ import annotations
 

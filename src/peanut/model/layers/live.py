@@ -174,9 +174,7 @@ class Live(Switched):
             self._check_scale(name)
         with self.state.changing():
             self.scaling[name] = wanted
-            self.state.scales.pop((self.path, name), None)
-            if wanted != initial:
-                self.state.scales[self.path, name] = wanted
+            self.state.scale(self.path, name, None if wanted == initial else wanted)
 
     def _check_scale(self, name: str) -> None:
         """Refuses a scale for an adapter that cannot be scaled here."""

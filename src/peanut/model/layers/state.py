@@ -32,6 +32,7 @@ class _OfThread(threading.local):
         self.call = PLAIN
         self.compiled = False
         self.begun: list[int] = []
+        self.scaled = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,8 @@ class AdapterState(Hooking):
         if self._thread.begun:  # a compiled graph may have begun the forward
             self._check_version(self._thread.begun.pop(), None)
         if torch.is_grad_enabled():
-            graph = _Graph(self.call.plain, self.acting_now())
+            graph = _Graph(self.call.plain and not self._thread.scaled, self.acting_now())
+            self._thread.scaled = False
             for value in _tensors(output):
                 node: Any = value.grad_fn
                 if node is not None:
@@ -159,6 +161,13 @@ class AdapterState(Hooking):
     def acting_now(self) -> tuple[Any, ...]:
         """What a block that is run again has to find as it was: which adapters are active, merged, enabled, scaled."""
         return tuple(self._active), tuple(self.merged), self.enabled, tuple(self.scales.items())
+
+    def scale(self, path: str, name: str, scale: float | None) -> None:
+        """Notes what scale an adapter has in a place, ``None`` for the first one; also that a forward changes it."""
+        self.scales.pop((path, name), None)
+        if scale is not None:
+            self.scales[path, name] = scale
+        self._thread.scaled = bool(self._thread.begun)  # diffusers' do, for the one forward
 
     def _version_at_rest(self) -> int:
         """The version of the adapters, once a change that another thread has begun is done."""
