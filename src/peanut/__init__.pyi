@@ -69,6 +69,8 @@ from .model.models import XLoraModel as XLoraModel
 from .model.peft_model import PeftModel as PeftModel
 from .model.peft_model import get_peft_model as get_peft_model
 from .model.predictive import predictive as predictive
+from .model.status import get_layer_status as get_layer_status
+from .model.status import get_model_status as get_model_status
 from .protocols import PeftConfig as PeftConfig
 from .protocols import PeftType as PeftType
 from .protocols import TaskType as TaskType

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABCMeta
 from typing import Any
 
 __all__ = ["Recognised"]
@@ -48,7 +49,7 @@ def _blank(own: type, *args: Any) -> Any:
     return own.__new__(own, *args)
 
 
-class _Answer(type):
+class _Answer(ABCMeta):  # as some of the other library's are
     """The class of what ``__class__`` answers: whoever derives from it, or calls it, gets the object's own class."""
 
     own: type

@@ -35,6 +35,7 @@ _WHERE = {
     ),
     "model.kbit": ("prepare_model_for_kbit_training",),
     "model.peft_model": ("PeftModel", "get_peft_model"),
+    "model.status": ("get_layer_status", "get_model_status"),
     "model.predictive": ("predictive",),
     "protocols": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "training.trainer": ("Trainer",),

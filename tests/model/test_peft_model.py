@@ -144,7 +144,10 @@ def test_injecting_returns_the_model_itself_with_all_but_the_adapter_frozen(tiny
         for name in "qv"
         for factor in "AB"
     }
-    again = inject_adapter_in_model(PeanutConfig(**PEANUT), tiny_llama(), "a", state_dict=state)
+    other = PeanutConfig(r=PEANUT["r"], depth=PEANUT.get("depth", 0), target_modules=["k_proj"])
+    again = inject_adapter_in_model(other, tiny_llama(), "a", state_dict=state)
+    assert get_peft_model_state_dict(again, adapter_name="a").keys() == state.keys()  # the keys tell what is adapted
+    set_peft_model_state_dict(again, state, "a")
     assert same_bits(again(IDS).logits, base(IDS).logits)
     assert not same_bits(again(IDS).logits, tiny_llama()(IDS).logits)
 

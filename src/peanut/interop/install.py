@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from types import CodeType, FunctionType
@@ -15,12 +16,19 @@ from ..protocols import PeftConfig
 
 __all__ = ["dispatched", "install", "uninstall"]
 
+_MAPPING = "peft.utils.transformers_weight_conversion"
 _MODULES = {
     "peft.mapping": ("inject_adapter_in_model",),
     "peft.mapping_func": ("get_peft_model",),
     "peft.utils.save_and_load": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "peft.tuners.tuners_utils": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
+    "peft.peft_model": ("get_layer_status", "get_model_status"),
+    "peft.helpers": ("rescale_adapter_scale",),
+    _MAPPING: ("build_peft_weight_mapping",),
 }
 """The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
+_HOMES = {"peft.tuners.tuners_utils": "functional", "peft.helpers": "helpers"}
+"""Where ours are, if not among the public names of this package."""
 _ORIGINALS: dict[str, FunctionType] = {}
 """What was installed, by name: the function as it was."""
 
@@ -45,7 +53,7 @@ def install() -> None:
                 original.__kwdefaults__ = function.__kwdefaults__
                 _ORIGINALS[name] = original
                 function.__signature__ = inspect.signature(function)
-                function.__code__ = _calling(name)
+                function.__code__ = _calling(module, name, function.__code__)
 
 
 def uninstall() -> None:
@@ -59,12 +67,24 @@ def uninstall() -> None:
                 del function.__signature__
 
 
-def dispatched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dispatched(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls the function of a name: ours if an argument is ours, else Hugging Face PEFT's as it was."""
     function: Callable[..., Any] = _ORIGINALS[name]
     if any(_is_ours(value) for value in (*args, *kwargs.values())):
-        function = getattr(import_module("...", __name__), name)
-    return function(*args, **kwargs)
+        function = getattr(import_module(f"...{_HOMES.get(module, '')}", __name__), name)
+    answer = function(*args, **kwargs)
+    return _with_magnitudes(answer, *args, **kwargs) if module == _MAPPING else answer
+
+
+def _with_magnitudes(renamings: list[Any], conversions: Any, adapter_name: str, *_: Any, **__: Any) -> list[Any]:
+    """What transformers renames of an adapter's file: in a layer, the magnitudes of DoRA are the weight of a module.
+
+    Without this, ``load_adapter`` and ``AutoModel.from_pretrained`` leave a DoRA adapter's magnitudes as they start.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    there = f"lora_magnitude_vector.{adapter_name}"
+    return [*renamings, WeightRenaming(rf"{re.escape(there)}$", f"{there}.weight")] if renamings else renamings
 
 
 def _is_ours(value: object) -> bool:
@@ -76,11 +96,11 @@ def _is_ours(value: object) -> bool:
 def _template(*args: Any, **kwargs: Any) -> Any:
     import sys
 
-    return sys.modules["WHERE"].dispatched("NAME", args, kwargs)
+    return sys.modules["WHERE"].dispatched("MODULE", "NAME", args, kwargs)
 
 
-def _calling(name: str) -> CodeType:
+def _calling(module: str, name: str, replaced: CodeType) -> CodeType:
     code = _template.__code__
-    given = {"NAME": name, "WHERE": __name__}
+    given = {"NAME": name, "MODULE": module, "WHERE": __name__}
     constants = tuple(given.get(constant, constant) for constant in code.co_consts)
-    return code.replace(co_name=name, co_consts=constants)
+    return code.replace(co_name=name, co_consts=constants, co_freevars=replaced.co_freevars)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..model.adapters.adapter_set import AdapterSet, experts_of
+from ..model.adapters.acting import experts_of
+from ..model.adapters.adapter_set import AdapterSet
 from ..model.adapters.surgery import SHARED
 from ..model.checkpoints.checkpoint import adapter_state, file_config
 from ..model.checkpoints.mixtures import save_experts

@@ -19,7 +19,7 @@ from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
 from .layers.saved_modules import SavedModule
-from .lenient import activate, delete
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .targets.paths import bare
 from .targets.reach import reach_of
 
@@ -84,11 +84,11 @@ class AdapterControls(AsBase):
 
         What is merged and is not among them is unmerged, and one warning says so.
         """
-        activate(self.adapters, adapter_name, trainable=not inference_mode)
+        self.adapters.activate(adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out of the model; if none is active then, the first left becomes so, with a warning."""
-        delete(self.adapters, adapter_name)
+        self.adapters.delete(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -147,6 +147,27 @@ class AdapterControls(AsBase):
                 )
         resize: Any = base.resize_token_embeddings
         return resize(*args, **kwargs)  # type: ignore[no-any-return]
+
+    # What libraries ask
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all adapters' tensors have in them: ``lora_``; errors: see ``prefix_of``."""
+        return self.base_model.prefix
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters; which are active stays as it is."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of the adapters in each place."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the model's adapters."""
+        return get_model_status(self)
+
+    # Counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) numbers of parameters."""

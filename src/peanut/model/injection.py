@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, shown
 from ..operators.combining import Majority
-from ..protocols import PeftConfig
+from ..protocols import PeftConfig, method_of
 from ..protocols.arguments import checked
-from .adapters.adapter_set import AdapterSet, experts_of
+from .adapters.acting import experts_of
+from .adapters.adapter_set import AdapterSet
 from .adapters.surgery import SHARED
 from .adapters.weighted import Combination, add_weighted
 from .checkpoints.checkpoint import adapter_state, base_state
@@ -22,8 +23,10 @@ from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
-from .layers.parameters import ByAdapter
+from .targets.matching import target_paths
+from .targets.paths import bare, modules_by_path
 from .targets.reach import warn_of_unreached
+from .tuner import Tuner
 
 __all__ = [
     "AdaptedModel",
@@ -34,14 +37,14 @@ __all__ = [
 ]
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(Tuner):
     """A base model (``.model``, changed in place) with adapters in it.
 
     Args:
         config: the adapter's config, or several by name.
         adapter_name: name of the adapter, if ``config`` is one.
-        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by ``state_dict`` or by loading.
-        state_dict: the adapter's tensors, by the keys that its file has.
+        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by loading.
+        state_dict: see ``inject_adapter_in_model``.
     """
 
     method: ClassVar[str | None] = None
@@ -67,32 +70,9 @@ class AdaptedModel(nn.Module):
                     "use get_peft_model, which takes any",
                 )
             inject_adapter_in_model(own, model, name, low_cpu_mem_usage, state_dict)
-
-    @property
-    def adapters(self) -> AdapterSet:
-        """The adapters in the model."""
-        return AdapterSet.of(self.model)
-
-    @property
-    def prefix(self) -> str:
-        """What the names of the adapters' tensors in layers begin with, ``lora_``: by it others leave them out.
-
-        Raises:
-            PeanutError: they begin with nothing in common.
-        """
-        held = (each for place in self.adapters.places() for each in place._modules.items())
-        own = sorted(
-            {name for name, home in held if isinstance(home, ByAdapter) and any(True for _ in home.parameters())}
-        )
-        common = commonprefix(own)  # noqa: RUF071 - by characters
-        common = common[: common.rfind("_") + 1]
-        if not common:
-            raise PeanutError(
-                f"adapters' tensors of the names {own}",
-                "one beginning of all of them, as 'lora_'",
-                "ask for each adapter's own with get_peft_model_state_dict, or use adapters of one method",
-            )
-        return common
+        if len(configs) > 1:
+            experts = {expert for own in self.peft_config.values() for expert in experts_of(own)}  # act through those
+            self.set_adapter([name for name in configs if name not in experts])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -145,19 +125,65 @@ def inject_adapter_in_model(
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    wide: bool = True,
 ) -> nn.Module:
-    """Puts an adapter into a model, freezes the rest, and returns the model itself; arguments: see ``AdaptedModel``."""
-    adapters = AdapterSet.of(model)
-    adapter_name = name_for(adapters, peft_config, adapter_name)
-    peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage)
-    model.requires_grad_(False)
-    experts = experts_of(peft_config)  # these act through the mixture
-    others = [name for name in adapters.state.active if name not in experts]
-    adapters.activate([*others, adapter_name], trainable=not peft_config.inference_mode)
+    """Puts an adapter into a model, freezes the rest, and returns the model itself.
+
+    Args:
+        peft_config: a config; where adapters are already, also one of Hugging Face PEFT's, as diffusers makes it.
+        low_cpu_mem_usage: leave the adapter's parameters without storage, to be filled by loading.
+        state_dict: tensors by the keys that a file has: exactly the layers that they belong to are adapted, whatever
+            ``target_modules`` says. Their values are not used: ``set_peft_model_state_dict`` copies them.
+        wide: store parameters in float32 at least, also on a half-precision base.
+    """
+    adapters = _present(model)
+    if adapters.configs and not isinstance(peft_config, PeftConfig) and hasattr(peft_config, "to_dict"):
+        peft_config = PeftConfig.from_dict(peft_config.to_dict(), "the config")
     if state_dict is not None:
-        set_peft_model_state_dict(model, state_dict, adapter_name)
+        peft_config = _targeting(model, peft_config, state_dict)
+    adapter_name = name_for(adapters, peft_config, adapter_name)
+    peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=wide)
+    model.__dict__.setdefault("peft_config", {})[adapter_name] = peft_config
+    model.requires_grad_(False)
+    adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
     warn_of_unreached(model, peft_config)
     return model
+
+
+def _present(model: nn.Module) -> AdapterSet:
+    """The set of adapters of a model; a new one where somebody has put the base's own layers back by hand."""
+    adapters = AdapterSet.of(model)
+    changing = any(not config.prompts for config in adapters.configs.values())
+    if changing and next(adapters.places(), None) is None and next(adapters.saved_modules(), None) is None:
+        adapters.leave()
+        return AdapterSet.of(model)
+    return adapters
+
+
+def _targeting(model: nn.Module, config: PeftConfig, state_dict: Mapping[str, Tensor]) -> PeftConfig:
+    """A config whose targets are the layers that tensors belong to, by the keys that a file gives them.
+
+    Raises:
+        PeanutError: none of them belongs to a layer of the model.
+    """
+    modules, style = modules_by_path(model), KeyStyle.of(config)
+    found: set[str] = set()
+    for key in state_dict:
+        parts = plain_key(key, style).split(".")
+        path = next(
+            (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in modules), ""
+        )
+        if path and parts[path.count(".") + 1] not in bare(modules[path])._parameters:  # else it is trained whole
+            found.add(path)
+    if not found:
+        raise PeanutError(
+            f"a state dict with {shown(next(iter(state_dict), 'no keys'))}, of no layer of {type(model).__name__}",
+            "the keys that the adapter's file has",
+            "leave state_dict out, or give that of this model",
+        )
+    given = None if config.target_modules is None else set(target_paths(model, config, method_of(config.peft_type)))
+    return config if given == found else replace(config, target_modules=sorted(found), exclude_modules=None)
 
 
 def penalty(model: nn.Module) -> Tensor | None:
@@ -190,14 +216,24 @@ def get_peft_model_state_dict(
 
 @checked
 def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> None:
     """Copies tensors, by the keys that files give them, into an adapter.
+
+    Args:
+        ignore_mismatched_sizes: must be false: other sizes are an error.
+        low_cpu_mem_usage: where a parameter has no storage yet, put the tensor in its place, and no copy of it.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape or kind differs, or a value is not finite. Nothing is
             then copied.
     """
+    if ignore_mismatched_sizes:
+        raise PeanutError("ignore_mismatched_sizes=True", "tensors of the adapter's sizes", "leave out those of others")
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
     shared = [key.removeprefix(SHARED) for key, _ in adapters.parameters(adapter_name) if key.startswith(SHARED)]
@@ -205,4 +241,4 @@ def set_peft_model_state_dict(
     refuse_not_finite(peft_model_state_dict, "the state dict", "leave it out, or train again")
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
-    load_state(adapters, adapter_name, stored, check=False)
+    load_state(adapters, adapter_name, stored, check=False, alias=low_cpu_mem_usage)

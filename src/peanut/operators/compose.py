@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -14,7 +14,7 @@ from .delta import Delta
 from .low_rank import LowRank
 from .rotation import Diagonal, Rotation
 
-__all__ = ["Between", "Chain", "Gated", "Sum", "chain", "gated", "total"]
+__all__ = ["Between", "Chain", "Gated", "Scaled", "Sum", "chain", "gated", "scaled", "total"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,23 @@ class Gated(Delta):
 
 
 @dataclass(frozen=True, eq=False)
+class Scaled(Delta):
+    """c Δ for a number c."""
+
+    inner: Delta
+    factor: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.inner.apply(x) * self.factor
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.inner.rows(ids) * self.factor
+
+    def dense(self) -> Tensor:
+        return self.inner.dense() * self.factor
+
+
+@dataclass(frozen=True, eq=False)
 class Between(Delta):
     """L · Δ · S, either side optional: what is left of a Δ to add where L and the gains S are merged."""
 
@@ -100,6 +117,11 @@ class Chain(Rotation):
 def gated(delta: Delta, gate: Tensor) -> Delta:
     """gate ⊙ Δ x, gate (…, 1) with the shape of x before its last: an expert of a mixture, weighted token by token."""
     return delta.gated(gate) if isinstance(delta, LowRank) else Gated(delta, gate)
+
+
+def scaled(delta: Delta, factor: float) -> Delta:
+    """c Δ: low-rank still, if Δ is."""
+    return replace(delta, scaling=delta.scaling * factor) if isinstance(delta, LowRank) else Scaled(delta, factor)
 
 
 def total(deltas: Sequence[Delta]) -> Delta | None:

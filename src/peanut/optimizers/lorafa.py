@@ -38,7 +38,7 @@ class LoraFAOptimizer(Optimizer):
         self._projected = projected
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,7 +71,8 @@ class LoraFAOptimizer(Optimizer):
         A, scaling = self._projected[id(parameter)]
         wide = torch.promote_types(A.dtype, torch.float32)
         gram = A.to(wide) @ A.to(wide).T + 1e-8 * torch.eye(len(A), device=A.device, dtype=wide)
-        return (gradient.to(wide) @ torch.linalg.pinv(gram) / scaling**2).to(gradient.dtype)
+        inverse: Tensor = torch.linalg.pinv(gram)
+        return (gradient.to(wide) @ inverse / scaling**2).to(gradient.dtype)
 
 
 def create_lorafa_optimizer(
@@ -87,7 +88,9 @@ def create_lorafa_optimizer(
     """
     projected: dict[int, tuple[Tensor, float]] = {}
     for layer in walk(model):
-        for name in layer.active_adapters if isinstance(layer, AdaptedLayer) else ():
+        if not isinstance(layer, AdaptedLayer):
+            continue
+        for name in layer.active_adapters:
             config = layer.method_of(name)[1]
             values = layer.values(name)
             if isinstance(config, LoraConfig) and "lora_A.weight" in values and values["lora_A.weight"].dim() == 2:

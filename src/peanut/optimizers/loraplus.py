@@ -47,11 +47,13 @@ def create_loraplus_optimizer(
             group["params"].append(parameter)
     if not any(group["params"] for group in groups):
         raise PeanutError("a model without trained parameters", "an active adapter in training", "call set_adapter")
-    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    made: Any = optimizer_cls
+    optimizer: Optimizer = made(groups, lr=lr, **kwargs)
     if optimizer_cls.__module__.startswith("bitsandbytes") and "8bit" in optimizer_cls.__name__:
-        import bitsandbytes
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        manager: Any = GlobalOptimManager
+        manager = manager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 manager.register_module_override(module, "weight", {"optim_bits": 32})

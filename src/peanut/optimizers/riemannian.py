@@ -60,4 +60,6 @@ def _wide(value: Tensor) -> torch.dtype:
 def _inverse(rows: Tensor, reg: float) -> Tensor:
     """(M Mᵀ + εI)⁻¹ for M (r, n)."""
     rows = rows.to(_wide(rows))
-    return torch.linalg.pinv(rows @ rows.T + reg * torch.eye(len(rows), device=rows.device, dtype=rows.dtype))
+    gram = rows @ rows.T + reg * torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+    inverse: Tensor = torch.linalg.pinv(gram)
+    return inverse

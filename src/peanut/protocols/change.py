@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ..errors import PeanutError
-from ..operators import Between, Delta, Rotation, chain, total
+from ..operators import Between, Delta, Rotation, chain, scaled, total
 from ..operators.operator import Operator
 
 __all__ = ["Change"]
@@ -44,6 +44,26 @@ class Change(Operator):
     def adds(self) -> bool:
         """Whether it only adds to the weight and the bias."""
         return self.rotation is None and self.left is None and self.in_scale is None
+
+    def times(self, factor: float) -> Change:
+        """c times what it adds to the weight and the bias.
+
+        Raises:
+            PeanutError: it does something else than add.
+        """
+        if factor == 1.0:
+            return self
+        if not self.adds:
+            raise PeanutError(
+                f"a scale of {factor:g} for an adapter that rotates or scales a layer",
+                "one that only adds to weights, or 1",
+                "leave its scale as it is",
+            )
+        return replace(
+            self,
+            delta=None if self.delta is None else scaled(self.delta, factor),
+            shift=None if self.shift is None else self.shift * factor,
+        )
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """(up, down) whose product is W' − W for W (out, in), where they are known."""

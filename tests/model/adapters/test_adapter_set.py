@@ -112,8 +112,9 @@ def test_any_name_without_a_dot_or_slash_will_do(name: str, tiny_llama: Build, t
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
     assert same_bits(logits(again), expected)
     assert distance(model(IDS, adapter_names=[name, name]).logits, expected) < 1e-5
-    model.delete_adapter(name)
-    assert name not in model.peft_config
+    with pytest.warns(UserWarning, match=r"which was active, is deleted: 'default' is active now$"):
+        model.delete_adapter(name)
+    assert (list(model.peft_config), model.active_adapters) == (["default"], ["default"])
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "a\\b", "__base__"])

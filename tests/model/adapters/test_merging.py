@@ -142,6 +142,10 @@ def test_what_is_merged_cannot_be_switched_off_or_taken_out(tiny_llama: Build) -
     with refused(model, rf"^a state dict for a model in which adapter 'a' is merged{unmerge}"):
         model.load_state_dict(model.state_dict())
     model.set_adapter(["b", "a"])  # both act: nothing is switched off
+    assert model.merged_adapters == ["a"]
+    with pytest.warns(UserWarning, match="adapter 'a' is merged: it is unmerged before others act"):
+        model.set_adapter("b")
+    assert (model.merged_adapters, model.active_adapters) == ([], ["b"])
 
 
 def test_a_state_dict_taken_while_merged_holds_the_weights_before(tiny_llama: Build) -> None:
@@ -230,9 +234,12 @@ def test_a_merge_that_the_rest_could_not_complete_is_refused(tiny_llama: Build) 
         model.merge_adapter(["adds"])
     model.merge_adapter(["turns"])
     assert distance(model(ids).logits, together) < 1e-5
-    with refused(model, "'turns too' and 'turns' rotate the input of 'model.layers.0.self_attn.q_proj' in this order"):
-        model.adapters.activate(["turns too", "turns"])
+    with pytest.warns(UserWarning, match="adapter 'turns' was merged, and is unmerged so that"):
+        model.set_adapter(["turns too", "turns"])
+    model.set_adapter("turns")
+    model.merge_adapter()
     model.set_adapter(["turns", "turns too"])
+    assert model.merged_adapters == ["turns"]
     expected = model(ids).logits
     model.unmerge_adapter()
     assert distance(model(ids).logits, expected) < 1e-5

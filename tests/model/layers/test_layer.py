@@ -388,6 +388,7 @@ def test_hooks_leave_with_the_last_adapter_that_is_deleted() -> None:
     net = Net(nn.Linear(6, 5))
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["layer"]), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["layer"]))
+    model.set_adapter("b")
     model.delete_adapter("a")
     assert net._forward_pre_hooks
     model.delete_adapter("b")

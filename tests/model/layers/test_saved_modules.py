@@ -117,9 +117,11 @@ def test_a_head_looks_like_the_module_that_answers(model: PeftModel) -> None:
 def test_deleting_the_last_adapter_with_a_copy_puts_the_original_back(model: PeftModel, tiny_bert: Build) -> None:
     base = model.get_base_model()
     original = base.classifier.original_module
+    model.set_adapter("b")
     model.delete_adapter("a")
     assert isinstance(base.classifier, SavedModule)
     assert not any("modules_to_save.a" in key for key in base.state_dict())
+    model.set_adapter([name for name in model.peft_config if name != "b"])
     model.delete_adapter("b")
     assert base.classifier is original
     assert same_bits(original.weight, tiny_bert().classifier.weight)

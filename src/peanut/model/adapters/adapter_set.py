@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PeanutError
-from ...protocols import Method, MixtureMethod, PeftConfig, method_of
+from ...errors import PeanutError, warn
+from ...protocols import Method, PeftConfig, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, unhook
@@ -19,24 +19,24 @@ from ..layers.state import AdapterState
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
+from .acting import Acting, experts_of
 from .adding import put
 from .aliases import warn_of_aliases
-from .merging import Merging, changes
+from .merging import changes
 from .size_limits import limit_for
 from .starting import New
 from .surgery import SHARED, key_of
 from .training_hooks import follow, unfollow
 
-__all__ = ["AdapterSet", "experts_of"]
+__all__ = ["AdapterSet"]
 
 
-class AdapterSet(Merging):
+class AdapterSet(Acting):
     """The adapters of ``model``, whose target layers are wrapped in place; ``AdapterSet.of`` finds them again."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.runner = Runner(model, self.state)
-        self.trained: list[str] = []
         model.__dict__["_adapter_set"] = self
 
     @staticmethod
@@ -173,8 +173,21 @@ class AdapterSet(Merging):
         self.configs[name] = config
 
     @changes
-    def delete(self, name: str) -> None:
-        """Takes an adapter out; layers that then have none are the base's own again."""
+    def delete(self, name: str, *, unwrap: bool = True) -> None:
+        """Takes an adapter out; if it alone was active, the first left becomes so, trained if this one was.
+
+        Args:
+            unwrap: put the base's own modules back where no adapter is left.
+        """
+        alone, trained = self.state.active == [name], name in self.trained
+        self._delete(name, unwrap=unwrap)
+        mixed = {expert for config in self.configs.values() for expert in experts_of(config)}
+        left = [other for other in self.configs if other not in mixed]
+        if alone and left:
+            self.activate(left[0], trainable=trained)
+            warn(f"adapter {name!r}, which is deleted, was active; {left[0]!r} is active now")
+
+    def _delete(self, name: str, *, unwrap: bool = True) -> None:
         self.known(name)
         if name in self.state.merged:
             raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
@@ -185,24 +198,31 @@ class AdapterSet(Merging):
                 "an adapter that stands alone",
                 f"delete {mixed[0]!r} first",
             )
-        self._take_out(name)
+        self._take_out(name, unwrap=unwrap)
         del self.configs[name]
+        if unwrap:  # else whoever takes it out of the layers one by one does this too
+            self.model.__dict__.get("peft_config", {}).pop(name, None)
         self.state.active = [other for other in self.state.active if other != name]
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
         if not self.configs:
             unhook(self.model, self.state)
 
-    def _take_out(self, name: str) -> None:
+    def _take_out(self, name: str, *, unwrap: bool = True) -> None:
         """Takes what there is of an adapter out of the model's modules."""
+        for place in list(self.places(name)):
+            place.delete(name)
+        for _, saved in list(self.saved_modules(name)):
+            saved.delete(name)
+        if unwrap:
+            self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Puts the base's own modules back where no adapter is left."""
         for place in list(self.places()):
-            if name in place.adapters:
-                place.delete(name)
             if not len(place.adapters):
                 self.emptied(place)
         for path, saved in list(self.saved_modules()):
-            if name in saved.modules_to_save:
-                saved.delete(name)
             if not len(saved.modules_to_save):
                 self.put(path, saved.original_module)
 
@@ -211,7 +231,8 @@ class AdapterSet(Merging):
         """The base model without adapters, as it was (what is merged stays only after ``adopt``)."""
         self.unmerge()
         for name in sorted(self.configs, key=lambda name: not experts_of(self.configs[name])):  # mixtures first
-            self.delete(name)
+            self._delete(name)
+        self._unwrap()
         self.leave()
         return self.model
 
@@ -229,53 +250,8 @@ class AdapterSet(Merging):
         for place in list(self.places()):
             self.emptied(place)
         self.leave()
-        self.configs, self.state, self.trained = {}, AdapterState(), []
+        self.configs, self.state, self.trained, self._resting = {}, AdapterState(), [], None
         return self.model
-
-    # Which act
-
-    @changes
-    def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
-        """Makes exactly ``names`` active, and trainable unless told otherwise.
-
-        Raises:
-            PeanutError: an adapter is unknown; one that is merged would not be active, or not next to the weight; two
-                have a copy of one head.
-        """
-        wanted = self.known(names)
-        left = [name for name in self.state.merged if name not in wanted]
-        if left:
-            raise PeanutError(
-                f"adapter {left[0]!r} is merged into the weights and would stay so",
-                "an unmerged model",
-                "call unmerge_adapter() first",
-            )
-        self.refuse_two_heads(wanted)
-        for _, layer in self.layers() if self.state.merged else ():
-            layer.check_merge(self.state.merged, wanted)
-        self.state.active = wanted
-        self.freeze(trainable=wanted if trainable else ())
-
-    @changes
-    def freeze(self, trainable: Sequence[str]) -> None:
-        """Freezes the parameters of every adapter but those called ``trainable``."""
-        self.trained = list(trainable)
-        trainable = [*trainable, *(expert for name in trainable for expert in self._trained_with(name))]
-        for place in self.places():
-            for own in (place.adapters, place.banks):
-                for name in own:
-                    own[name].requires_grad_(name in trainable)
-        for _, saved in self.saved_modules():
-            saved.original_module.requires_grad_(False)
-            for name in saved.modules_to_save:
-                saved.modules_to_save[name].requires_grad_(name in trainable)
-
-    def _trained_with(self, name: str) -> list[str]:
-        """The experts that are trained when mixture ``name`` is."""
-        config = self.configs[name]
-        method = method_of(config.peft_type)
-        trains = isinstance(method, MixtureMethod) and method.trains_experts(config)
-        return experts_of(config) if trains else []
 
     # Leaving
 
@@ -284,15 +260,10 @@ class AdapterSet(Merging):
         self.runner.leave()
         unhook(self.model, self.state)
         unfollow(self)
-        self.model.__dict__.pop("_adapter_set", None)
+        for name in ("_adapter_set", "peft_config"):
+            self.model.__dict__.pop(name, None)
 
 
 def overrides(method: Method[Any], name: str) -> bool:
     """Whether a method has its own version of an optional part of the protocol."""
     return getattr(type(method), name) is not getattr(Method, name)
-
-
-def experts_of(config: PeftConfig) -> list[str]:
-    """The adapters that an adapter with ``config`` mixes."""
-    method = method_of(config.peft_type)
-    return list(method.experts(config)) if isinstance(method, MixtureMethod) else []

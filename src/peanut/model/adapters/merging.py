@@ -78,13 +78,15 @@ class Merging(Surgery):
         def shared(layer: AdaptedLayer) -> list[str]:
             return [name for name in ("weight", "bias") if id(layer.base_layer._parameters.get(name)) in sharing]
 
+        there = [(layer, layer.written) for _, layer in self.layers()]
         try:
-            for _, layer in self.layers():
-                layer.merge([name for name in active if name in merged], shared=shared(layer))
+            for layer, _ in there:
+                layer.write([name for name in active if name in merged], shared=shared(layer))
         except BaseException:
-            for _, layer in self.layers():
-                layer.unmerge()
-                layer.merge([name for name in active if name in before], shared=shared(layer))
+            for layer, written in there:
+                layer.restore()
+                layer.written = written
+                layer.write([name for name in active if name in written], shared=shared(layer))
             raise
         self.state.merged, self.state.active = merged, active
 
@@ -92,8 +94,34 @@ class Merging(Surgery):
     def unmerge(self) -> None:
         """Restores every weight bit for bit; the adapters stay active."""
         for _, layer in self.layers():
-            layer.unmerge()
+            layer.restore()
         self.state.merged = []
+
+    @changes
+    def merge_layer(self, layer: AdaptedLayer, names: Sequence[str] | None) -> None:
+        """Writes the changes of ``names`` (default: the active adapters) into the weight of one layer alone."""
+        wanted = [
+            name for name in self.mergeable(self.state.active if names is None else names) if name in layer.adapters
+        ]
+        if all(name in layer.written for name in wanted):
+            return
+        active = list(dict.fromkeys([*self.state.active, *wanted]))
+        if active != self.state.active:
+            self.refuse_two_heads(active)
+        written = [name for name in active if name in layer.written or name in wanted]
+        layer.check_merge(written, active)
+        _warn_of_hooks([layer])
+        layer.write(written, shared=("weight", "bias"))  # who else has them is not looked for in each of many layers
+        self.state.merged = list(dict.fromkeys([*self.state.merged, *written]))
+        self.state.active = active
+
+    @changes
+    def unmerge_layer(self, layer: AdaptedLayer) -> None:
+        """Restores the weight of one layer bit for bit."""
+        layer.restore()
+        self.state.merged = [
+            name for name in self.state.merged if any(name in other.written for _, other in self.layers())
+        ]
 
     def _tie_again(self) -> None:
         """Gives merged layers that had shared one weight one weight again, if they still agree in every bit."""

@@ -66,7 +66,7 @@ def called(
     if torch.is_grad_enabled() and adapters.model.training:
         _refuse_offloaded_parameters(adapters)
         restore_in_checkpoints(adapters.model, state)
-    if state.call.disabled:
+    if state.disabled:
         changes["off"] = True  # also if a generator leaves the context meanwhile
     if keep and state.call.cache is None:
         with Inference(state):

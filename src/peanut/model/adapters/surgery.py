@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -39,8 +40,13 @@ class Surgery:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.state = AdapterState()
+        self.state.owner = weakref.ref(self)
         self.configs: dict[str, PeftConfig] = {}
         self.elsewhere: dict[str, list[str]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.state.owner = weakref.ref(self)
 
     def layers(self, name: str | None = None) -> Iterator[tuple[str, AdaptedLayer]]:
         """The adapted layers with their paths, all or those that have adapter ``name``."""

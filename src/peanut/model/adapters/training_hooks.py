@@ -52,7 +52,7 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
         return output  # (torch.jit.trace checks its graph without gradients)
     if not torch.compiler.is_compiling():
         _FOLLOWED.add(adapters)  # a copied model has this hook, but its adapters are not registered yet
-    if not adapters.state.call.penalising:
+    if adapters.state.disabled or not adapters.state.call.penalising:
         return output
     penalty = adapters.penalty()
     if penalty is None:

@@ -68,7 +68,8 @@ class Combination:
         if self.kind in _SUMS:
             if self.kind == "slerp" and len(names) == 2:
                 t = weights[1] / sum(weights)
-                weights = slerp_weights(*(own.dense() for own in factors), t)
+                first, second = (own.dense() for own in factors)
+                weights = slerp_weights(first, second, t)
             return LowRank(
                 torch.cat([own.up for own in factors], dim=1),
                 torch.cat([own.down * (weight * own.scaling) for own, weight in zip(factors, weights, strict=True)]),
@@ -180,10 +181,10 @@ def _factored(
                 raise PeanutError(
                     f"adapter {name!r} changes the bias of '{path}'", "adapters that change weights", "leave it out"
                 )
-        own = replace(how, kind="linear") if len(weights) == 1 and how.kind in ("svd", *_SUMS) else how
-        if own.kind == "linear" and layer.factors(there[path][0]) is None:
-            own = how
-        found[path] = own.of_layer(layer, there[path], [weights[name] for name in there[path]])
+        way = replace(how, kind="linear") if len(weights) == 1 and how.kind in ("svd", *_SUMS) else how
+        if way.kind == "linear" and layer.factors(there[path][0]) is None:
+            way = how
+        found[path] = way.of_layer(layer, there[path], [weights[name] for name in there[path]])
     r = max(own.rank for own in found.values())
     base = first if isinstance(first, LoraConfig) else LoraConfig(task_type=first.task_type)
     config = replace(

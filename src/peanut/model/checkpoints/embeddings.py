@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import PeanutError, warn
 from ...weights.stored import stored as tensor_of
-from ..adapters.adapter_set import AdapterSet, experts_of
+from ..adapters.acting import experts_of
+from ..adapters.adapter_set import AdapterSet
 from ..layers.layer import AdaptedLayer
 from ..targets.matching import is_all_linear
 from ..targets.paths import bare

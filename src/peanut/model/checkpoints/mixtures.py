@@ -14,7 +14,8 @@ from torch import Tensor
 from ...errors import PeanutError
 from ...protocols import MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
-from ..adapters.adapter_set import AdapterSet, experts_of
+from ..adapters.acting import experts_of
+from ..adapters.adapter_set import AdapterSet
 from ..adapters.size_limits import limited_by_file
 from ..adapters.surgery import SHARED
 from .checkpoint import adapter_state, save_adapter

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...protocols import PeftConfig
+from .live import Live, initial_scale
 from .parameters import ByAdapter, Parameters
 from .state import AdapterState
 
 __all__ = ["Adapted", "refuse_symbolic", "walk"]
 
 
-class Adapted(nn.Module):
+class Adapted(Live, nn.Module):
     """The tensors of the adapters that act in one place; subclasses define what they do there."""
 
     # copy (and before Python 3.11 pickle) asks the object, and some answer with what their base layer has: a
@@ -32,6 +33,7 @@ class Adapted(nn.Module):
         self.banks: dict[str, Parameters] = {}
         self.path = path
         self.state = state
+        self.scaling: dict[str, float] = {}
         self._methods: dict[str, tuple[Any, Any]] = {}
         self._shared: dict[str, tuple[Parameters, ...]] = {}
 
@@ -56,21 +58,24 @@ class Adapted(nn.Module):
         self.adapters[name] = parameters
         parameters.put(self, name)
         self._methods[name] = (method, config)
+        self.scaling[name] = initial_scale(config)
         self._shared[name] = () if shared is None else (shared,)
 
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives an adapter another config of its method."""
+        factor = self.factor(name)
         self._methods[name] = (self._methods[name][0], config)
+        self.scaling[name] = factor * initial_scale(config)
 
     def delete(self, name: str) -> None:
         """Removes an adapter."""
         for held in (self.adapters, self.banks):
             if name in held:
                 held.pop(name).take_out(self, name)
-        del self._methods[name], self._shared[name]
+        del self._methods[name], self._shared[name], self.scaling[name]
+        self.state.scales.pop((self.path, name), None)
 
-    @property
-    def active_adapters(self) -> list[str]:
+    def acting_here(self) -> list[str]:
         """Names of the active adapters that are here."""
         return [name for name in self.state.active if name in self.adapters]
 

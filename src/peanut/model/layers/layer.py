@@ -46,7 +46,7 @@ class AdaptedLayer(AdaptedWeight):
         refuse_symbolic(x, self.path)
         call = self.state.call
         self.state.check(call)
-        if call.disabled:
+        if self.state.disabled:
             return self.frozen.original(x, *args, **kwargs)  # type: ignore[no-any-return]
         if call.samples is not None:
             return self._per_sample(call, x, *args, **kwargs)
@@ -61,7 +61,7 @@ class AdaptedLayer(AdaptedWeight):
             # With factors of each row, or gates of each token, there is nothing to keep.
             return Plan.of(self.frozen, self._acting(call, x, names, tasks), training=self.training)
         dtype = product_dtype(x)
-        key = ("plan", dtype, tuple(names), different)
+        key = ("plan", dtype, tuple(names), different, *self.scaling.values())
         if key not in cached:
             changes = self._acting(call, x, names, None if tasks is None else tasks[:1])
             cached[key] = Plan.of(self.frozen, changes, training=False).for_inference(dtype)
@@ -92,8 +92,7 @@ class AdaptedLayer(AdaptedWeight):
             tasks: the task of each row.
             index: the rows that go through them, ``None`` for all.
         """
-        merged = self.state.merged
-        each = {name: self._changes_of(call, name, x, tasks, index) for name in names if name not in merged}
+        each = {name: self._changes_of(call, name, x, tasks, index) for name in names if name not in self.written}
         changes = [change for own in each.values() for change in own]
         if changes and self.merged:
             there = {name: [self.change(name)] for name in self.merged_adapters}
@@ -131,7 +130,7 @@ class AdaptedLayer(AdaptedWeight):
 
     def _expert(self, call: CallState, name: str, sample: bool) -> Change:
         """The change of an expert of a mixture."""
-        cached, key = self._cached(call), ("expert", name)
+        cached, key = self._cached(call), ("expert", name, self.scaling[name])
         if cached is None:
             return self.change(name, sample=sample)
         if key not in cached:
@@ -152,7 +151,7 @@ class AdaptedLayer(AdaptedWeight):
         """Each sample's rows with its own adapter's change: by one product where they are alike, else row by row."""
         tasks, placed = self.state.tasks_of(x.shape[0]), self.state.groups(x.shape[0], x.device)
         cached = self._cached(call) if tasks is None and not call.running.gates else None
-        key = ("samples", x.dtype, len(x), x.dim(), few_tokens(x), tuple(call.samples or ()))
+        key = ("samples", x.dtype, len(x), x.dim(), few_tokens(x), tuple(call.samples or ()), *self.scaling.values())
         if cached is not None and key in cached:
             return cached[key](x, *args, **kwargs)  # type: ignore[no-any-return]
         groups = [

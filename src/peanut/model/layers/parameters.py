@@ -156,6 +156,8 @@ class Parameters:
 
 def _parts(suffix: str) -> list[str]:
     """The names on the way to a tensor; that of a trained bias does not hide the base layer or its bias."""
+    if suffix == "lora_magnitude_vector":  # which files call so, and there is the weight of a module
+        return [suffix, "weight"]
     return ["trained_bias"] if suffix in ("bias", "base_layer.bias") else suffix.split(".")
 
 

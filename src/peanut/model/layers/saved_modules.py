@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...stack import in_a_forward
 from ...weights.stored import copied, onload
 from .calls import scattered
 from .hooks import input_of
+from .live import Switched
 from .parameters import ByAdapter
 from .reading import Reading
 from .state import AdapterState
@@ -21,7 +23,7 @@ from .state import AdapterState
 __all__ = ["SavedModule"]
 
 
-class SavedModule(nn.Module):
+class SavedModule(Switched, nn.Module):
     """A module of the base and, for each adapter that trains it, a copy; the active adapter's copy runs.
 
     A copy is trained, so it is stored in float32 at least; on a half-precision base its inputs are cast up, and its
@@ -48,6 +50,27 @@ class SavedModule(nn.Module):
             own = own.to(torch.promote_types(dtype, torch.float32))
         self.modules_to_save[name] = own.requires_grad_(True)
 
+    def counterparts(self) -> tuple[tuple[str, str], ...]:
+        return (("peft.utils.other", "ModulesToSaveWrapper"),)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        return ("modules_to_save",)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The tensors of an adapter's copy: the key that a file has for each after this module's, and that in here."""
+        copy: nn.Module | None = self.modules_to_save._modules.get(adapter_name)
+        keys = () if copy is None else copy.state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in keys}
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes the copies of these adapters."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name in names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+        self.owner.trains(names, requires_grad)
+
     def delete(self, name: str) -> None:
         """Removes an adapter's copy."""
         del self.modules_to_save[name]
@@ -55,7 +78,7 @@ class SavedModule(nn.Module):
     def acting(self) -> nn.Module:
         """The module that runs now."""
         names = [name for name in self.state.active if name in self.modules_to_save]
-        if self.state.call.disabled or not names:
+        if self.state.disabled or not names:
             return self.original_module
         own: nn.Module = self.modules_to_save[names[0]]
         if any(parameter.is_meta for parameter in own.parameters()):
@@ -68,7 +91,7 @@ class SavedModule(nn.Module):
         return self.acting() if dtype is None else self.acting().to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.call.disabled or self.state.call.samples is None:
+        if self.state.disabled or self.state.call.samples is None:
             return self._answer(self.acting(), *args, **kwargs)
         return self._forward_per_sample(*args, **kwargs)
 

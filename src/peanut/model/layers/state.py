@@ -32,6 +32,7 @@ class _OfThread(threading.local):
         self.call = PLAIN
         self.compiled = False
         self.begun: list[int] = []
+        self.scaled = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class _Graph:
     """What held when a graph was made; the graph holds it, so that it lives as long."""
 
     plain: bool
-    acting: tuple[tuple[str, ...], tuple[str, ...]]
+    acting: tuple[Any, ...]
 
 
 _CALLS: ContextVar[dict[AdapterState, CallState]] = ContextVar("peanut_calls", default={})  # noqa: B039 - never written to
@@ -53,11 +54,26 @@ class AdapterState(Hooking):
     one call lies in ``call``, which each thread has for itself.
     """
 
-    __slots__ = ("_active", "_changer", "_graphs", "_lock", "_thread", "caches", "merged", "version")
+    __slots__ = (
+        "_active",
+        "_changer",
+        "_graphs",
+        "_lock",
+        "_thread",
+        "caches",
+        "enabled",
+        "merged",
+        "owner",
+        "scales",
+        "version",
+    )
 
     def __init__(self) -> None:
         self._active: list[str] = []
         self.merged: list[str] = []
+        self.enabled = True
+        self.scales: dict[tuple[str, str], float] = {}
+        self.owner: weakref.ref[Any] | None = None
         self.version = 0
         self._lock, self._changer = threading.RLock(), (0, 0)  # a thread, and how often it has begun a change
         self._thread = _OfThread()
@@ -75,6 +91,11 @@ class AdapterState(Hooking):
     @active.setter
     def active(self, names: list[str]) -> None:
         self._active = names
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model computes what its base does: in the call that is made now, or until it is enabled."""
+        return not self.enabled or self.call.disabled
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -128,7 +149,8 @@ class AdapterState(Hooking):
         if self._thread.begun:  # a compiled graph may have begun the forward
             self._check_version(self._thread.begun.pop(), None)
         if torch.is_grad_enabled():
-            graph = _Graph(self.call.plain, self.acting_now())
+            graph = _Graph(self.call.plain and not self._thread.scaled, self.acting_now())
+            self._thread.scaled = False
             for value in _tensors(output):
                 node: Any = value.grad_fn
                 if node is not None:
@@ -136,9 +158,16 @@ class AdapterState(Hooking):
                     with self._lock:
                         self._graphs.add(graph)
 
-    def acting_now(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What a block that is run again has to find as it was: the names of the active and of the merged adapters."""
-        return tuple(self._active), tuple(self.merged)
+    def acting_now(self) -> tuple[Any, ...]:
+        """What a block that is run again has to find as it was: which adapters are active, merged, enabled, scaled."""
+        return tuple(self._active), tuple(self.merged), self.enabled, tuple(self.scales.items())
+
+    def scale(self, path: str, name: str, scale: float | None) -> None:
+        """Notes what scale an adapter has in a place, ``None`` for the first one; also that a forward changes it."""
+        self.scales.pop((path, name), None)
+        if scale is not None:
+            self.scales[path, name] = scale
+        self._thread.scaled = bool(self._thread.begun)  # diffusers' do, for the one forward
 
     def _version_at_rest(self) -> int:
         """The version of the adapters, once a change that another thread has begun is done."""
@@ -264,13 +293,13 @@ class AdapterState(Hooking):
         share = _share(count, len(tasks), "task_ids", "task", "give one task a sample")
         return tasks if share == 1 else torch.repeat_interleave(tasks, share)
 
-    def __getstate__(self) -> tuple[list[str], list[str]]:
+    def __getstate__(self) -> tuple[Any, ...]:
         """Copies and files take along what holds in the model, and no call."""
-        return self._active, self.merged
+        return self._active, self.merged, self.enabled, self.scales
 
-    def __setstate__(self, state: tuple[list[str], list[str]]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__()  # type: ignore[misc]
-        self._active, self.merged = state
+        self._active, self.merged, self.enabled, self.scales = state
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

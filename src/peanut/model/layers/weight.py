@@ -19,6 +19,7 @@ from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
+from .live import Live
 from .parameters import NoParameters
 from .reading import Reading
 from .state import AdapterState
@@ -39,6 +40,7 @@ class AdaptedWeight(Adapted):
         self._parameters: dict[str, Any] = NoParameters()
         self.base_layer = base_layer
         self._frozen = FrozenLayer(base_layer, kind)
+        self.written: dict[str, float] = {}
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
@@ -63,18 +65,11 @@ class AdaptedWeight(Adapted):
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
-        return [name for name in self.state.merged if name in self.adapters]
+        return list(self.written)
 
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.state.call.disabled
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
+    def factor(self, name: str) -> float:
+        """What the change of adapter ``name`` is multiplied by here; that with which it was merged, while it is."""
+        return self.written[name] if name in self.written else super().factor(name)
 
     def change(self, name: str, *, sample: bool = False, tasks: Tensor | None = None) -> Change:
         """The change that adapter ``name`` makes here, from the weight before any merge.
@@ -89,13 +84,16 @@ class AdaptedWeight(Adapted):
             values = method.routed(config, values, tasks, sample)
         elif sample:
             values = method.sampled(config, values)
-        return self._changed_by(method, config, values)
+        return self._changed_by(method, config, values, self.factor(name))
 
-    def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Change:
-        """The method's change, and that of the bias where it is trained beside the method."""
+    def _changed_by(self, method: WeightMethod[Any], config: PeftConfig, values: Values, factor: float) -> Change:
+        """``factor`` times the method's change, and that of the bias where it is trained beside the method."""
+        if factor != 1.0 and getattr(config, "use_dora", False):  # which scales what it normalises
+            config, factor = replace(config, lora_alpha=config.lora_alpha * factor), 1.0  # type: ignore[call-arg, attr-defined]
         change = method.change(config, values, self.frozen)
         if not isinstance(change, Change):
             raise PeanutError(f"{method.name} answered '{self.path}' with {type(change).__name__}", "a Change")
+        change = change.times(factor)
         trained = values.get(BIAS)
         bias = None if trained is None else self.frozen.bias()
         if trained is None or bias is None:
@@ -148,7 +146,7 @@ class AdaptedWeight(Adapted):
         Change.after([changes[name] for name in outside], inner, Change.together(list(changes.values())))
 
     @torch.no_grad()
-    def merge(self, names: Sequence[str], shared: Collection[str]) -> None:
+    def write(self, names: Sequence[str], shared: Collection[str]) -> None:
         """Writes W' and b' of the adapters ``names``, in this order, all from the weight before any merge."""
         names = [name for name in names if name in self.adapters]
         if not names:
@@ -168,6 +166,7 @@ class AdaptedWeight(Adapted):
             self.frozen.write(self._written(change, self._wide_matrix()), offset, shared=shared)
         except PeanutError as error:
             raise PeanutError(f"'{self.path}': {error}") from None
+        self.written = {name: self.factor(name) for name in names}
 
     def _written(self, change: Change, weight: Tensor) -> Tensor:
         """W' as a matrix."""
@@ -183,9 +182,24 @@ class AdaptedWeight(Adapted):
         matrix = self.frozen.matrix()
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        self.owner.merge_layer(self, adapter_names)
+
+    merge.__doc__ = Live.merge.__doc__
+
     def unmerge(self) -> None:
+        self.owner.unmerge_layer(self)
+
+    unmerge.__doc__ = Live.unmerge.__doc__
+
+    def _check_scale(self, name: str) -> None:
+        if not (getattr(self._methods[name][1], "use_dora", False) or self.change(name).adds):
+            super()._check_scale(name)
+
+    def restore(self) -> None:
         """Restores the weight bit for bit."""
         self.frozen.restore()
+        self.written = {}
 
     def __getattr__(self, name: str) -> Any:
         module = self.__dict__.get("_modules", {}).get(name)
@@ -216,7 +230,7 @@ class AdaptedWeight(Adapted):
         compiled = torch.compiler.is_compiling()
         if not (compiled or in_a_forward()):
             return getattr(self.base_layer, name)
-        if name == "bias" or compiled or self.state.call.disabled or not self._read_with(self.state.call):
+        if name == "bias" or compiled or self.state.disabled or not self._read_with(self.state.call):
             return self._effective(name)
         return Reading(self.base_layer.weight, partial(self._effective, name), self.path)  # type: ignore[arg-type]
 
@@ -224,7 +238,7 @@ class AdaptedWeight(Adapted):
         """The weight or bias that the layer has in the call that is made now."""
         call = self.state.call
         self.state.check(call)
-        if call.disabled:
+        if self.state.disabled:
             return self.frozen.weight if name == "weight" else self.frozen.bias()
         names = self._read_with(call)
         if not names:
@@ -237,7 +251,7 @@ class AdaptedWeight(Adapted):
         """The adapters that change what is read; none where all of them are merged."""
         experts = {each for gates in call.running.gates.values() for each, _ in gates.get(self.path, [])}
         names = [each for each in (*self.state.acting(), *experts) if each in self.adapters]
-        return [] if set(names) <= set(self.state.merged) else names
+        return [] if self.written.keys() >= set(names) else names
 
     def _weight(self, call: CallState, names: Sequence[str]) -> Tensor:
         """W', as the layer stores it."""

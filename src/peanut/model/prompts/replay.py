@@ -58,7 +58,7 @@ class _Restoring:
         call, acting = self.state.call, self.state.acting_now()
         if torch.compiler.is_compiling() and call.plain:
             return self.checkpoint(block, *args, **kwargs)
-        off = call.disabled  # also once the user has left the context in which it is
+        off = self.state.disabled  # also once the user has left the context in which it is
         # What is computed once and read by every block is an argument of each: a reentrant checkpoint sees no others.
         read = list(_read(call.running))
 

@@ -132,7 +132,7 @@ class Runner(Hooking):
         extra = self._extra(arguments)
         read = arguments.get("input_ids")
         read = arguments.get("inputs_embeds") if read is None else read
-        if self.state.call.disabled or read is None:
+        if self.state.disabled or read is None:
             return (), arguments
         if read.dim() != (3 if arguments.get("input_ids") is None else 2):
             raise PeanutError(
@@ -206,7 +206,7 @@ class Runner(Hooking):
         self._now.pending = None
         arguments = dict(zip(self._written, args, strict=False)) | kwargs
         inputs, reader = self._inputs(), self._reader
-        if self.state.call.disabled or inputs is None or reader is None:
+        if self.state.disabled or inputs is None or reader is None:
             return (), arguments
         read = arguments.get("input_ids")
         read = arguments.get("inputs_embeds") if read is None else read
@@ -241,7 +241,7 @@ class Runner(Hooking):
         """Hook before an attention module: gives it the keys and values that gradient checkpointing took away."""
         prefix = self.state.call.running.prefix
         crosses = kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None
-        if prefix is None or self.state.call.disabled or crosses or cache_in(kwargs) is not None:
+        if prefix is None or self.state.disabled or crosses or cache_in(kwargs) is not None:
             return None
         if not attention.training:
             return None

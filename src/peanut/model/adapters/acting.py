@@ -1,0 +1,103 @@
+"""``Acting``: which adapters of a model act, and which are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...errors import PeanutError, warn
+from ...protocols import MixtureMethod, PeftConfig, method_of
+from ..layers.saved_modules import SavedModule
+from .merging import Merging, changes
+
+__all__ = ["Acting", "experts_of"]
+
+
+class Acting(Merging):
+    """The adapters of a model that act, those that are trained, and the switch for all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.trained: list[str] = []
+        self._resting: list[str] | None = None
+
+    @changes
+    def activate(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
+        """Makes exactly ``names`` active, and trainable unless told otherwise.
+
+        What is merged is unmerged first, with a warning, where it would not be active, or not next to the weight.
+
+        Raises:
+            PeanutError: an adapter is unknown, or two have a copy of one head.
+        """
+        wanted = self.known(names)
+        self.refuse_two_heads(wanted)
+        if (merged := self.state.merged) and not self._stays_merged(wanted):
+            warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {wanted} can be active")
+            self.unmerge()
+        self.state.active = wanted
+        self._resting = None
+        self.freeze(trainable=wanted if trainable else ())
+
+    def _stays_merged(self, wanted: Sequence[str]) -> bool:
+        """Whether what is merged can stay so while ``wanted`` act."""
+        try:
+            for _, layer in self.layers():
+                layer.check_merge(self.state.merged, wanted)
+        except PeanutError:
+            return False
+        return set(self.state.merged) <= set(wanted)
+
+    @changes
+    def enable(self, enabled: bool) -> None:
+        """Lets the model compute what its base does, with all adapters frozen, until it is called with ``True``."""
+        if enabled == self.state.enabled:
+            return
+        self.state.enabled = enabled
+        if not enabled:
+            self._resting = self.trained
+            self.freeze(())
+        elif self._resting is not None:
+            self.freeze(self._resting)
+            self._resting = None
+
+    def trains(self, names: Collection[str], trained: bool) -> None:
+        """Notes that adapters are trained, or not."""
+        others = [name for name in self.trained if name not in names]
+        self.trained = [*others, *(name for name in self.configs if name in names)] if trained else others
+
+    @changes
+    def freeze(self, trainable: Sequence[str]) -> None:
+        """Freezes the parameters of every adapter but those called ``trainable``."""
+        self.trained = list(trainable)
+        for place in self.places():
+            self.freeze_in(place)
+        for _, saved in self.saved_modules():
+            self.freeze_in(saved)
+
+    def freeze_in(self, module: Any) -> None:
+        """Freezes what is in one place but for the adapters that are trained."""
+        trainable = [*self.trained, *(expert for name in self.trained for expert in self._trained_with(name))]
+        if isinstance(module, SavedModule):
+            module.original_module.requires_grad_(False)
+            for name in module.modules_to_save:
+                module.modules_to_save[name].requires_grad_(name in trainable)
+            return
+        for own in (module.adapters, module.banks):
+            for name in own:
+                own[name].requires_grad_(name in trainable)
+
+    def _trained_with(self, name: str) -> list[str]:
+        """The experts that are trained when mixture ``name`` is."""
+        config = self.configs[name]
+        method = method_of(config.peft_type)
+        trains = isinstance(method, MixtureMethod) and method.trains_experts(config)
+        return experts_of(config) if trains else []
+
+
+def experts_of(config: PeftConfig) -> list[str]:
+    """The adapters that an adapter with ``config`` mixes."""
+    method = method_of(config.peft_type)
+    return list(method.experts(config)) if isinstance(method, MixtureMethod) else []

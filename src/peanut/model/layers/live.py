@@ -1,0 +1,201 @@
+"""``Live``: what scripts and libraries written for Hugging Face PEFT ask of a layer with adapters, and tell it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ...errors import PeanutError
+from ...identity import Recognised
+from .parameters import ByAdapter, Parameters
+
+if TYPE_CHECKING:
+    from .state import AdapterState
+
+__all__ = ["Live", "Switched", "initial_scale"]
+
+
+def initial_scale(config: Any) -> float:
+    """The number by which a method multiplies its update, from its config; 1 where there is none."""
+    scale, alpha, r = (getattr(config, name, None) for name in ("scaling", "alpha", "r"))
+    if isinstance(scale, (int, float)):
+        return float(scale)
+    return alpha / r if isinstance(alpha, (int, float)) and r else 1.0
+
+
+class Switched(Recognised):
+    """A module whose adapters are switched on and off. Which of them act is a state of the whole model.
+
+    A call on one of its modules sets it for all; gradients and scales are those of the one module. So a loop over all
+    modules ends as in Hugging Face PEFT, where each has a state of its own.
+    """
+
+    state: AdapterState
+
+    @property
+    def owner(self) -> Any:
+        """The adapters of the model that this module is in.
+
+        Raises:
+            PeanutError: it is in none.
+        """
+        found = self.state.owner and self.state.owner()
+        if found is None:
+            raise PeanutError("a layer with adapters apart from its model", "one in its model", "keep the model")
+        return found
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the model's active adapters, also of those that are not in this module."""
+        return list(self.state.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model computes what its base does."""
+        return self.state.disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches all adapters of the model on or off, until it is called again; those that are off are frozen."""
+        self.owner.enable(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes exactly these adapters active in the model, and trainable unless ``inference_mode``."""
+        owner = self.owner
+        wanted = owner.known(adapter_names)
+        if (self.state.active, owner.trained) == (wanted, [] if inference_mode else wanted):
+            owner.freeze_in(self)
+        else:
+            owner.activate(wanted, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        """Takes an adapter out of the model; its modules stay wrapped. Without effect where it is gone already."""
+        if adapter_name in self.owner.configs:
+            self.owner.delete(adapter_name, unwrap=False)
+
+
+class Live(Switched):
+    """A place where adapters act."""
+
+    adapters: dict[str, Parameters]
+    banks: dict[str, Parameters]
+    path: str
+    scaling: dict[str, float]
+    """For each adapter the number that its update is multiplied by: its config's, times that of ``set_scale``."""
+    _methods: dict[str, tuple[Any, Any]]
+    _modules: dict[str, nn.Module | None]
+
+    def counterparts(self) -> tuple[tuple[str, str], ...]:
+        return (("peft.tuners.tuners_utils", "BaseTunerLayer"),)
+
+    # What there is
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The names under which this module holds what its adapters have."""
+        return tuple(name for name, module in self._modules.items() if isinstance(module, ByAdapter))
+
+    @property
+    def r(self) -> dict[str, Any]:
+        """The rank of each adapter here, ``None`` where its method has none."""
+        return {name: getattr(config, "r", None) for name, (_, config) in self._methods.items()}
+
+    @property
+    def lora_alpha(self) -> dict[str, Any]:
+        """α of each adapter here that has one."""
+        found = {name: getattr(config, "lora_alpha", None) for name, (_, config) in self._methods.items()}
+        return {name: alpha for name, alpha in found.items() if alpha is not None}
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into this layer's weight."""
+        return []
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def get_base_layer(self) -> Any:
+        """The base's own layer."""
+        return self._modules.get("base_layer")
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes these adapters here."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for own in (self.adapters, self.banks):
+            for name in names & own.keys():
+                own[name].requires_grad_(requires_grad)
+        self.owner.trains(names, requires_grad)
+
+    # Scales
+
+    def factor(self, name: str) -> float:
+        """What the change of adapter ``name`` is multiplied by here."""
+        initial = initial_scale(self._methods[name][1])
+        return self.scaling[name] / initial if initial else 1.0
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiplies the change that an adapter makes here by ``scale``, instead of by what was set before.
+
+        Without effect where the adapter is not here. What is merged stays as it is until it is unmerged. The scale is
+        not saved with the adapter.
+
+        Raises:
+            PeanutError: the adapter does not only add to the weight, so it cannot be scaled (by 1 it can).
+        """
+        if adapter in self.adapters:
+            self.rescale(adapter, scale * initial_scale(self._methods[adapter][1]))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of each active adapter here by ``scale``; errors: see ``set_scale``."""
+        for name in self.state.active:
+            if name in self.adapters and scale != 1:
+                self.rescale(name, self.scaling[name] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scale of each active adapter here by ``scale``; without one, it is what it was at first."""
+        for name in self.state.active:
+            if name in self.adapters:
+                self.rescale(name, self.scaling[name] / scale if scale else initial_scale(self._methods[name][1]))
+
+    def rescale(self, name: str, wanted: float) -> None:
+        """Sets ``scaling`` of an adapter; errors: see ``set_scale``."""
+        initial = initial_scale(self._methods[name][1])
+        wanted = initial if math.isclose(wanted, initial, rel_tol=1e-9) else float(wanted)
+        if not math.isfinite(wanted):
+            raise PeanutError(f"a scale of {wanted} for adapter {name!r} at '{self.path}'", "a finite number")
+        if wanted not in (initial, self.scaling[name]):
+            self._check_scale(name)
+        with self.state.changing():
+            self.scaling[name] = wanted
+            self.state.scale(self.path, name, None if wanted == initial else wanted)
+
+    def _check_scale(self, name: str) -> None:
+        """Refuses a scale for an adapter that cannot be scaled here."""
+        method = self._methods[name][0]
+        raise PeanutError(
+            f"a scale for adapter {name!r} at '{self.path}', of {method.name}, which does not add to a weight",
+            "an adapter that does, or a scale of 1",
+            "leave its scale as it is",
+        )
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Writes adapters (default: the active ones) into the weight of this layer; those not here are left out.
+
+        Raises:
+            PeanutError: as ``merge_adapter`` of the model.
+        """
+        raise PeanutError(
+            f"a merge at '{self.path}', where adapters change no weight", "a layer's weight", "use it unmerged"
+        )
+
+    def unmerge(self) -> None:
+        """Restores this layer's weight bit for bit."""

@@ -1,0 +1,139 @@
+"""``Tuner``: what scripts call on ``model.base_model``, as on the tuners of Hugging Face PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import PeanutError
+from ..protocols import PeftConfig
+from .adapters.adapter_set import AdapterSet
+
+__all__ = ["Tuner", "prefix_of"]
+
+
+class Tuner(nn.Module):
+    """The adapters of a base model, ``.model``: which act, which are merged, which are trained."""
+
+    model: nn.Module
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters in the model."""
+        return AdapterSet.of(self.model)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The adapters' configs by name."""
+        return self.adapters.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; their changes add."""
+        return list(self.adapters.state.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def prefix(self) -> str:
+        """See ``prefix_of``."""
+        return prefix_of(self.adapters)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules where adapters act."""
+        return [place.path for place in self.adapters.places()]
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """A model's config as a dictionary; without one, that it has no ``model_type``."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    # Which act
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
+        self.adapters.activate(adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the model."""
+        self.adapters.delete(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters; which are active stays as it is."""
+        names = self.adapters.known(adapter_names)
+        self.adapters.trains(names, requires_grad)
+        self.adapters.freeze(self.adapters.trained)
+
+    def disable_adapter_layers(self) -> None:
+        """From now on the model computes exactly what its base does, also if merged; all adapters are frozen."""
+        self.adapters.enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Undoes ``disable_adapter_layers``: what was active and trained is so again."""
+        self.adapters.enable(True)
+
+    # In and out
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts the adapter with the config of that name, ``peft_config[adapter_name]``, into a model.
+
+        Raises:
+            PeanutError: there is no such config.
+        """
+        from .injection import inject_adapter_in_model
+
+        (name,) = self.adapters.known(adapter_name)
+        config = self.peft_config[name]
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage, state_dict, wide=autocast_adapter_dtype)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
+        """See ``PeftModel.merge_adapter``."""
+        self.adapters.merge(adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Restores every weight bit for bit."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters merged for good, and no trace of this library in it."""
+        return self.adapters.adopt(adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        return self.adapters.unload()
+
+
+def prefix_of(adapters: AdapterSet) -> str:
+    """What the names of all adapters' tensors have in them and no name of the base's: ``lora_``, ``peanut_``.
+
+    Raises:
+        PeanutError: there is no such word, as adapters are of several methods, or train biases too.
+    """
+    parts = {part for place in adapters.places() for part in place.adapter_layer_names}
+    common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
+    found = common if common in parts else common[: common.rfind("_") + 1]
+    inside = {id(value) for name in adapters.configs for _, value in adapters.parameters(name)}
+    taken = [name for name, value in adapters.model.named_parameters() if found in name and id(value) not in inside]
+    if not found or taken:
+        raise PeanutError(
+            f"adapters whose tensors are {', '.join(sorted(parts)) or 'none'}",
+            "names that begin with one word, which the base's have not",
+            "give the model adapters of one method, without trained biases",
+        )
+    return found
