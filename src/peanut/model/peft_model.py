@@ -30,7 +30,18 @@ from .keywords import LOADING, SAVING
 from .models import model_of
 from .targets.reach import warn_of_unreached
 
-__all__ = ["PeftModel", "get_peft_model"]
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_model",
+]
 
 
 class PeftModel(AdapterControls):
@@ -56,7 +67,7 @@ class PeftModel(AdapterControls):
     ) -> None:
         super().__init__()
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.show(model)
+        self.show(model, peft_config.task_type)
         adapters = AdapterSet.of(model)
         adapter_name = name_for(adapters, peft_config, adapter_name)
         peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
@@ -67,10 +78,15 @@ class PeftModel(AdapterControls):
     @classmethod
     def around(cls, model: nn.Module) -> PeftModel:
         """A base model that has adapters in it already, wrapped; nothing of it is changed."""
-        self = blank(cls, type(model))
+        configs = list(AdapterSet.of(model).configs.values())
+        self = blank(cls.of_task(next((each.task_type for each in configs if each.task_type), None)), type(model))
         nn.Module.__init__(self)
-        self.base_model = _inner(model, *AdapterSet.of(model).configs.values())
+        self.base_model = _inner(model, *configs)
         return self
+
+    @classmethod
+    def of_task(cls, task: object) -> Any:
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task, "value", task)), cls) if cls is PeftModel else cls
 
     # Running
 
@@ -271,24 +287,51 @@ def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    *,
     mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``.
 
     It warns (``OutOfReachWarning``) where "all-linear" leaves out much: fused experts, and other bare parameters.
 
     Args:
-        mixed: without effect, for scripts: adapters of several methods may always be active together.
+        mixed: name the class ``PeftMixedModel``: adapters of several methods may be active together in any.
         revision: the base model's, for the config.
     """
     peft_config = peft_config if revision is None else replace(peft_config, revision=revision)
-    adapted = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    adapted = (PeftMixedModel if mixed else PeftModel)(
+        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
     warn_of_unreached(adapted.get_base_model(), peft_config)
     return adapted
+
+
+def _for(ending: str) -> type[PeftModel]:
+    parts = {"__module__": __name__, "__doc__": f"A ``PeftModel`` whose base is for {ending}: configs name the task."}
+    return type(f"PeftModelFor{ending}", (PeftModel,), parts)
+
+
+PeftModelForCausalLM = _for("CausalLM")
+PeftModelForFeatureExtraction = _for("FeatureExtraction")
+PeftModelForQuestionAnswering = _for("QuestionAnswering")
+PeftModelForSeq2SeqLM = _for("Seq2SeqLM")
+PeftModelForSequenceClassification = _for("SequenceClassification")
+PeftModelForTokenClassification = _for("TokenClassification")
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+"""The class of the models of each task."""
+
+
+class PeftMixedModel(PeftModel):
+    """A ``PeftModel`` whose adapters may be of several methods, as those of any may."""
 
 
 def _named(function: Callable[..., Any]) -> set[str]:
