@@ -20,10 +20,9 @@ _METHODS = (
 )
 
 ABSENT = {
-    r"(?:%s)(?:Config|Model)" % _METHODS.replace(" ", "|"): _METHOD,
-    r"CartridgeEncoder|MultitaskPrompt(?:TuningInit|Embedding)|compose_cartridge_adapters|initialize_kv_prefix_from_\w+": (
-        _METHOD
-    ),
+    rf"(?:{_METHODS.replace(' ', '|')})(?:Config|Model)": _METHOD,
+    r"CartridgeEncoder|compose_cartridge_adapters|initialize_kv_prefix_from_\w+": _METHOD,
+    r"MultitaskPrompt(?:TuningInit|Embedding)": _METHOD,
     r"prompt_embeddings_from_past_key_values": _METHOD,
     r"(?:Arrow|BdLora|Kasa|Montecl?ora|Velora)Config|MontecloraTrainerMixin|create_arrow_model": _VARIANT,
     r"(?:Eva|Corda|LoftQ|LoraGA)Config|get_eva_state_dict|initialize_lora_eva_weights|preprocess_loraga": _START,
@@ -35,7 +34,7 @@ ABSENT = {
     r"get_gptqmodel_quant_linear|get_quantization_\w+|quantization_extra_repr|resolve_quantization_backend": _QUANTISED,
     r"find_kappa_target_modules|KappaTuneSelector": "it chooses no layers; name them in target_modules",
     r"DoraCaching": "it is not needed: within model.inference() evaluation computes DoRA's norms once",
-    r"disable_input_dtype_casting": "it is not needed: inputs are cast to the factors' precision only where that must be",
+    r"disable_input_dtype_casting": "it is not needed: inputs are never cast up",
     r"register_peft_method": "use peanut.protocols.register on the method's class",
     r"TrainableTokensWrapper|LoraLayer|_set_trainable|set_additional_trainable_modules": _INNER,
 }

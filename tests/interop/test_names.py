@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pickle
 import re
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -109,3 +112,79 @@ def test_the_base_is_read_and_written_by_its_own_keys() -> None:
     assert torch.equal(model.get_base_model()[0].base_layer.weight, before["0.weight"] + 1)
     with pytest.raises(peanut.PeanutError, match="lacks 1 keys"):
         peanut.set_base_model_state_dict(model, {key: before[key] for key in before if key != "0.bias"})
+
+
+FUNCTIONS = sorted(
+    name
+    for name in set(peft.__all__) & set(peanut.__all__)
+    if inspect.isfunction(getattr(peft, name)) and inspect.isfunction(getattr(peanut, name))
+)
+CALLED = [
+    name
+    for name, function in inspect.getmembers(peft.PeftModel, callable)
+    if name in vars(peft.PeftModel) and not name.startswith("_") and hasattr(peanut.PeftModel, name)
+]
+VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def parameters(function: Any) -> list[tuple[str, Any]]:
+    found = inspect.signature(function).parameters.values()
+    return [(each.name, each.default) for each in found if each.kind not in VARIABLE]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_take_what_they_take_there(name: str) -> None:
+    theirs, ours = parameters(getattr(peft, name)), parameters(getattr(peanut, name))
+    assert [own for own, _ in ours[: len(theirs)]] == [own for own, _ in theirs]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_methods_take_what_they_take_there(name: str) -> None:
+    theirs, ours = parameters(getattr(peft.PeftModel, name)), parameters(getattr(peanut.PeftModel, name))
+    assert [own for own, _ in ours[: len(theirs)]] == [own for own, _ in theirs]
+
+
+@pytest.mark.parametrize("name", sorted(set(peft.__all__) & {each for each in peanut.__all__ if "Config" in each}))
+def test_configs_have_the_fields_that_they_have_there(name: str) -> None:
+    if inspect.isclass(getattr(peft, name)) and name != "PromptLearningConfig":
+        lacking = dict(parameters(getattr(peft, name))).keys() - dict(parameters(getattr(peanut, name))).keys()
+    else:
+        lacking = set()
+    assert not lacking
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    model = get_peft_model(net(), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return peanut.load_peft_weights(folder)
+
+
+def test_tensors_of_another_shape_can_be_skipped(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    (first, *_) = sorted(state)
+    model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
+    found = peanut.set_peft_model_state_dict(model, state)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    wrong = state | {first: torch.ones(3, 3)}
+    with pytest.raises(peanut.PeanutError, match=r"shape \(3, 3\)"):
+        peanut.set_peft_model_state_dict(model, wrong)
+    with pytest.warns(UserWarning, match="another shape"):
+        found = peanut.set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
+    assert found.missing_keys == [first.removeprefix("base_model.model.")]
+    assert torch.equal(peanut.get_peft_model_state_dict(model)[first], state[first])
+    other = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="another shape"):
+        loaded = peanut.PeftModel.from_pretrained(other, tmp_path, ignore_mismatched_sizes=True, check_base=False)
+    assert loaded(torch.ones(1, 5)).isfinite().all()
+
+
+def test_keys_are_renamed_as_asked(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    base = nn.Sequential(nn.Sequential(*net()))
+    model = get_peft_model(base, LoraConfig(target_modules=["0.0"]))
+    renamed = peanut.load_peft_weights(tmp_path, key_mapping={r"^0\.": "0.0."})
+    peanut.set_peft_model_state_dict(model, renamed)
+    inner = peanut.get_peft_model_state_dict(model)
+    assert {key.replace("model.0.0.", "model.0."): value.sum() for key, value in inner.items()} == {
+        key: value.sum() for key, value in state.items()
+    }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import PeanutError, check_keywords
 from ..hub import HUB_OPTIONS
@@ -150,6 +151,7 @@ class PeftModel(AdapterControls):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         **given: Any,
     ) -> None:
@@ -163,6 +165,8 @@ class PeftModel(AdapterControls):
             selected_adapters: which adapters; all by default.
             save_embedding_layers: whether to write the base's input and output embeddings too; ``"auto"`` does if the
                 config names them (``embed_tokens``, ``lm_head``) as targets, or if the vocabulary was resized.
+            path_initial_model_for_weight_conversion: without effect: what starts in the weight is always saved as a
+                plain LoRA for the untouched base.
             state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
             given: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
 
@@ -188,8 +192,11 @@ class PeftModel(AdapterControls):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         check_base: bool = True,
+        ignore_mismatched_sizes: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """A model with an adapter read from a folder (or from the hub, if a hub id is given).
@@ -197,8 +204,11 @@ class PeftModel(AdapterControls):
         Args:
             config: to be used instead of the folder's.
             autocast_adapter_dtype: store the adapter in float32 on a half-precision base.
+            ephemeral_gpu_offload: accepted for scripts, without effect.
             low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
+            key_mapping: regular expressions and what replaces them in the file's keys, without ``base_model.model.``.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
+            ignore_mismatched_sizes: warn of tensors of another shape, and keep new ones in their place.
             hub: ``subfolder``, ``revision``, ``token`` and the like; and what Hugging Face PEFT also accepts and has no
                 effect here, where an adapter's tensors follow the base's devices.
 
@@ -207,7 +217,7 @@ class PeftModel(AdapterControls):
                 unchanged.
         """
         hub = check_keywords("from_pretrained", hub, {*HUB_OPTIONS, *_named(cls.from_pretrained)}, LOADING)
-        stored = gathered(read_adapter(model_id, config, **hub))
+        stored = gathered(read_adapter(model_id, config, key_mapping, **hub))
         stored = replace(stored, config=_config_for_use(stored, is_trainable))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = AdapterSet.of(model)
@@ -215,9 +225,11 @@ class PeftModel(AdapterControls):
             with all_or_none(own), limited_by_file(stored.source, stored.state):
                 folder = model_id if config is None else None  # a config that is given says where experts lie
                 found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
-                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
+                meta = not ignore_mismatched_sizes
+                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
                 name = adapted.active_adapter
-                load_state(adapted.adapters, name, stored, check=check_base, alias=low_cpu_mem_usage)
+                own = adapted.adapters
+                load_state(own, name, stored, check=check_base, alias=low_cpu_mem_usage, skip_sizes=not meta)
         except BaseException:
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -229,30 +241,43 @@ class PeftModel(AdapterControls):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         check_base: bool = True,
+        ignore_mismatched_sizes: bool = False,
         **hub: Any,
-    ) -> None:
+    ) -> _IncompatibleKeys:
         """Reads another adapter into the model, or other values and their config into one that is there.
 
-        ``set_adapter`` makes it active.
+        ``set_adapter`` makes it active. The answer names the keys that were not loaded, as ``load_state_dict`` does.
 
-        Args and errors: see ``from_pretrained``.
+        Args and errors: see ``from_pretrained``; ``torch_device`` has no effect, tensors follow the base's devices.
         """
         hub = check_keywords("load_adapter", hub, {*HUB_OPTIONS, *_named(self.load_adapter)}, LOADING)
-        stored = gathered(read_adapter(model_id, **hub))
+        stored = gathered(read_adapter(model_id, None, key_mapping, **hub))
         fresh = adapter_name not in self.peft_config
         with all_or_none(self.adapters), limited_by_file(stored.source, stored.state):
             if fresh:
                 stored = replace(stored, config=_config_for_use(stored, is_trainable))
                 wide = autocast_adapter_dtype
                 found = ready(self.adapters, stored.config, model_id, wide=wide, check_base=check_base)
-                self.add_adapter(adapter_name, found, low_cpu_mem_usage=True, autocast_adapter_dtype=wide)
-            load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
+                meta = not ignore_mismatched_sizes
+                self.add_adapter(adapter_name, found, low_cpu_mem_usage=meta, autocast_adapter_dtype=wide)
+            result = load_state(
+                self.adapters,
+                adapter_name,
+                stored,
+                check=check_base,
+                alias=low_cpu_mem_usage,
+                skip_sizes=ignore_mismatched_sizes,
+            )
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             mode = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:
