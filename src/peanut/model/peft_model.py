@@ -80,7 +80,8 @@ class PeftModel(AdapterControls):
     def around(cls, model: nn.Module) -> PeftModel:
         """A base model that has adapters in it already, wrapped; nothing of it is changed."""
         configs = list(AdapterSet.of(model).configs.values())
-        self = blank(cls.of_task(next((each.task_type for each in configs if each.task_type), None)), type(model))
+        task = next((each.task_type for each in configs if each.task_type), None)
+        self: PeftModel = blank(cls.of_task(task), type(model))
         nn.Module.__init__(self)
         self.base_model = _inner(model, *configs)
         return self

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -190,8 +190,7 @@ def update_generate_signature(model: nn.Module) -> None:
     def shown(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)
 
-    shown.__signature__ = inspect.signature(type(base).generate)
-    model.generate = shown.__get__(model)  # type: ignore[assignment]
+    model.generate = MethodType(shown, model)
 
 
 # Small ones
