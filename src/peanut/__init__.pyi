@@ -1,7 +1,10 @@
 """What type checkers read in place of ``__init__.py``: the public names. Written by ``make generated``."""
 
+from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .errors import OutOfReachWarning as OutOfReachWarning
 from .errors import PeanutError as PeanutError
+from .errors import PeftError as PeftError
+from .errors import PeftWarning as PeftWarning
 from .export import convert_to_lora as convert_to_lora
 from .export import from_lora as from_lora
 from .export import save_as_lora as save_as_lora
@@ -66,11 +69,29 @@ from .model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbi
 from .model.models import AdaLoraModel as AdaLoraModel
 from .model.models import VBLoRAModel as VBLoRAModel
 from .model.models import XLoraModel as XLoraModel
+from .model.names import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from .model.names import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from .model.names import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
+from .model.names import PromptLearningConfig as PromptLearningConfig
+from .model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .model.peft_model import PeftMixedModel as PeftMixedModel
 from .model.peft_model import PeftModel as PeftModel
+from .model.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+from .model.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from .model.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from .model.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from .model.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from .model.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .model.peft_model import get_peft_model as get_peft_model
 from .model.predictive import predictive as predictive
 from .model.status import get_layer_status as get_layer_status
 from .model.status import get_model_status as get_model_status
+from .model.utilities import LoraRuntimeConfig as LoraRuntimeConfig
+from .model.utilities import cast_mixed_precision_params as cast_mixed_precision_params
+from .model.utilities import get_base_model_state_dict as get_base_model_state_dict
+from .model.utilities import load_peft_weights as load_peft_weights
+from .model.utilities import set_base_model_state_dict as set_base_model_state_dict
+from .model.utilities import shift_tokens_right as shift_tokens_right
 from .protocols import PeftConfig as PeftConfig
 from .protocols import PeftType as PeftType
 from .protocols import TaskType as TaskType

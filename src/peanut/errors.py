@@ -12,7 +12,17 @@ from collections.abc import Collection, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-__all__ = ["OutOfReachWarning", "PeanutError", "check_keywords", "nearest", "shown", "warn"]
+__all__ = [
+    "NoMatchingPeftModuleError",
+    "OutOfReachWarning",
+    "PeanutError",
+    "PeftError",
+    "PeftWarning",
+    "check_keywords",
+    "nearest",
+    "shown",
+    "warn",
+]
 
 _LONGEST = 800
 """How many characters each of an error's three parts may have: what is longer is cut in the middle."""
@@ -20,7 +30,11 @@ _MOST = 1000
 """How many names are compared letter by letter to find the nearest."""
 
 
-class PeanutError(ValueError):
+class PeftError(Exception):
+    """Any error of this library, by the name that it has in Hugging Face PEFT."""
+
+
+class PeanutError(PeftError, ValueError):
     """A wrong input, told in one line: what was found, what was expected, what to do.
 
     It is a ``ValueError`` so that scripts written for other PEFT libraries keep catching it.
@@ -39,7 +53,15 @@ class PeanutError(ValueError):
         super().__init__(f"{line}\n{detail}" if detail else line)
 
 
-class OutOfReachWarning(UserWarning):
+class NoMatchingPeftModuleError(PeanutError):
+    """A config's targets match no layer of the model."""
+
+
+class PeftWarning(UserWarning):
+    """A warning of this library, by the name that it has in Hugging Face PEFT."""
+
+
+class OutOfReachWarning(PeftWarning):
     """A large share of a model's weights lies where no adapter reaches it, and the user may not expect so."""
 
 

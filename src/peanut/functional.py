@@ -1,14 +1,6 @@
-"""Functions for models into which adapters were injected, under the names of ``peft.functional``."""
+"""Functions for models into which adapters were injected, where Hugging Face PEFT has them; see ``public.py``."""
 
-from .model.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from .model.injection import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .public import submodule
 
-__all__ = [
-    "cast_adapter_dtype",
-    "delete_adapter",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "set_adapter",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-]
+__path__: list[str] = []  # as a package's, so that importing a name that we have not says why
+__getattr__, __dir__ = submodule("functional")

@@ -1,5 +1,6 @@
-"""Helpers under the names of ``peft.helpers``."""
+"""Helpers, where Hugging Face PEFT has them; see ``public.py``."""
 
-from .model.functional import rescale_adapter_scale
+from .public import submodule
 
-__all__ = ["rescale_adapter_scale"]
+__path__: list[str] = []  # as a package's, so that importing a name that we have not says why
+__getattr__, __dir__ = submodule("helpers")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import Enum
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .absent import absent
+
 if TYPE_CHECKING:
     from .protocols import Method
 
-__all__ = ["find", "homes", "ours"]
+__all__ = ["find", "homes", "ours", "submodule"]
 
 _WHERE = {
-    "errors": ("OutOfReachWarning", "PeanutError"),
+    "errors": ("NoMatchingPeftModuleError", "OutOfReachWarning", "PeanutError", "PeftError", "PeftWarning"),
     "export": ("convert_to_lora", "from_lora", "save_as_lora", "to_lora"),
     "interop.from_peft": ("from_peft",),
     "interop.install": ("install", "uninstall"),
@@ -34,14 +37,93 @@ _WHERE = {
         "set_peft_model_state_dict",
     ),
     "model.kbit": ("prepare_model_for_kbit_training",),
-    "model.peft_model": ("PeftModel", "get_peft_model"),
+    "model.names": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "PromptLearningConfig",
+    ),
+    "model.peft_model": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PeftMixedModel",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_peft_model",
+    ),
     "model.status": ("get_layer_status", "get_model_status"),
     "model.predictive": ("predictive",),
+    "model.utilities": (
+        "LoraRuntimeConfig",
+        "cast_mixed_precision_params",
+        "get_base_model_state_dict",
+        "load_peft_weights",
+        "set_base_model_state_dict",
+        "shift_tokens_right",
+    ),
     "protocols": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "training.trainer": ("Trainer",),
 }
 _HOMES = {name: module for module, names in _WHERE.items() for name in names}
 """The public names that belong to no method."""
+_SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "functional": {
+        "model.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
+        "model.injection": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
+    },
+    "helpers": {
+        "model.functional": ("rescale_adapter_scale",),
+        "model.names": ("BaseTunerLayer",),
+        "model.utilities": (
+            "check_if_peft_model",
+            "update_forward_signature",
+            "update_generate_signature",
+            "update_signature",
+        ),
+    },
+    "tuners": {"model.names": ("MixedModel",), "model.utilities": ("LoraRuntimeConfig",)},
+    "utils": {
+        "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
+        "model.injection": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+        "model.kbit": ("prepare_model_for_kbit_training",),
+        "model.names": (
+            "ALLOWED_COMPUTE_DTYPES",
+            "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+            "UPCAST_DTYPES",
+            "WEIGHTS_NAME",
+            "AuxiliaryTrainingWrapper",
+            "ModulesToSaveWrapper",
+        ),
+        "model.utilities": (
+            "_freeze_adapter",
+            "_get_batch_size",
+            "_get_input_embeddings_name",
+            "_get_submodules",
+            "_is_valid_match",
+            "_set_adapter",
+            "cast_mixed_precision_params",
+            "fsdp_auto_wrap_policy",
+            "get_base_model_state_dict",
+            "id_tensor_storage",
+            "infer_device",
+            "load_peft_weights",
+            "prepare_model_for_gradient_checkpointing",
+            "set_base_model_state_dict",
+            "shift_tokens_right",
+            "transpose",
+        ),
+        "protocols": ("PeftType", "TaskType"),
+        "protocols.config": ("CONFIG_NAME",),
+    },
+}
+"""The names in the modules that Hugging Face PEFT has beside its main one, and where they are defined."""
+_RENAMED = {"SAFETENSORS_WEIGHTS_NAME": ("model.checkpoints.stored_adapter", "WEIGHTS_NAME")}
+_TARGETS = ("TRANSFORMERS_MODELS_TO_", "_MAPPING")
+"""What the names of the tables of default layers begin and end with."""
 
 
 def ours() -> list[Method[Any]]:
@@ -68,13 +150,57 @@ def homes() -> dict[str, str]:
     return found
 
 
-def find(name: str) -> Any:
-    """The object that has a public name.
+def find(name: str, inside: str = "") -> Any:
+    """The object that has a public name, in this package or in a module ``inside`` it.
 
     Raises:
         AttributeError: there is none.
+        ImportError: Hugging Face PEFT has it and we have not, and it is imported by ``from``.
     """
-    home = _HOMES.get(name) or homes().get(name)
-    if home is None:
-        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{home}", __package__), name)
+    home = (_names_in(inside) if inside else _HOMES).get(name) or (None if inside else homes().get(name))
+    if home is not None:
+        module, own = _RENAMED.get(name, (home, name))
+        if home == "model.names" and name.startswith(_TARGETS[0]):
+            table = import_module(".model.names", __package__).targets_mapping
+            return table(name.removeprefix(_TARGETS[0]).removesuffix(_TARGETS[1]))
+        return getattr(import_module(f".{module}", __package__), own)
+    place = f"{__package__}.{inside}" if inside else __package__
+    reason = absent(name)
+    # ``from … import`` would say "cannot import name" alone of an AttributeError.
+    asked_by_from = sys._getframe(2).f_code.co_name == "_handle_fromlist"
+    raise (ImportError if reason and asked_by_from else AttributeError)(
+        f"module {place!r} has no attribute {name!r}" + (f": {reason}" if reason else "")
+    )
+
+
+def _names_in(inside: str) -> dict[str, str]:
+    """The names of a submodule and where they are defined."""
+    found = {name: module for module, names in _SUBMODULES[inside].items() for name in names}
+    if inside == "tuners":
+        found |= {
+            name: home
+            for name, home in homes().items()
+            if home.startswith("methods.") or (name.endswith("Model") and home == "model.models")
+        }
+    if inside == "utils":
+        types = {method.name.replace("_", "") for method in ours()}
+        tables = [f"{kind}_TARGET_MODULES" for kind in types] + ["IA3_FEEDFORWARD_MODULES"]
+        found |= {name.join(_TARGETS): "model.names" for name in tables}
+        found |= dict.fromkeys(_RENAMED, "model.names")
+    return found
+
+
+def submodule(inside: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a module whose names are looked up here."""
+
+    def lookup(name: str) -> Any:
+        if name == "__all__":
+            return names()
+        if name.startswith("__"):
+            raise AttributeError(f"module '{__package__}.{inside}' has no attribute {name!r}")
+        return find(name, inside)
+
+    def names() -> list[str]:
+        return sorted(_names_in(inside))
+
+    return lookup, names

@@ -21,16 +21,6 @@ __all__ = ["AsBase", "blank", "inspected"]
 
 M = TypeVar("M", bound="AsBase")
 
-_PEER_CLASSES = {
-    "SEQ_CLS": "SequenceClassification",
-    "SEQ_2_SEQ_LM": "Seq2SeqLM",
-    "CAUSAL_LM": "CausalLM",
-    "TOKEN_CLS": "TokenClassification",
-    "QUESTION_ANS": "QuestionAnswering",
-    "FEATURE_EXTRACTION": "FeatureExtraction",
-}
-"""What the names of Hugging Face PEFT's model classes end in, by task."""
-
 
 class AsBase(Recognised, nn.Module):
     """A wrapper around a base model whose class, for each class of base, has that base's parameters of forward."""
@@ -38,15 +28,19 @@ class AsBase(Recognised, nn.Module):
     shown: ClassVar[tuple[type[AsBase], type[nn.Module]] | None] = None
     """This class, and the base's class whose parameters of forward it shows, where it does."""
 
-    def show(self, base: nn.Module) -> None:
-        """Shows the parameters of the forward of ``base``."""
-        self.__class__ = _shown_as(self.shown[0] if self.shown else type(self), type(base))
+    def show(self, base: nn.Module, task: object = None) -> None:
+        """Becomes the class of its task, and shows the parameters of the forward of ``base``."""
+        own = self.shown[0] if self.shown else type(self)
+        self.__class__ = _shown_as(own.of_task(task), type(base))
+
+    @classmethod
+    def of_task(cls: type[M], task: object) -> type[M]:
+        """The class of the models of a task."""
+        return cls
 
     def counterparts(self) -> tuple[tuple[str, str], ...]:
-        base = self.__dict__.get("_modules", {}).get("base_model")  # none while it is being made
-        task = None if base is None else next((each.task_type for each in base.adapters.configs.values()), None)
-        name = _PEER_CLASSES.get(str(getattr(task, "value", task)), "")
-        return (("peft", f"PeftModelFor{name}"), ("peft", "PeftModel"))
+        own = self.shown[0] if self.shown else type(self)
+        return (("peft", own.__name__), ("peft", "PeftModel"))
 
     def _virtual(self) -> list[InputMethod[Any]]:
         """The methods of the active adapters that add virtual tokens."""
@@ -138,7 +132,8 @@ def _shown_as(own: type[AsBase], base: type[nn.Module]) -> type[AsBase]:
     forward.__signature__ = signature.replace(parameters=order)  # type: ignore[attr-defined]
     forward.__doc__ = own.forward.__doc__
     parts = {"forward": forward, "shown": (own, base), "__module__": own.__module__, "__doc__": own.__doc__}
-    kind = re.search(r"For[A-Z].*", base.__name__)  # by it Trainers know the labels of question answering
+    # By what it is for Trainers know the labels of question answering.
+    kind = None if "For" in own.__name__ else re.search(r"For[A-Z].*", base.__name__)
     _SHOWN[own, base] = type(own.__name__ + (kind[0] if kind else ""), (own,), parts)
     return _SHOWN[own, base]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import PeanutError, shown
 from ..operators.combining import Majority
@@ -196,7 +197,7 @@ def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
-    *,
+    unwrap_compiled: bool = False,
     save_embedding_layers: SaveEmbeddings = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors by the keys that files give them.
@@ -204,6 +205,7 @@ def get_peft_model_state_dict(
     Args:
         model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
         state_dict: full state dict of the model to take the values from.
+        unwrap_compiled: accepted for scripts: keys never name what torch.compile puts around a model.
         save_embedding_layers: see ``PeftModel.save_pretrained``.
     """
     adapters = AdapterSet.of(model)
@@ -221,12 +223,12 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
-) -> None:
+) -> _IncompatibleKeys:
     """Copies tensors, by the keys that files give them, into an adapter.
 
     Args:
-        ignore_mismatched_sizes: must be false: other sizes are an error.
-        low_cpu_mem_usage: where a parameter has no storage yet, put the tensor in its place, and no copy of it.
+        ignore_mismatched_sizes: warn of a tensor of another shape and leave what is there; its key is then missing.
+        low_cpu_mem_usage: where a parameter has no storage yet, put the tensor itself in its place.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape or kind differs, or a value is not finite. Nothing is
@@ -241,4 +243,6 @@ def set_peft_model_state_dict(
     refuse_not_finite(peft_model_state_dict, "the state dict", "leave it out, or train again")
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
-    load_state(adapters, adapter_name, stored, check=False, alias=low_cpu_mem_usage)
+    return load_state(
+        adapters, adapter_name, stored, check=False, alias=low_cpu_mem_usage, skip_sizes=ignore_mismatched_sizes
+    )

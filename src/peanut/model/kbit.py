@@ -18,6 +18,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """A quantised model, frozen, with what is not quantised (norms, embeddings, the head) in float32.
 
@@ -25,6 +26,7 @@ def prepare_model_for_kbit_training(
         model: a model whose linear layers bitsandbytes has quantised; it is changed in place and returned.
         use_gradient_checkpointing: recompute the blocks' activations in the backward.
         gradient_checkpointing_kwargs: what ``torch.utils.checkpoint`` is called with; non-reentrant by default.
+        auto_clear_cache: give an accelerator's memory of the weights that were converted back.
     """
     model.requires_grad_(False)
     fix_storage(model)
@@ -35,6 +37,8 @@ def prepare_model_for_kbit_training(
         # Codes may be stored as bfloat16 too (bnb_4bit_quant_storage).
         if parameter.dtype in (torch.float16, torch.bfloat16) and id(parameter) not in codes:
             parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
         model, "gradient_checkpointing_enable", None
     )

@@ -8,7 +8,6 @@ __all__ = ["LOADING", "SAVING"]
 
 SAVING: dict[str, tuple[Any, ...] | None] = {
     "max_shard_size": None,
-    "path_initial_model_for_weight_conversion": None,  # what starts in the weight is always saved as a plain LoRA
     "push_to_hub": (False, None),
     "save_function": None,
     "token": None,
@@ -19,9 +18,6 @@ LOADING: dict[str, tuple[Any, ...] | None] = {
     "adapters": (None,),
     "device_map": None,
     "dtype": None,
-    "ephemeral_gpu_offload": None,
-    "ignore_mismatched_sizes": (False, None),
-    "key_mapping": (None, {}),
     "max_memory": None,
     "offload_dir": None,
     "offload_folder": None,

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PeanutError, check_keywords, warn
-from ..hub import HUB_OPTIONS
 from ..protocols import PeftConfig, method_of
 from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
 from .adapters.routing import Inference, called
-from .adapters.size_limits import limited_by_file
 from .as_base import blank
-from .checkpoints.checkpoint import save_adapter
-from .checkpoints.embeddings import SaveEmbeddings
-from .checkpoints.loading import all_or_none, load_state, same_form
-from .checkpoints.mixtures import add, gathered, name_for, ready, save_experts
-from .checkpoints.stored_adapter import TRAINING_NAME, StoredAdapter, read_adapter
-from .controls import AdapterControls
+from .checkpoints.mixtures import add, name_for
 from .injection import AdaptedModel
-from .keywords import LOADING, SAVING
 from .lenient import make_room
 from .models import model_of
+from .pretrained import Pretrained
 from .targets.reach import warn_of_unreached
 
-__all__ = ["PeftModel", "get_peft_model"]
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_model",
+]
 
 
-class PeftModel(AdapterControls):
+class PeftModel(Pretrained):
     """A base model and its adapters; other attributes are those of the base model.
 
     Args:
@@ -58,7 +58,7 @@ class PeftModel(AdapterControls):
     ) -> None:
         super().__init__()
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.show(model)
+        self.show(model, peft_config.task_type)
         adapters = AdapterSet.of(model)
         adapter_name = name_for(adapters, peft_config, adapter_name)
         peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=autocast_adapter_dtype)
@@ -69,10 +69,16 @@ class PeftModel(AdapterControls):
     @classmethod
     def around(cls, model: nn.Module) -> PeftModel:
         """A base model that has adapters in it already, wrapped; nothing of it is changed."""
-        self = blank(cls, type(model))
+        configs = list(AdapterSet.of(model).configs.values())
+        task = next((each.task_type for each in configs if each.task_type), None)
+        self: PeftModel = blank(cls.of_task(task), type(model))
         nn.Module.__init__(self)
-        self.base_model = _inner(model, *AdapterSet.of(model).configs.values())
+        self.base_model = _inner(model, *configs)
         return self
+
+    @classmethod
+    def of_task(cls, task: object) -> Any:
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task, "value", task)), cls) if cls is PeftModel else cls
 
     # Running
 
@@ -128,122 +134,6 @@ class PeftModel(AdapterControls):
         if not low_cpu_mem_usage:  # else it is read from a file
             warn_of_unreached(self.get_base_model(), peft_config)
 
-    # Files
-
-    @checked
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: SaveEmbeddings = "auto",
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **given: Any,
-    ) -> None:
-        """Writes adapters and their trained heads: ``default`` into the folder, others into folders of their names.
-
-        Of the base, only embeddings are ever written; loading puts them into the base, and refuses one that differs
-        otherwise.
-
-        Args:
-            safe_serialization: must be true; only safetensors are written.
-            selected_adapters: which adapters; all by default.
-            save_embedding_layers: whether to write the base's input and output embeddings too; ``"auto"`` does if the
-                config names them (``embed_tokens``, ``lm_head``) as targets, or if the vocabulary was resized.
-            state_dict: a full state dict, as FSDP and DeepSpeed gather it, to take the values from.
-            given: what Hugging Face PEFT also accepts and a folder of safetensors has no use for.
-
-        Raises:
-            PeanutError: a keyword is unknown, the folder cannot be written, or a value is not finite. No file is then
-                half written.
-        """
-        check_keywords("save_pretrained", given, _named(self.save_pretrained), SAVING)
-        if not safe_serialization:
-            raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
-        for name in self.adapters.known(selected_adapters or list(self.peft_config)):
-            if is_main_process:
-                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers)
-                save_experts(folder, self.adapters, name, state_dict, save_embedding_layers)
-
-    @classmethod
-    @checked
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        check_base: bool = True,
-        **hub: Any,
-    ) -> PeftModel:
-        """A model with an adapter read from a folder (or from the hub, if a hub id is given).
-
-        Args:
-            config: to be used instead of the folder's.
-            autocast_adapter_dtype: store the adapter in float32 on a half-precision base.
-            low_cpu_mem_usage: keep the tensors as they were read, in the file's memory, and make no copy of them.
-            check_base: refuse a base whose weights differ from those that the adapter was trained on.
-            hub: ``subfolder``, ``revision``, ``token`` and the like; and what Hugging Face PEFT also accepts and has no
-                effect here, where an adapter's tensors follow the base's devices.
-
-        Raises:
-            PeanutError: a keyword is unknown, or a file is missing or broken, or does not fit the model, which is then
-                unchanged.
-        """
-        hub = check_keywords("from_pretrained", hub, {*HUB_OPTIONS, *_named(cls.from_pretrained)}, LOADING)
-        stored = gathered(read_adapter(model_id, config, **hub))
-        stored = replace(stored, config=_config_for_use(stored, is_trainable))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        own = AdapterSet.of(model)
-        try:
-            with all_or_none(own), limited_by_file(stored.source, stored.state):
-                folder = model_id if config is None else None  # a config that is given says where experts lie
-                found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
-                adapted = cls(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
-                name = adapted.active_adapter
-                load_state(adapted.adapters, name, stored, check=check_base, alias=low_cpu_mem_usage)
-        except BaseException:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            raise
-        return adapted.eval() if not is_trainable else adapted
-
-    @checked
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        check_base: bool = True,
-        **hub: Any,
-    ) -> None:
-        """Reads another adapter into the model, or other values and their config into one that is there.
-
-        ``set_adapter`` makes it active.
-
-        Args and errors: see ``from_pretrained``.
-        """
-        hub = check_keywords("load_adapter", hub, {*HUB_OPTIONS, *_named(self.load_adapter)}, LOADING)
-        stored = gathered(read_adapter(model_id, **hub))
-        fresh = adapter_name not in self.peft_config
-        with all_or_none(self.adapters), limited_by_file(stored.source, stored.state):
-            if fresh:
-                stored = replace(stored, config=_config_for_use(stored, is_trainable))
-                wide = autocast_adapter_dtype
-                found = ready(self.adapters, stored.config, model_id, wide=wide, check_base=check_base)
-                self.add_adapter(adapter_name, found, low_cpu_mem_usage=True, autocast_adapter_dtype=wide)
-            load_state(self.adapters, adapter_name, stored, check=check_base, alias=low_cpu_mem_usage)
-        if not fresh and not same_form(self.adapters, adapter_name, stored.config):
-            mode = self.peft_config[adapter_name].inference_mode
-            self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -258,30 +148,15 @@ def _inner(model: nn.Module, *configs: PeftConfig) -> AdaptedModel:
     return model_of(method_of(configs[-1].peft_type))(model, {})
 
 
-def _config_for_use(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:
-    """The config under which a stored adapter is used: what only training needs is left out where it is not there."""
-    config = replace(stored.config, inference_mode=not is_trainable)
-    method = method_of(config.peft_type)
-    needed = method.scaffold(config) if is_trainable else frozenset()
-    if needed and not stored.passing:
-        warn(
-            f"'{stored.source}' has no {TRAINING_NAME}, so {method.name} is trained on without {sorted(needed)[0]} and "
-            "the like: what they compute is trained itself",
-        )
-        return method.without_scaffold(config)  # type: ignore[no-any-return]
-    return config
-
-
 @checked
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    *,
     mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """A model with a new adapter in it, changed in place and frozen; arguments and errors as for ``PeftModel``.
 
@@ -289,17 +164,39 @@ def get_peft_model(
     where the model has an adapter of that name, which is then replaced.
 
     Args:
-        mixed: without effect, for scripts: adapters of several methods may always be active together.
+        mixed: name the class ``PeftMixedModel``: adapters of several methods may be active together in any.
         revision: the base model's, for the config.
     """
     peft_config = peft_config if revision is None else replace(peft_config, revision=revision)
     make_room(AdapterSet.of(model), adapter_name, peft_config)
-    adapted = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    adapted = (PeftMixedModel if mixed else PeftModel)(
+        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
     warn_of_unreached(adapted.get_base_model(), peft_config)
     return adapted
 
 
-def _named(function: Callable[..., Any]) -> set[str]:
-    """The keywords that a function takes by name."""
-    parameters = inspect.signature(function).parameters.values()
-    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+def _for(ending: str) -> type[PeftModel]:
+    parts = {"__module__": __name__, "__doc__": f"A ``PeftModel`` whose base is for {ending}: configs name the task."}
+    return type(f"PeftModelFor{ending}", (PeftModel,), parts)
+
+
+PeftModelForCausalLM = _for("CausalLM")
+PeftModelForFeatureExtraction = _for("FeatureExtraction")
+PeftModelForQuestionAnswering = _for("QuestionAnswering")
+PeftModelForSeq2SeqLM = _for("Seq2SeqLM")
+PeftModelForSequenceClassification = _for("SequenceClassification")
+PeftModelForTokenClassification = _for("TokenClassification")
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+"""The class of the models of each task."""
+
+
+class PeftMixedModel(PeftModel):
+    """A ``PeftModel`` whose adapters may be of several methods, as those of any may."""

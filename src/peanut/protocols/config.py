@@ -257,9 +257,9 @@ class PeftConfig(Recognised):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
 
-def get_peft_config(values: Mapping[str, Any]) -> PeftConfig:
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary with a ``peft_type`` describes."""
-    return PeftConfig.from_dict(values)
+    return PeftConfig.from_dict(config_dict)
 
 
 @cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ...errors import PeanutError, nearest
 from ...protocols import PeftConfig, WeightMethod
@@ -54,8 +56,14 @@ def all_or_none(adapters: AdapterSet) -> Iterator[None]:
 
 @torch.no_grad()
 def load_state(
-    adapters: AdapterSet, name: str, stored: StoredAdapter, *, check: bool = True, alias: bool = False
-) -> None:
+    adapters: AdapterSet,
+    name: str,
+    stored: StoredAdapter,
+    *,
+    check: bool = True,
+    alias: bool = False,
+    skip_sizes: bool = False,
+) -> _IncompatibleKeys:
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
 
     Embeddings of the base that are stored with the adapter, as its vocabulary grew, are put into the base.
@@ -64,6 +72,7 @@ def load_state(
         check: refuse a base whose weights differ from those that the adapter was trained on.
         alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
             it may lie in the file still.
+        skip_sizes: warn of tensors of another shape and leave what is there; their keys are then the missing ones.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
@@ -102,6 +111,11 @@ def load_state(
             f"the {len(own)} tensors of its config on {type(adapters.model).__name__}",
             f"check the base model and the config{near}",
         )
+    skipped = sorted(key for key, value in own.items() if skip_sizes and value.shape != state[key].shape)
+    if skipped:
+        here = ", ".join(f"{key} {tuple(state[key].shape)} for {tuple(own.pop(key).shape)}" for key in skipped)
+        warnings.warn(f"'{stored.source}' holds tensors of another shape, which are not loaded: {here}", stacklevel=3)
+        state = {key: value for key, value in state.items() if key in own}
     for key, parameter in own.items():
         if parameter.shape != state[key].shape:
             rows = _rows_of(adapters, key, state[key], parameter)
@@ -148,6 +162,7 @@ def load_state(
             if written is not None:
                 written.append((weight, weight.clone()))
             weight.copy_(value.to(weight.device))
+    return _IncompatibleKeys(skipped, [])
 
 
 def _rows_of(adapters: AdapterSet, key: str, value: Tensor, own: Tensor) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ class StoredAdapter:
     fits: bool = True
 
 
-def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = None, **hub: Any) -> StoredAdapter:
+def read_adapter(
+    source: str | os.PathLike[str],
+    config: PeftConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> StoredAdapter:
     """Reads an adapter's folder (or hub repository) whole.
 
     Files of two saves, or that change meanwhile, are read again: a writer may be at work. Of one that was killed, the
@@ -72,12 +78,24 @@ def read_adapter(source: str | os.PathLike[str], config: PeftConfig | None = Non
                 raise
             continue
         if found is not None:
-            return found
+            return replace(found, state=_renamed(found.state, key_mapping or {}))
     raise PeanutError(
         f"'{source}' holds {CONFIG_NAME} of one save and {WEIGHTS_NAME} of another",
         "files that were saved together",
         f"copy both from one folder, or, if you are sure, pass config=PeftConfig.from_pretrained('{source}')",
     )
+
+
+def _renamed(state: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by the key that the first pattern found in it makes of it, without what torch.compile put into it."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        own = key.replace("_orig_mod.", "")
+        changed = (re.subn(pattern, new, own) for pattern, new in key_mapping.items())
+        renamed[next((new for new, count in changed if count), own)] = value
+    if len(renamed) < len(state):
+        raise PeanutError("key_mapping gives two tensors one key", "a key for each", "make its patterns narrower")
+    return renamed
 
 
 def _stamps(folder: Path) -> list[tuple[int, ...]]:

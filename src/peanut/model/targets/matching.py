@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ...errors import PeanutError, nearest
+from ...errors import NoMatchingPeftModuleError, PeanutError, nearest
 from ...protocols import Method, PeftConfig, WeightMethod, method_of
 from ...weights.norm import is_norm
 from .architectures import architecture_of, model_type_of
@@ -97,7 +97,7 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
         for name in matched(_bare_parameters(modules), wrong if isinstance(targets, str) else [wrong]):
             raise _out_of_reach(f"target_modules names {wrong!r}", name)
     if wrong is not None and isinstance(targets, str):
-        raise PeanutError(
+        raise NoMatchingPeftModuleError(
             f"target_modules={targets!r} matches no module path of {type(model).__name__}",
             "a regular expression for whole paths",
             f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
@@ -137,7 +137,7 @@ def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Mo
                 "exclude it",
             )
     if not left:
-        raise PeanutError(
+        raise NoMatchingPeftModuleError(
             f"target_modules={config.target_modules!r} leaves no layer once modules_to_save, exclude_modules and "
             "layers_to_transform are taken away",
             "at least one layer",

@@ -8,7 +8,7 @@ from itertools import accumulate
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ...errors import PeanutError, nearest
+from ...errors import NoMatchingPeftModuleError, PeanutError, nearest
 from ...protocols.patterns import ends, fullmatch
 from ...weights import kind_of
 from ..layers.layer import AdaptedLayer
@@ -96,7 +96,8 @@ def unmatched(hits: list[str], names: list[str] | str) -> str | None:
 
 def unknown_name(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
     """The error for a name in ``field`` that is none of the ``names`` that modules have."""
-    return PeanutError(
+    kind = NoMatchingPeftModuleError if field == "target_modules" else PeanutError
+    return kind(
         f"{field} names {name!r}, which no module of {type(model).__name__} is called",
         "names of modules",
         f"nearest: {nearest(name, names)}",

@@ -1,0 +1,62 @@
+"""What scripts of Hugging Face PEFT look up by name: tables by method and task, and names of classes that we have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..protocols import WeightMethod
+from ..protocols.input_method import PromptConfig
+from ..protocols.registry import PeftType, registered
+from .injection import AdaptedModel
+from .layers.adapted import Adapted
+from .layers.saved_modules import SavedModule
+from .models import model_of
+from .targets.architectures import ARCHITECTURES
+
+__all__ = [
+    "ALLOWED_COMPUTE_DTYPES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "UPCAST_DTYPES",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "MixedModel",
+    "ModulesToSaveWrapper",
+    "PromptLearningConfig",
+    "targets_mapping",
+]
+
+WEIGHTS_NAME = "adapter_model.bin"
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UPCAST_DTYPES = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+)
+
+PromptLearningConfig = PromptConfig
+BaseTunerLayer = Adapted
+AuxiliaryTrainingWrapper = ModulesToSaveWrapper = SavedModule
+MixedModel = AdaptedModel
+
+_METHODS = {PeftType(name): method for name, method in registered().items()}
+PEFT_TYPE_TO_CONFIG_MAPPING = {kind: method.config_class for kind, method in _METHODS.items()}
+PEFT_TYPE_TO_TUNER_MAPPING = {
+    kind: model_of(method) for kind, method in _METHODS.items() if not issubclass(method.config_class, PromptConfig)
+}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {
+    kind: model for kind, model in PEFT_TYPE_TO_TUNER_MAPPING.items() if isinstance(_METHODS[kind], WeightMethod)
+}
+
+
+def targets_mapping(name: str) -> dict[str, Any]:
+    """``TRANSFORMERS_MODELS_TO_…_MAPPING``: default layers by ``model_type``, read off the table of architectures."""
+    field = {"IA3_TARGET_MODULES": "scaled_outputs", "IA3_FEEDFORWARD_MODULES": "scaled_inputs"}.get(name, "attention")
+    found = {kind: getattr(known, field) for kind, known in ARCHITECTURES.items()}
+    return {kind: each if isinstance(each, str) else list(each) for kind, each in found.items() if each}

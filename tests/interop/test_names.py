@@ -1,0 +1,182 @@
+"""Every public name of Hugging Face PEFT for what we have is here too; of the others it is said what to use."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peanut
+from peanut import LoraConfig, get_peft_model
+
+from ..support import PEER_WARNINGS
+
+pytestmark = PEER_WARNINGS
+
+MODULES = ("", ".functional", ".helpers", ".optimizers", ".tuners", ".utils")
+
+
+def names_of(module: str) -> set[str]:
+    theirs = importlib.import_module(f"peft{module}")
+    own = [name for name, value in vars(theirs).items() if getattr(value, "__module__", None) == theirs.__name__]
+    return set(getattr(theirs, "__all__", own))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_name_is_here_or_says_why_not(module: str) -> None:
+    ours, silent = importlib.import_module(f"peanut{module}"), set()
+    for name in names_of(module):
+        try:
+            getattr(ours, name)
+        except AttributeError as error:  # noqa: PERF203 - each name is asked for
+            if not re.fullmatch(r"module '[\w.]+' has no attribute '\w+': \w.{20,}", str(error)):
+                silent.add(name)
+    assert names_of(module)
+    assert not silent
+    assert all(getattr(ours, name) is not None for name in ours.__all__)
+
+
+@pytest.mark.parametrize("module", ["peanut", "peanut.utils", "peanut.tuners"])
+def test_importing_what_is_not_here_says_what_to_use(module: str) -> None:
+    with pytest.raises(ImportError, match=r"'LoHaConfig': .*use LoraConfig"):
+        exec(f"from {module} import LoHaConfig", {})
+    with pytest.raises(ImportError, match="cannot import name 'Typo'"):
+        exec(f"from {module} import Typo", {})
+
+
+def test_tables_are_those_of_hugging_face_peft() -> None:
+    from peanut import utils
+
+    theirs = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    ours = utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert sorted(ours["llama"]) == sorted(theirs["llama"])
+    ia3 = utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert ia3["llama"] == peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"]
+    assert peanut.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig
+    assert peanut.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is peanut.LoraModel
+    assert "PROMPT_TUNING" not in peanut.PEFT_TYPE_TO_TUNER_MAPPING
+    assert (utils.CONFIG_NAME, utils.WEIGHTS_NAME) == (peft.utils.CONFIG_NAME, peft.utils.WEIGHTS_NAME)
+    assert utils.SAFETENSORS_WEIGHTS_NAME == peft.utils.SAFETENSORS_WEIGHTS_NAME
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("task", sorted(peanut.MODEL_TYPE_TO_PEFT_MODEL_MAPPING))
+def test_models_are_of_the_class_of_their_task(task: str) -> None:
+    kind = peanut.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+    model = get_peft_model(net(), LoraConfig(target_modules=["0"], task_type=task))
+    assert isinstance(model, kind)
+    assert type(model).__name__ == peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__
+    direct = kind(net(), LoraConfig(target_modules=["0"]))
+    assert isinstance(direct, (kind, getattr(peft, kind.__name__)))
+    assert isinstance(pickle.loads(pickle.dumps(direct)), kind)
+    mixed = get_peft_model(net(), LoraConfig(target_modules=["0"]), mixed=True)
+    assert isinstance(mixed, peanut.PeftMixedModel)
+
+
+def test_errors_are_caught_by_the_names_that_they_have_there() -> None:
+    with pytest.raises(peanut.NoMatchingPeftModuleError, match="no module of Sequential"):
+        get_peft_model(net(), LoraConfig(target_modules=["nowhere"]))
+    with pytest.raises(peanut.PeftError):
+        LoraConfig(r=-1)
+
+
+def test_the_base_is_read_and_written_by_its_own_keys() -> None:
+    base = net()
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], bias="all", modules_to_save=["1"]))
+    held = peanut.get_base_model_state_dict(model)
+    assert held.keys() == before.keys()
+    assert all(torch.equal(held[key], before[key]) for key in before)
+    found = peanut.set_base_model_state_dict(model, {key: value + 1 for key, value in before.items()})
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    assert torch.equal(model.get_base_model()[0].base_layer.weight, before["0.weight"] + 1)
+    with pytest.raises(peanut.PeanutError, match="lacks 1 keys"):
+        peanut.set_base_model_state_dict(model, {key: before[key] for key in before if key != "0.bias"})
+
+
+FUNCTIONS = sorted(
+    name
+    for name in set(peft.__all__) & set(peanut.__all__)
+    if inspect.isfunction(getattr(peft, name)) and inspect.isfunction(getattr(peanut, name))
+)
+CALLED = [
+    name
+    for name, function in inspect.getmembers(peft.PeftModel, callable)
+    if name in vars(peft.PeftModel) and not name.startswith("_") and hasattr(peanut.PeftModel, name)
+]
+VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def parameters(function: Any) -> list[tuple[str, Any]]:
+    found = inspect.signature(function).parameters.values()
+    return [(each.name, each.default) for each in found if each.kind not in VARIABLE]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_take_what_they_take_there(name: str) -> None:
+    theirs, ours = parameters(getattr(peft, name)), parameters(getattr(peanut, name))
+    assert [own for own, _ in ours[: len(theirs)]] == [own for own, _ in theirs]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_methods_take_what_they_take_there(name: str) -> None:
+    theirs, ours = parameters(getattr(peft.PeftModel, name)), parameters(getattr(peanut.PeftModel, name))
+    assert [own for own, _ in ours[: len(theirs)]] == [own for own, _ in theirs]
+
+
+@pytest.mark.parametrize("name", sorted(set(peft.__all__) & {each for each in peanut.__all__ if "Config" in each}))
+def test_configs_have_the_fields_that_they_have_there(name: str) -> None:
+    if inspect.isclass(getattr(peft, name)) and name != "PromptLearningConfig":
+        lacking = dict(parameters(getattr(peft, name))).keys() - dict(parameters(getattr(peanut, name))).keys()
+    else:
+        lacking = set()
+    assert not lacking
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    model = get_peft_model(net(), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return peanut.load_peft_weights(folder)
+
+
+def test_tensors_of_another_shape_can_be_skipped(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    (first, *_) = sorted(state)
+    model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
+    found = peanut.set_peft_model_state_dict(model, state)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    wrong = state | {first: torch.ones(3, 3)}
+    with pytest.raises(peanut.PeanutError, match=r"shape \(3, 3\)"):
+        peanut.set_peft_model_state_dict(model, wrong)
+    with pytest.warns(UserWarning, match="another shape"):
+        found = peanut.set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
+    assert found.missing_keys == [first.removeprefix("base_model.model.")]
+    assert torch.equal(peanut.get_peft_model_state_dict(model)[first], state[first])
+    other = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="another shape"):
+        loaded = peanut.PeftModel.from_pretrained(other, tmp_path, ignore_mismatched_sizes=True, check_base=False)
+    assert loaded(torch.ones(1, 5)).isfinite().all()
+
+
+def test_keys_are_renamed_as_asked(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    base = nn.Sequential(nn.Sequential(*net()))
+    model = get_peft_model(base, LoraConfig(target_modules=["0.0"]))
+    renamed = peanut.load_peft_weights(tmp_path, key_mapping={r"^0\.": "0.0."})
+    peanut.set_peft_model_state_dict(model, renamed)
+    inner = peanut.get_peft_model_state_dict(model)
+    assert {key.replace("model.0.0.", "model.0."): value.sum() for key, value in inner.items()} == {
+        key: value.sum() for key, value in state.items()
+    }
