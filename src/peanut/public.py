@@ -85,7 +85,11 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
             "update_signature",
         ),
     },
-    "tuners": {"model.names": ("MixedModel",), "model.utilities": ("LoraRuntimeConfig",)},
+    "tuners": {
+        "export": ("convert_to_lora", "save_as_lora"),
+        "model.names": ("MixedModel",),
+        "model.utilities": ("LoraRuntimeConfig",),
+    },
     "utils": {
         "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
         "model.injection": ("get_peft_model_state_dict", "set_peft_model_state_dict"),

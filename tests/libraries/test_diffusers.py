@@ -164,7 +164,7 @@ def test_weights_of_a_pipeline(tmp_path: Path) -> None:
     assert torch.equal(run(model), run(unet()))
     pipe.enable_lora()
     assert torch.allclose(run(model), expected, atol=1e-6)
-    with pytest.warns(UserWarning, match="adapter 'c', which was active, is deleted: 'a' is active now"):
+    with pytest.warns(UserWarning, match="adapter 'c', which is deleted, was active; 'a' is active now"):
         pipe.delete_adapters("c")
     assert sorted(model.peft_config) == ["a", "b"]
 

@@ -63,7 +63,7 @@ def test_adapters_are_added_switched_and_deleted(kind: str, tiny_llama: Callable
     assert torch.equal(logits(model), first)
     assert {name for name, value in model.named_parameters() if value.requires_grad} == trained
     assert len(model.get_adapter_state_dict("b")) == len(trained)
-    with pytest.warns(UserWarning, match="adapter 'a', which was active, is deleted: 'b' is active now"):
+    with pytest.warns(UserWarning, match="adapter 'a', which is deleted, was active; 'b' is active now"):
         model.delete_adapter("a")
     assert (model.active_adapters(), list(model.peft_config)) == (["b"], ["b"])
     assert torch.equal(logits(model), second)

@@ -234,8 +234,6 @@ def set_peft_model_state_dict(
         PeanutError: a key is missing or unexpected, a shape or kind differs, or a value is not finite. Nothing is
             then copied.
     """
-    if ignore_mismatched_sizes:
-        raise PeanutError("ignore_mismatched_sizes=True", "tensors of the adapter's sizes", "leave out those of others")
     adapters = AdapterSet.of(model)
     adapters.known(adapter_name)
     shared = [key.removeprefix(SHARED) for key, _ in adapters.parameters(adapter_name) if key.startswith(SHARED)]

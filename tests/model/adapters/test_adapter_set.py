@@ -112,7 +112,7 @@ def test_any_name_without_a_dot_or_slash_will_do(name: str, tiny_llama: Build, t
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
     assert same_bits(logits(again), expected)
     assert distance(model(IDS, adapter_names=[name, name]).logits, expected) < 1e-5
-    with pytest.warns(UserWarning, match=r"which was active, is deleted: 'default' is active now$"):
+    with pytest.warns(UserWarning, match=r"which is deleted, was active; 'default' is active now$"):
         model.delete_adapter(name)
     assert (list(model.peft_config), model.active_adapters) == (["default"], ["default"])
 

@@ -143,7 +143,7 @@ def test_what_is_merged_cannot_be_switched_off_or_taken_out(tiny_llama: Build) -
         model.load_state_dict(model.state_dict())
     model.set_adapter(["b", "a"])  # both act: nothing is switched off
     assert model.merged_adapters == ["a"]
-    with pytest.warns(UserWarning, match="adapter 'a' is merged: it is unmerged before others act"):
+    with pytest.warns(UserWarning, match=r"adapter 'a' was merged, and is unmerged so that \['b'\] can be active"):
         model.set_adapter("b")
     assert (model.merged_adapters, model.active_adapters) == ([], ["b"])
 
