@@ -64,6 +64,12 @@ class AdapterControls(AsBase):
         return self.active_adapters[0]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts in a call of this thread now."""
+        state = self.adapters.state
+        return bool(state.active) and not state.disabled
+
+    @property
     def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapter]
 

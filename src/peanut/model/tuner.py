@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ class Tuner(nn.Module):
     """The adapters of a base model, ``.model``: which act, which are merged, which are trained."""
 
     model: nn.Module
+    uses_shared_state: ClassVar[bool] = False
+    """Whether adapters can be put in by ``get_peft_model`` alone: here each can also be injected."""
 
     @property
     def adapters(self) -> AdapterSet:
@@ -125,7 +127,12 @@ def prefix_of(adapters: AdapterSet) -> str:
     Raises:
         PeanutError: there is no such word, as adapters are of several methods, or train biases too.
     """
-    parts = {part for place in adapters.places() for part in place.adapter_layer_names}
+    parts = {
+        part
+        for place in adapters.places()
+        for part in place.adapter_layer_names
+        if isinstance(held := place._modules[part], nn.Module) and next(held.parameters(), None) is not None
+    }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]
     inside = {id(value) for name in adapters.configs for _, value in adapters.parameters(name)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,6 +24,42 @@ def initial_scale(config: Any) -> float:
     if isinstance(scale, (int, float)):
         return float(scale)
     return alpha / r if isinstance(alpha, (int, float)) and r else 1.0
+
+
+class _OfConfigs(Mapping[str, Any]):
+    """A field of the configs of the adapters in a layer, by adapter, as they are when one looks."""
+
+    def __init__(self, methods: Mapping[str, tuple[Any, Any]], field: str) -> None:
+        self._methods, self._field = methods, field
+
+    def __getitem__(self, name: str) -> Any:
+        value = getattr(self._methods[name][1], self._field, None)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, (_, config) in self._methods.items() if getattr(config, self._field, None) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+_WIDTHS = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"))
+
+
+def _width(layer: Any, side: int) -> int:
+    """The width of a layer's input (0) or output (1)."""
+    for names in _WIDTHS:
+        if isinstance(found := getattr(layer, names[side], None), int):
+            return found
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() == 0:
+        raise AttributeError(f"a {type(layer).__name__} says nothing of its widths")
+    return int(weight.shape[side if weight.dim() > 1 else 0])  # (in, out): a Conv1D of transformers
 
 
 class Switched(Recognised):
@@ -101,16 +137,28 @@ class Live(Switched):
         """The names under which this module holds what its adapters have."""
         return tuple(name for name, module in self._modules.items() if isinstance(module, ByAdapter))
 
-    @property
-    def r(self) -> dict[str, Any]:
-        """The rank of each adapter here, ``None`` where its method has none."""
-        return {name: getattr(config, "r", None) for name, (_, config) in self._methods.items()}
+    other_param_names: tuple[str, ...] = ()
+    """For scripts: everything that adapters have here is under ``adapter_layer_names``."""
 
     @property
-    def lora_alpha(self) -> dict[str, Any]:
+    def r(self) -> Mapping[str, Any]:
+        """The rank of each adapter here, of those whose method has ranks."""
+        return _OfConfigs(self._methods, "r")
+
+    @property
+    def lora_alpha(self) -> Mapping[str, Any]:
         """α of each adapter here that has one."""
-        found = {name: getattr(config, "lora_alpha", None) for name, (_, config) in self._methods.items()}
-        return {name: alpha for name, alpha in found.items() if alpha is not None}
+        return _OfConfigs(self._methods, "lora_alpha")
+
+    @property
+    def in_features(self) -> int:
+        """The width of the base layer's input: of a convolution its channels, of an embedding its rows."""
+        return _width(self.get_base_layer(), 0)
+
+    @property
+    def out_features(self) -> int:
+        """The width of the base layer's output."""
+        return _width(self.get_base_layer(), 1)
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -53,6 +53,13 @@ class SavedModule(Switched, nn.Module):
     def counterparts(self) -> tuple[tuple[str, str], ...]:
         return (("peft.utils.other", "ModulesToSaveWrapper"),)
 
+    other_param_names: tuple[str, ...] = ()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters that have a copy here."""
+        return [name for name in self.state.active if name in self.modules_to_save]
+
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         return ("modules_to_save",)
