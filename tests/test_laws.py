@@ -108,7 +108,7 @@ def test_merging_one_of_two_leaves_the_other_active(case: Case, first: str) -> N
     assert layer_of(model).merged_adapters == [first]
     assert distance(model(x), expected) < TIGHT
     model.merge_adapter(["a", "b"])
-    assert layer_of(model).merged_adapters == ([first, "a"] if first == "b" else [first, "b"])
+    assert set(layer_of(model).merged_adapters) == {"a", "b"}
     assert distance(model(x), expected) < TIGHT
     model.unmerge_adapter()
     assert same_bits(model(x), expected)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PeanutError, nearest
+from ..identity import Recognised
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.adapters.surgery import SHARED, key_of
 from ..model.checkpoints.checkpoint import parts_of
@@ -245,6 +246,8 @@ def _under(module: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    if isinstance(module, Recognised):  # one of ours
+        return None
     if isinstance(module, AuxiliaryTrainingWrapper):
         return module.original_module
     if isinstance(module, BaseTunerLayer):

@@ -177,6 +177,7 @@ def _leave(adapters: AdapterSet) -> None:
     for path, saved in list(adapters.saved_modules()):
         adapters.put(path, saved.original_module)
     adapters.runner.leave()
+    adapters.forget_configs()
 
 
 def _made(peft: Any, base: nn.Module, adapters: AdapterSet, configs: Mapping[str, Any], wrapped: bool) -> Any:

@@ -260,8 +260,13 @@ class AdapterSet(Acting):
         self.runner.leave()
         unhook(self.model, self.state)
         unfollow(self)
-        for name in ("_adapter_set", "peft_config"):
-            self.model.__dict__.pop(name, None)
+        self.model.__dict__.pop("_adapter_set", None)
+        self.forget_configs()
+
+    def forget_configs(self) -> None:
+        """Takes the configs that injecting put on the model off it; those of another library stay."""
+        if all(isinstance(config, PeftConfig) for config in self.model.__dict__.get("peft_config", {}).values()):
+            self.model.__dict__.pop("peft_config", None)
 
 
 def overrides(method: Method[Any], name: str) -> bool:

@@ -72,7 +72,8 @@ class Adapted(Live, nn.Module):
         for held in (self.adapters, self.banks):
             if name in held:
                 held.pop(name).take_out(self, name)
-        del self._methods[name], self._shared[name], self.scaling[name]
+        for kept in (self._methods, self._shared, self.scaling):  # what adding was cut off at may lack
+            kept.pop(name, None)
         self.state.scales.pop((self.path, name), None)
 
     def acting_here(self) -> list[str]:
