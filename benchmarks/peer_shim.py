@@ -134,6 +134,8 @@ def cause_of(error: BaseException, absent: Collection[str] = ()) -> str:
     text = str(error).strip().split("\n")[0]
     if absent:
         return _lacking(absent)
+    if text.startswith("Regex pattern did not match"):  # the error or warning is of the class that is asked for
+        return "other words of a warning" if "warnings" in text else "other words of an error"
     if found := re.search(r"no name (\w+)|no attribute '(\w+)'", text):
         return f"no name {found[1]}" if found[1] else f"no attribute {found[2]}"
     if found := re.search(r"unexpected keyword argument '(\w+)'", text):

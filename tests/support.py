@@ -89,7 +89,7 @@ def series() -> Tensor:
 
 
 def volumes() -> Tensor:
-    return torch.randn(2, 4, 5, 4, 3)
+    return torch.randn(4, 4, 4, 4, 3)
 
 
 def ids() -> Tensor:
