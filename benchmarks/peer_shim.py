@@ -140,6 +140,7 @@ def cause_of(error: BaseException, absent: Collection[str] = ()) -> str:
         return f"no name {found[1]}" if found[1] else f"no attribute {found[2]}"
     if found := re.search(r"unexpected keyword argument '(\w+)'", text):
         return f"no argument {found[1]}"
+    text = re.sub(r"\b\w+Config\b", "…Config", text)
     text = re.sub(r"tensor\(.*|\[.*", "…", re.sub(r"0x\w+|'[^']*'|\"[^\"]*\"|/\S+", "…", text))
     return f"{type(error).__name__}: {re.sub(r'[-+]?[0-9][0-9.e-]*', 'N', text)[:90]}"
 

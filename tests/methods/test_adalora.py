@@ -286,3 +286,8 @@ def test_fields_are_those_of_the_peer_with_its_defaults() -> None:
     theirs, ours = peft.AdaLoraConfig(total_step=5).to_dict(), AdaLoraConfig(total_step=5).to_dict()
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name] and str(theirs[name]) != "PeftType.ADALORA"} == set()
+
+
+def test_a_rank_that_nothing_uses_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"^r=20 is not used by AdaLoRA: init_r=12 and target_r=8 are$"):
+        get_peft_model(Net(nn.Linear(6, 5)), AdaLoraConfig(r=20, target_modules=["layer"]))

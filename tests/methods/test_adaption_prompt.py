@@ -214,8 +214,6 @@ def test_acts_through_weight_methods() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter_len": None}, "adapter_len is not given"),
-        ({"adapter_layers": None}, "adapter_layers is not given"),
         ({"adapter_len": 0}, "adapter_len=0"),
         ({"adapter_layers": -1}, "adapter_layers=-1"),
         ({"layers_to_transform": [1]}, "layers_to_transform=.*adapter_layers, which counts blocks from the top"),
@@ -228,6 +226,9 @@ def test_bad_configs(options: dict[str, Any], message: str) -> None:
 
 def test_what_does_not_fit(tiny_bert: Any) -> None:
     base = made("llama")
+    for name in ("adapter_len", "adapter_layers"):
+        with refused(base, f"{name} is not given; expected a whole number of at least 1; set it"):
+            get_peft_model(base, config(**{name: None}))
     with refused(base, "adapter_layers=4 for a model with 3 blocks"):
         get_peft_model(base, config(adapter_layers=4))
     with refused(base, "'model.layers.1.mlp', a LlamaMLP, is no attention module"):

@@ -132,7 +132,6 @@ def test_layers_of_an_mlp_are_fixed() -> None:
         ({"encoder_hidden_size": 0}, "at least 1"),
         ({"encoder_num_layers": 0}, "from 1 to 10,000"),
         ({"encoder_dropout": 1.0}, "below 1"),
-        ({"num_virtual_tokens": None}, "num_virtual_tokens is not given"),
     ],
 )
 def test_bad_values(options: dict[str, Any], message: str) -> None:

@@ -101,7 +101,6 @@ def test_what_is_read_off_the_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "num_virtual_tokens is not given"),
         ({"num_virtual_tokens": 0}, "at least 1"),
         ({"num_virtual_tokens": 3, "prompt_tuning_init": "ZEROS"}, "one of TEXT, SAMPLE_VOCAB, RANDOM"),
         ({"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT"}, "without prompt_tuning_init_text"),

@@ -288,3 +288,10 @@ def test_a_runtime_config_that_asks_for_nothing_is_taken() -> None:
     assert off.to_dict() == LoraConfig().to_dict()
     with pytest.raises(PeanutError, match="runtime_config"):
         LoraConfig(runtime_config={"ephemeral_gpu_offload": True})
+
+
+def test_a_config_is_made_from_a_name_and_read_as_a_dictionary(tmp_path: Path) -> None:
+    config = PeftConfig.from_peft_type(peft_type=PeftType.LORA, r=4)
+    assert isinstance(config, LoraConfig)
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_json_file(tmp_path / "adapter_config.json") == config.to_dict()

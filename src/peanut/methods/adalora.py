@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError, shown
+from ..errors import PeanutError, shown, warn
 from ..operators import LowRank
-from ..protocols import Change, PeftConfig, Trial, Values, WeightMethod, register
+from ..protocols import Architecture, Change, PeftConfig, Trial, Values, WeightMethod, register
 from ..protocols.values import Bound, Count, NonNegative, Scale, Whole
 from ..weights import FrozenLayer
 from .lora_fields import LoraFields
@@ -106,6 +106,11 @@ class AdaLora(WeightMethod[AdaLoraConfig]):
 
     def tried(self, on: Trial) -> dict[str, Any]:
         return {"total_step": 10_000}  # Hugging Face PEFT makes no AdaLoRA without
+
+    def completed(self, config: AdaLoraConfig, architecture: Architecture) -> AdaLoraConfig:
+        if config.r != AdaLoraConfig.r:
+            warn(f"r={config.r} is not used by AdaLoRA: init_r={config.init_r} and target_r={config.target_r} are")
+        return config
 
     def start(self, config: AdaLoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         r = config.r

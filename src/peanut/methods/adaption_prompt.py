@@ -32,6 +32,7 @@ class AdaptionPromptConfig(PeftConfig):
     """
 
     method = "ADAPTION_PROMPT"
+    required = ("adapter_len", "adapter_layers")
     only_here = frozenset({"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"})
 
     adapter_len: Count | None = None
@@ -39,9 +40,6 @@ class AdaptionPromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adapter_len", "adapter_layers"):
-            if getattr(self, name) is None:
-                raise PeanutError(f"{name} is not given", "a whole number of at least 1", "set it")
         if self.layers_to_transform is not None:
             raise PeanutError(
                 f"layers_to_transform={self.layers_to_transform} for {self.method}",

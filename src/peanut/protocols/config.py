@@ -92,6 +92,8 @@ class PeftConfig(Recognised):
     """Fields that Hugging Face PEFT does not know: written to files only where they differ from their default."""
     prompts: ClassVar[bool] = False
     """Whether the method adds virtual tokens."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Numbers without a default, which have to be set before an adapter is made."""
     by_layer: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Fields whose value may differ between layers, each with the field that holds it by name or pattern."""
 
@@ -186,6 +188,12 @@ class PeftConfig(Recognised):
         version, _, save = str(self.peft_version).partition(LABEL)
         return version, save
 
+    def check_given(self) -> None:
+        """Refuses a config that lacks a number that has no default."""
+        for name in self.required:
+            if getattr(self, name) is None:
+                raise PeanutError(f"{name} is not given", "a whole number of at least 1", "set it")
+
     def to_dict(self) -> dict[str, Any]:
         """The config as ``adapter_config.json`` holds it: plain values, the same for the same config."""
         plain: dict[str, Any] = {}
@@ -200,6 +208,17 @@ class PeftConfig(Recognised):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes ``adapter_config.json`` into a folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """What a file of a config holds, as a dictionary; ``kwargs`` are accepted for scripts."""
+        values: dict[str, Any] = read_json(Path(path_json_file))
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """A config of the class that ``peft_type`` names, with the other keywords as its fields."""
+        return cls.from_dict(kwargs)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the config") -> PeftConfig:

@@ -57,6 +57,7 @@ class PromptConfig(PeftConfig):
     """
 
     prompts = True
+    required = ("num_virtual_tokens",)
     only_here = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"})
 
     num_virtual_tokens: Count | None = None
@@ -72,8 +73,6 @@ class PromptConfig(PeftConfig):
                 raise PeanutError(
                     f"{name}={shown(getattr(self, name))} for {self.method}, which changes no layer", do="leave it out"
                 )
-        if self.num_virtual_tokens is None:
-            raise PeanutError("num_virtual_tokens is not given", "a whole number of at least 1", "set it")
 
     @property
     def rows(self) -> int:

@@ -134,6 +134,7 @@ class AdapterSet(Acting):
                 "add the adapter there, or unload() that one first",
             )
         method, given = method_of(config.peft_type), config
+        config.check_given()
         config = method.completed(config, architecture_of(self.model))
         fix_storage(self.model)
         self.find_elsewhere()
