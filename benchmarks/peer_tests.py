@@ -44,6 +44,7 @@ markers =
 ASIDE = {
     "methods and variants that we have not": "^no method ",
     "the words of an error or a warning of the class asked for": "^other words ",
+    "the class of an error: ours are ValueErrors": "another class of an error",
     "private attributes": r"^no (attribute|name) _(?!_)",
     "parameters that no layer holds (experts)": "target_parameters",
     "refused on purpose: pickles are not written": "safe_serialization=False",

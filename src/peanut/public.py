@@ -13,7 +13,7 @@ from .absent import absent
 if TYPE_CHECKING:
     from .protocols import Method
 
-__all__ = ["find", "homes", "ours", "submodule"]
+__all__ = ["find", "homes", "ours", "submodule", "tuners"]
 
 _WHERE = {
     "errors": ("NoMatchingPeftModuleError", "OutOfReachWarning", "PeanutError", "PeftError", "PeftWarning"),
@@ -90,6 +90,10 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "model.names": ("MixedModel",),
         "model.utilities": ("LoraRuntimeConfig",),
     },
+    "tuners.tuners_utils": {
+        "model.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
+        "model.names": ("BaseTuner", "BaseTunerLayer"),
+    },
     "utils": {
         "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
         "model.injection": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
@@ -126,6 +130,8 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """The names in the modules that Hugging Face PEFT has beside its main one, and where they are defined."""
 _RENAMED = {"SAFETENSORS_WEIGHTS_NAME": ("model.checkpoints.stored_adapter", "WEIGHTS_NAME")}
+_LAYERS = "layers"
+"""In place of a module: the class that layers with an adapter of a method are of."""
 _TARGETS = ("TRANSFORMERS_MODELS_TO_", "_MAPPING")
 """What the names of the tables of default layers begin and end with."""
 
@@ -167,6 +173,8 @@ def find(name: str, inside: str = "") -> Any:
         if home == "model.names" and name.startswith(_TARGETS[0]):
             table = import_module(".model.names", __package__).targets_mapping
             return table(name.removeprefix(_TARGETS[0]).removesuffix(_TARGETS[1]))
+        if home == _LAYERS:
+            return import_module(".model.names", __package__).layer_class(name)
         return getattr(import_module(f".{module}", __package__), own)
     place = f"{__package__}.{inside}" if inside else __package__
     reason = absent(name)
@@ -179,7 +187,9 @@ def find(name: str, inside: str = "") -> Any:
 
 def _names_in(inside: str) -> dict[str, str]:
     """The names of a submodule and where they are defined."""
-    found = {name: module for module, names in _SUBMODULES[inside].items() for name in names}
+    found = {name: module for module, names in _SUBMODULES.get(inside, {}).items() for name in names}
+    if kind := inside.partition(".")[2]:
+        found |= _names_of(kind)
     if inside == "tuners":
         found |= {
             name: home
@@ -192,6 +202,27 @@ def _names_in(inside: str) -> dict[str, str]:
         found |= {name.join(_TARGETS): "model.names" for name in tables}
         found |= dict.fromkeys(_RENAMED, "model.names")
     return found
+
+
+def _names_of(kind: str) -> dict[str, str]:
+    """The names of the methods in one file, with the classes of their layers."""
+    every = homes()
+    found: dict[str, str] = {}
+    for method in ours():
+        if _file_of(method) == kind:
+            name = method.config_class.__name__.removesuffix("Config")
+            found |= {own: home for own, home in every.items() if home == f"methods.{kind}"}
+            found |= {own: every[own] for own in (f"{name}Model",) if own in every} | {f"{name}Layer": _LAYERS}
+    return found
+
+
+def _file_of(method: Method[Any]) -> str:
+    return type(method).__module__.rpartition(".")[2]
+
+
+def tuners() -> list[str]:
+    """The modules in ``tuners``: one for each file of methods, and ``tuners_utils``."""
+    return sorted({_file_of(method) for method in ours()} | {"tuners_utils"})
 
 
 def submodule(inside: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

@@ -52,6 +52,21 @@ def test_importing_what_is_not_here_says_what_to_use(module: str) -> None:
         exec(f"from {module} import Typo", {})
 
 
+def test_layers_are_known_by_their_method() -> None:
+    from peanut.tuners.lora import LoraLayer
+    from peanut.tuners.peanut import PeanutConfig, PeanutLayer
+    from peanut.tuners.tuners_utils import BaseTunerLayer
+
+    from peanut.tuners import lora
+
+    model = get_peft_model(net(), lora.LoraConfig(target_modules=["0"]))
+    model.add_adapter("b", PeanutConfig(target_modules=["1"]))
+    found = [[isinstance(layer, kind) for kind in (LoraLayer, PeanutLayer, BaseTunerLayer)] for layer in model.model]
+    assert found == [[True, False, True], [False, True, True]]
+    assert not isinstance(net()[0], LoraLayer)
+    assert lora.LoraModel is peanut.LoraModel
+
+
 def test_tables_are_those_of_hugging_face_peft() -> None:
     from peanut import utils
 

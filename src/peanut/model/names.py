@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .layers.adapted import Adapted
 from .layers.saved_modules import SavedModule
 from .models import model_of
 from .targets.architectures import ARCHITECTURES
+from .tuner import Tuner
 
 __all__ = [
     "ALLOWED_COMPUTE_DTYPES",
@@ -24,10 +26,12 @@ __all__ = [
     "UPCAST_DTYPES",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
+    "BaseTuner",
     "BaseTunerLayer",
     "MixedModel",
     "ModulesToSaveWrapper",
     "PromptLearningConfig",
+    "layer_class",
     "targets_mapping",
 ]
 
@@ -42,6 +46,7 @@ UPCAST_DTYPES = tuple(
 
 PromptLearningConfig = PromptConfig
 BaseTunerLayer = Adapted
+BaseTuner = Tuner
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper = SavedModule
 MixedModel = AdaptedModel
 
@@ -53,6 +58,31 @@ PEFT_TYPE_TO_TUNER_MAPPING = {
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {
     kind: model for kind, model in PEFT_TYPE_TO_TUNER_MAPPING.items() if isinstance(_METHODS[kind], WeightMethod)
 }
+
+
+class _WithAdapter(type):
+    """The class of classes whose instances are the layers that have an adapter of one method."""
+
+    config_class: type[Any]
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Adapted) and any(
+            isinstance(instance.method_of(name)[1], cls.config_class) for name in instance.adapters
+        )
+
+
+@cache
+def layer_class(name: str) -> type:
+    """``LoraLayer`` and the like, to be asked for with ``isinstance``; no layer is made of it.
+
+    Raises:
+        KeyError: no method's config class has that name.
+    """
+    config = {each.config_class.__name__: each.config_class for each in registered().values()}[
+        f"{name.removesuffix('Layer')}Config"
+    ]
+    doc = f"A layer that has an adapter with a ``{config.__name__}``."
+    return _WithAdapter(name, (), {"__module__": __name__, "__doc__": doc, "config_class": config})
 
 
 def targets_mapping(name: str) -> dict[str, Any]:
