@@ -131,7 +131,9 @@ def prefix_of(adapters: AdapterSet) -> str:
         part
         for place in adapters.places()
         for part in place.adapter_layer_names
-        if isinstance(held := place._modules[part], nn.Module) and next(held.parameters(), None) is not None
+        if part != "token_adapter"  # rows of an embedding, beside any method
+        and isinstance(held := place._modules[part], nn.Module)
+        and next(held.parameters(), None) is not None
     }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]

@@ -211,9 +211,8 @@ class PeftConfig(Recognised):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """What a file of a config holds, as a dictionary; ``kwargs`` are accepted for scripts."""
-        values: dict[str, Any] = read_json(Path(path_json_file))
-        return values
+        """What a file of a config says of the adapter, as a dictionary; ``kwargs`` are accepted for scripts."""
+        return {name: value for name, value in read_json(Path(path_json_file)).items() if name != "runtime_config"}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
