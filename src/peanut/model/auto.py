@@ -16,7 +16,7 @@ from ..protocols.arguments import checked
 from .checkpoints.base_weights import plain_path
 from .checkpoints.fingerprint import FINGERPRINT, recorded_rows
 from .checkpoints.keys import PREFIX
-from .checkpoints.stored_adapter import WEIGHTS_NAME
+from .checkpoints.stored_adapter import locate_weights
 from .checkpoints.tensor_files import open_tensors
 from .peft_model import PeftModel
 
@@ -110,7 +110,7 @@ def resize_to(model: nn.Module, rows: int) -> None:
 
 def rows_for(model: nn.Module, adapter: str | os.PathLike[str], tokens: int, **hub: Any) -> int:
     """How many rows the embeddings need for so many tokens: those that they had when the adapter was saved."""
-    with open_tensors(locate(adapter, WEIGHTS_NAME, **hub)) as file:
+    with open_tensors(locate_weights(adapter, **hub)) as file:
         held = {plain_path(key.removeprefix(PREFIX)): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         recorded = recorded_rows((file.metadata() or {}).get(FINGERPRINT))
     padded = {path: rows for path, rows in recorded.items() if rows - tokens <= _PADDING}

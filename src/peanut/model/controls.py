@@ -18,6 +18,7 @@ from .checkpoints.base_weights import embedding_paths
 from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
+from .layers.plain_keys import prompt_keys
 from .layers.saved_modules import SavedModule
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .targets.paths import bare
@@ -81,6 +82,10 @@ class AdapterControls(AsBase):
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
         return self if inspected(sys._getframe(1)) else self.adapters.model
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        prompt_keys(self.adapters.model, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Which adapters act
 

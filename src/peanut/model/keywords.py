@@ -26,6 +26,6 @@ LOADING: dict[str, tuple[Any, ...] | None] = {
     "torch_dtype": None,
     "trust_remote_code": None,
     "use_auth_token": (False, None),
-    "use_safetensors": (True, None),
+    "use_safetensors": None,
 }
 """The same for ``from_pretrained`` and ``load_adapter``: an adapter's tensors follow the base's devices."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
+from .layers.output import AdaptedOutput
+from .layers.plain_keys import output_keys, tuner_keys
 
 __all__ = ["Tuner", "prefix_of"]
 
@@ -56,6 +58,13 @@ class Tuner(nn.Module):
         """A model's config as a dictionary; without one, that it has no ``model_type``."""
         config: Any = getattr(model, "config", {"model_type": "custom"})
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for place in self.adapters.places():
+            tuner_keys(place, state_dict, prefix)
+            if isinstance(place, AdaptedOutput):
+                output_keys(place, state_dict, f"{prefix}model.{place.path}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Which act
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,11 @@ def file_key(key: str, style: KeyStyle) -> str:
 
 
 def plain_key(key: str, style: KeyStyle, shared: Collection[str] = ()) -> str:
-    """The inverse of ``file_key``; ``shared`` are the suffixes of tensors that belong to no module."""
+    """The inverse of ``file_key``; ``shared`` are the suffixes of tensors that belong to no module.
+
+    What DistributedDataParallel puts before a key, and torch.compile into it, is left out.
+    """
+    key = re.sub(r"^module\.(?=base_model\.)", "", key.replace("_orig_mod.", ""))
     if key.startswith(style.inner):
         return key.removeprefix(style.inner)
     if not style.shared:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .embeddings import without_base
 from .fingerprint import check_base
 from .integrity import CIRCUMSTANCES
 from .keys import flat
+from .older_keys import renamed
 from .stored_adapter import TRAINING_NAME, StoredAdapter
 from .tensor_files import check_kind
 
@@ -78,6 +80,7 @@ def load_state(
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
     """
     written = _WRITTEN.get()
+    stored = replace(stored, state=renamed(adapters, name, stored.state))
     if name in adapters.state.merged:
         raise PeanutError(f"adapter {name!r} is merged", "an unmerged adapter", "call unmerge_adapter() first")
     if not stored.fits and not adapters.configs[name].inference_mode:

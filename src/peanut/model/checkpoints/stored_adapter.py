@@ -23,9 +23,11 @@ from .integrity import CONFIG, SAVE, TRAINS, config_digest, file_text, staged_co
 from .keys import KeyStyle, plain_key
 from .tensor_files import open_tensors, read_tensors
 
-__all__ = ["TRAINING_NAME", "WEIGHTS_NAME", "StoredAdapter", "read_adapter"]
+__all__ = ["PICKLE_NAME", "TRAINING_NAME", "WEIGHTS_NAME", "StoredAdapter", "locate_weights", "read_adapter"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+"""What Hugging Face PEFT wrote before, and writes if it is asked to."""
 TRAINING_NAME = "adapter_training.safetensors"
 """Training state (statistics of schedules), saved separately for resuming; an adapter loaded for use ignores it."""
 _READS = 20
@@ -86,13 +88,23 @@ def read_adapter(
     )
 
 
+def locate_weights(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """The path of an adapter's tensors: a safetensors file, and only where there is none a pickle."""
+    try:
+        return locate(source, WEIGHTS_NAME, **hub)
+    except PeanutError as error:
+        try:
+            return locate(source, PICKLE_NAME, **hub)
+        except PeanutError:
+            raise error from None
+
+
 def _renamed(state: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors by the key that the first pattern found in it makes of it, without what torch.compile put into it."""
+    """Tensors by the key that the first pattern found in it makes of it."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        own = key.replace("_orig_mod.", "")
-        changed = (re.subn(pattern, new, own) for pattern, new in key_mapping.items())
-        renamed[next((new for new, count in changed if count), own)] = value
+        changed = (re.subn(pattern, new, key) for pattern, new in key_mapping.items())
+        renamed[next((new for new, count in changed if count), key)] = value
     if len(renamed) < len(state):
         raise PeanutError("key_mapping gives two tensors one key", "a key for each", "make its patterns narrower")
     return renamed
@@ -101,7 +113,7 @@ def _renamed(state: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dic
 def _stamps(folder: Path) -> list[tuple[int, ...]]:
     """What tells whether a file was written anew, of each of an adapter's files."""
     stamps: list[tuple[int, ...]] = []
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TRAINING_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, TRAINING_NAME):
         with suppress(OSError):
             stat = (folder / name).stat()
             stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
@@ -113,16 +125,19 @@ def _read_once(
 ) -> StoredAdapter | None:
     """What is in an adapter's files, or ``None`` if they are of two saves."""
     read, written = without_label(PeftConfig.read(source, **hub) if config is None else config)
-    folder = locate(source, WEIGHTS_NAME, **hub).parent
+    weights = locate_weights(source, **hub)
+    folder = weights.parent
     before = _stamps(folder)
-    with open_tensors(folder / WEIGHTS_NAME) as file:  # its header alone: the pair may not fit
-        save = (file.metadata() or {}).get(SAVE, "")
+    save = ""
+    if weights.name == WEIGHTS_NAME:
+        with open_tensors(weights) as file:  # its header alone: the pair may not fit
+            save = (file.metadata() or {}).get(SAVE, "")
     if config is None and save and save != written:
         staged = staged_config(folder, save)
         if staged is None and (written or attempt == 0):  # one without an id may have been written by hand
             return None
         read = staged or read
-    state, metadata = _read(folder / WEIGHTS_NAME, KeyStyle.of(read))
+    state, metadata = _read(weights, KeyStyle.of(read))
     if metadata.get(SAVE, "") != save:  # it was written anew
         return None
     if not save and attempt < _READS - 1 and _stamps(folder) != before:  # it has no checksum either

@@ -25,17 +25,55 @@ _LONGEST = 1000
 
 @contextmanager
 def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A safetensors file, open for reading.
+    """A safetensors file, or a pickle of tensors (``.bin``), open for reading.
 
     Raises:
         PeanutError: it is none, or is damaged.
     """
+    if str(path).endswith(".bin"):
+        yield _Pickled(path)
+        return
     with _reading(path):
         if not os.path.isfile(path):  # a pipe would be waited for
             raise OSError("it is no file")
         opened = safe_open(path, framework="pt")
     with opened as file:
         yield file
+
+
+class _Pickled:
+    """What torch.save wrote, read as a safetensors file is; nothing in it is run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            read = torch.load(path, map_location="cpu", weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # pickle has many
+            raise PeanutError(
+                f"cannot read '{path}': {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                "a pickle of tensors and nothing else, as it may come from anybody",
+                "save the adapter as safetensors in the library that wrote it",
+            ) from error
+        if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+            raise PeanutError(f"'{path}' holds {shown(type(read).__name__)}", "tensors by name", "save it again")
+        self.read: dict[str, Any] = dict(read)
+
+    def metadata(self) -> dict[str, str]:
+        return {}
+
+    def keys(self) -> list[str]:
+        return list(self.read)
+
+    def get_tensor(self, name: str) -> Any:
+        return self.read[name]
+
+    def get_slice(self, name: str) -> _Pickled:
+        self.shape = list(self.read[name].shape)
+        return self
+
+    def get_shape(self) -> list[int]:
+        return self.shape
 
 
 @contextmanager

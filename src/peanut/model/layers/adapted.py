@@ -12,6 +12,7 @@ from ...errors import PeanutError
 from ...protocols import PeftConfig
 from .live import Live, initial_scale
 from .parameters import ByAdapter, Parameters
+from .plain_keys import layer_keys
 from .state import AdapterState
 
 __all__ = ["Adapted", "refuse_symbolic", "walk"]
@@ -90,6 +91,10 @@ class Adapted(Live, nn.Module):
         for shared in self._shared[name]:
             own.update(shared.values_by_suffix())
         return own
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        layer_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuses torch.nn.DataParallel: a copy of a module there would go on reading the tensors of the original.
