@@ -47,7 +47,6 @@ ASIDE = {
     "the class of an error: ours are ValueErrors": "another class of an error",
     "private attributes": r"^no (attribute|name) _",
     "parameters that no layer holds (experts)": "target_parameters",
-    "refused on purpose: pickles are not written": "safe_serialization=False",
     "refused on purpose: a pattern that names no layer": "names …, which none of the N adapted layers",
     "refused on purpose: fields that neither library has": r"sets \w+=…; expected the fields of",
     "refused on purpose: another method's name as peft_type": "peft_type=… in a",

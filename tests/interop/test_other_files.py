@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peanut
 from peanut import PeanutError
 
-from ..support import PEER_WARNINGS, one_thread  # noqa: F401
+from ..support import PEER_WARNINGS, one_thread, randomised  # noqa: F401
 
 pytestmark = PEER_WARNINGS
 
@@ -48,6 +48,18 @@ def test_a_pickle_of_tensors_is_loaded(pickled: Path) -> None:
     read, theirs = peanut.load_peft_weights(pickled), peft.load_peft_weights(str(pickled))
     assert read.keys() == theirs.keys()
     assert all(torch.equal(read[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("method", ["LORA", "PEANUT"])
+def test_a_pickle_that_we_write_is_loaded_by_both(method: str, tmp_path: Path) -> None:
+    config = peanut.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["0"])
+    model = randomised(peanut.get_peft_model(net(), config)).eval()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, safe_serialization=False)  # takes the place of the other
+    assert sorted(path.name for path in tmp_path.iterdir() if "adapter" in path.name) == ["adapter_config.json", PICKLE]
+    x = torch.ones(2, 4)
+    for library in (peanut, peft):
+        torch.testing.assert_close(library.PeftModel.from_pretrained(net(), tmp_path)(x), model(x))
 
 
 def test_safetensors_come_first(pickled: Path) -> None:

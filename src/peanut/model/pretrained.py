@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..errors import PeanutError, check_keywords, warn
+from ..errors import check_keywords, warn
 from ..hub import HUB_OPTIONS
 from ..protocols import PeftConfig, method_of
 from ..protocols.arguments import checked
@@ -52,7 +52,8 @@ class Pretrained(AdapterControls):
         otherwise.
 
         Args:
-            safe_serialization: must be true; only safetensors are written.
+            safe_serialization: write safetensors; else a pickle of the tensors, without checksums and without what is
+                known of the base, so that loading can check neither.
             selected_adapters: which adapters; all by default.
             save_embedding_layers: whether to write the base's input and output embeddings too; ``"auto"`` does if the
                 config names them (``embed_tokens``, ``lm_head``) as targets, or if the vocabulary was resized.
@@ -66,13 +67,11 @@ class Pretrained(AdapterControls):
                 half written.
         """
         check_keywords("save_pretrained", given, _named(self.save_pretrained), SAVING)
-        if not safe_serialization:
-            raise PeanutError("safe_serialization=False", "safetensors files", "leave it out")
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
             if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers)
-                save_experts(folder, self.adapters, name, state_dict, save_embedding_layers)
+                save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
+                save_experts(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
 
     @classmethod
     @checked

@@ -93,8 +93,6 @@ def test_several_adapters_go_into_folders_of_their_names(tiny_llama: Build, tmp_
     assert os.listdir(tmp_path / "one") == ["b"]
     model.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(PeanutError, match=r"^safe_serialization=False; expected safetensors files; leave it out$"):
-        model.save_pretrained(tmp_path / "none", safe_serialization=False)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "all")
     again.load_adapter(tmp_path / "all", "b", subfolder="b")
     for name in ("default", "b"):
@@ -250,7 +248,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:adapter_config.json in .* is not as it was saved")
+@pytest.mark.filterwarnings("ignore:adapter_config.json in .* (is not as it was saved|was saved by this)")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "meta"])
 @pytest.mark.parametrize(("broken", "message"), BROKEN, ids=[broken.__name__ for broken, _ in BROKEN])
 def test_broken_files_change_no_model(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...files import write_files
@@ -21,7 +22,7 @@ from .embeddings import SaveEmbeddings, saved_embeddings
 from .fingerprint import FINGERPRINT, fingerprint
 from .integrity import CONFIG, SAVE, TRAINS, checksums, config_digest, file_text, save_id, without_label
 from .keys import PREFIX, KeyStyle, file_key, flat
-from .stored_adapter import TRAINING_NAME, WEIGHTS_NAME
+from .stored_adapter import PICKLE_NAME, TRAINING_NAME, WEIGHTS_NAME
 from .tensor_files import refuse_not_finite, write_tensors
 
 __all__ = [
@@ -110,10 +111,14 @@ def save_adapter(
     name: str,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: SaveEmbeddings = "auto",
+    pickled: bool = False,
 ) -> Path:
     """Writes adapter ``name`` into ``folder``: its files, or, if that fails, none.
 
     The tensors get their name first: a save that is killed then is whole (see ``read_adapter``).
+
+    Args:
+        pickled: write the tensors with torch.save, which has no place for checksums and for what is known of the base.
 
     Raises:
         PeanutError: a value is not finite, or the folder cannot be written.
@@ -132,20 +137,24 @@ def save_adapter(
     style = KeyStyle.of(config)
     tensors, passing = _for_file(state, style), _for_file(training, style)
     sums, passing_sums = checksums(tensors), checksums(passing)
-    save = save_id(config, sums, passing_sums)
-    metadata = {"format": "pt", SAVE: save}
+    save = "" if pickled else save_id(config, sums, passing_sums)
+    metadata = {"format": "pt"} if pickled else {"format": "pt", SAVE: save}
     recorded = fingerprint(
         adapters, name, {*map(plain_path, embeddings)}, base, new_rows_may_differ=save_embedding_layers is False
     )
     more = {CONFIG: config_digest(config)} | ({} if recorded is None else {FINGERPRINT: recorded})
     more |= {TRAINS: "true"} if passing else {}
     files: dict[str, Callable[[Path], object]] = {
-        CONFIG_NAME: lambda path: path.write_text(file_text(config, save), encoding="utf-8")
+        CONFIG_NAME: lambda path: path.write_text(file_text(config, save) if save else f"{config}\n", encoding="utf-8")
     }
     if passing:
         files[TRAINING_NAME] = lambda path: write_tensors(passing, path, metadata, passing_sums)
+    outdated = () if passing else (TRAINING_NAME,)
+    if pickled:
+        files[PICKLE_NAME] = lambda path: torch.save(tensors, path)
+        return write_files(folder, files, outdated=(*outdated, WEIGHTS_NAME))
     files[WEIGHTS_NAME] = lambda path: write_tensors(tensors, path, metadata | more, sums)
-    return write_files(folder, files, outdated=() if passing else (TRAINING_NAME,))
+    return write_files(folder, files, outdated=outdated)
 
 
 def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:

@@ -152,10 +152,11 @@ def save_experts(
     name: str,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: SaveEmbeddings = "auto",
+    pickled: bool = False,
 ) -> None:
     """Writes the experts of adapter ``name``, if it is a mixture, into the folder that it is saved in."""
     for expert in experts_of(adapters.configs[name]):
-        save_adapter(folder / expert, adapters, expert, state_dict, save_embedding_layers)
+        save_adapter(folder / expert, adapters, expert, state_dict, save_embedding_layers, pickled)
 
 
 def name_for(adapters: AdapterSet, config: PeftConfig, name: str) -> str:

@@ -150,7 +150,7 @@ def _read_once(
         )
     elif config is None and written and not save and _is_ours(folder, read, written):
         warn(
-            f"{CONFIG_NAME} in '{source}' was saved by this library and {WEIGHTS_NAME} by another; if they do not "
+            f"{CONFIG_NAME} in '{source}' was saved by this library and {weights.name} by another; if they do not "
             "belong together, copy or save the adapter again",
         )
     base = metadata.get(FINGERPRINT) or metadata.get(OLD_FINGERPRINT)
