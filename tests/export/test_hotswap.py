@@ -206,18 +206,18 @@ def test_what_cannot_be_swapped_is_one_line_and_changes_nothing(
     ):
         with pytest.raises(PeanutError, match=message):
             hotswap_adapter(model, saved[name][0], "default")
-    with pytest.raises(PeanutError, match="^no adapter 'other'"):
+    with pytest.raises(PeanutError, match=r"^no adapter 'other'"):
         hotswap_adapter(model, saved["one"][0], "other")
-    with pytest.raises(PeanutError, match="^target_rank=2, and adapter 'default' has rank 6; expected 6 or more"):
+    with pytest.raises(PeanutError, match=r"^target_rank=2, and adapter 'default' has rank 6; expected 6 or more"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
-    with pytest.raises(PeanutError, match="^a compiled model; expected one that is not compiled yet"):
+    with pytest.raises(PeanutError, match=r"^a compiled model; expected one that is not compiled yet"):
         prepare_model_for_compiled_hotswap(torch.compile(model, backend="eager"), target_rank=8)
     assert keys.keys() == model.state_dict().keys()
     assert all(torch.equal(value, keys[key]) for key, value in model.state_dict().items())
     model.merge_adapter()
-    with pytest.raises(PeanutError, match="'default' is merged"):
+    with pytest.raises(PeanutError, match=r"'default' is merged"):
         hotswap_adapter(model, saved["one"][0], "default")
-    with pytest.raises(PeanutError, match="^a hot swap of PREFIX_TUNING, which changes no weight"):
+    with pytest.raises(PeanutError, match=r"^a hot swap of PREFIX_TUNING, which changes no weight"):
         check_hotswap_configs_compatible(CONFIGS["lora"], PrefixTuningConfig(num_virtual_tokens=2))
 
 
