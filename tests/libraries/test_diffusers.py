@@ -134,6 +134,26 @@ def test_files_are_saved_and_loaded(build: Callable[[], Any], tmp_path: Path) ->
     assert torch.allclose(run(fresh), expected, atol=1e-6)
 
 
+def test_adapters_are_swapped_in_place(tmp_path: Path) -> None:
+    expected = {}
+    for name, r in (("one", 2), ("two", 4)):
+        model = unet()
+        model.add_adapter(peft.LoraConfig(r=r, lora_alpha=3, target_modules=TARGETS, init_lora_weights=False), "a")
+        expected[name] = run(model)
+        model.save_lora_adapter(tmp_path / name, adapter_name="a")
+    model = unet()
+    model.enable_lora_hotswap(target_rank=5)
+    model.add_adapter(peanut.PeanutConfig(r=2, target_modules=TARGETS), "ours")  # it is ours that swap
+    model.load_lora_adapter(tmp_path / "one", prefix=None, use_safetensors=True, adapter_name="a")
+    assert model.peft_config["a"].r == model.peft_config["ours"].r == 5
+    assert torch.allclose(run(model), expected["one"], atol=1e-5)
+    keys = {key: value.shape for key, value in model.state_dict().items()}
+    model.load_lora_adapter(tmp_path / "two", prefix=None, use_safetensors=True, adapter_name="a", hotswap=True)
+    assert torch.allclose(run(model), expected["two"], atol=1e-5)
+    assert not torch.allclose(expected["one"], expected["two"], atol=1e-3)
+    assert keys == {key: value.shape for key, value in model.state_dict().items()}
+
+
 def test_weights_of_a_pipeline(tmp_path: Path) -> None:
     model = with_two(unet, peanut)
     model.set_adapters("a")

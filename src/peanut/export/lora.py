@@ -22,7 +22,16 @@ from ..operators import LowRank
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 from ..protocols.arguments import checked
 
-__all__ = ["LoraExport", "from_lora", "to_lora"]
+__all__ = [
+    "LoraExport",
+    "carried",
+    "exact_product",
+    "from_lora",
+    "lora_values",
+    "moved_bias",
+    "shortest_targets",
+    "to_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -91,26 +100,17 @@ def to_lora(
                 "merge it instead",
             )
     factors = {path: _product(layer, name, rank) for path, layer in layers.items()}
-    shifts = {path: _moved_bias(layer, name) for path, layer in layers.items()}
+    shifts = {path: moved_bias(layer, name) for path, layer in layers.items()}
     source = adapters.configs[name]
     r = max(operator.rank for operator in factors.values())
     config = LoraConfig(
-        **_carried(source),
+        **carried(source),
         r=r,
         lora_alpha=r,  # the scaling is in the factors
         lora_bias=any(shift is not None for shift in shifts.values()),
         fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
     )
-    values: dict[str, dict[str, Tensor]] = {}
-    for path, layer in layers.items():
-        a, b = suffixes(layer.frozen)
-        own, shift = factors[path], shifts[path]
-        values[path] = {
-            a: _padded(own.down, 0, r).reshape(layer.frozen.down_shape(r)),
-            b: _padded(own.scaled_up(), 1, r).reshape(layer.frozen.up_shape(r)),
-        }
-        if config.lora_bias:
-            values[path]["lora_B.bias"] = own.up.new_zeros(layer.frozen.out_features) if shift is None else shift
+    values = {path: lora_values(layer, factors[path], shifts[path], config) for path, layer in layers.items()}
     made = _add_beside(adapters, name, new_name or f"{name}_lora", config, values)
     export = LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
     if export.largest_error > 1e-5:
@@ -123,13 +123,38 @@ def to_lora(
 
 def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
     """The change of a layer as a product of thin factors: its own, or the best of rank ``rank``."""
-    change, factors = layer.change(name), layer.factors(name)
-    if factors is not None and (rank is None or factors[0].shape[1] <= rank):
-        return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
+    own = exact_product(layer, name)
+    if own is not None and (rank is None or own.rank <= rank):
+        return own
     U, S, Vh = torch.linalg.svd(layer.delta(name).double(), full_matrices=False)
     r = min(16 if rank is None else rank, len(S))
     root = S[:r].sqrt()
     return LowRank((U[:, :r] * root).float(), (root[:, None] * Vh[:r]).float())
+
+
+def exact_product(layer: AdaptedLayer, name: str) -> LowRank | None:
+    """The change of a layer as a product of thin factors, ``None`` if it is not given as one."""
+    change, factors = layer.change(name), layer.factors(name)
+    if factors is None:
+        return None
+    return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
+
+
+def lora_values(layer: AdaptedLayer, product: LowRank, shift: Tensor | None, config: LoraConfig) -> dict[str, Tensor]:
+    """The tensors of a LoRA with this config whose change is ``product``, and of the bias ``shift``.
+
+    It has zeros beyond the product's ranks; what the scalings differ by is in B.
+    """
+    (a, b), r = suffixes(layer.frozen), config.r
+    up = product.up if product.scaling == config.scaling else product.up * (product.scaling / config.scaling)
+    values = {
+        a: _padded(product.down, 0, r).reshape(layer.frozen.down_shape(r)),
+        b: _padded(up, 1, r).reshape(layer.frozen.up_shape(r)),
+    }
+    if config.lora_bias:
+        none = up.new_zeros(layer.frozen.out_features)
+        values["lora_B.bias"] = none if shift is None else shift / config.scaling
+    return values
 
 
 def _padded(factor: Tensor, dim: int, r: int) -> Tensor:
@@ -138,13 +163,13 @@ def _padded(factor: Tensor, dim: int, r: int) -> Tensor:
     return torch.nn.functional.pad(factor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
-def _moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
+def moved_bias(layer: AdaptedLayer, name: str) -> Tensor | None:
     """b' − b, or ``None`` where an adapter leaves the bias alone."""
     change, bias = layer.change(name), layer.frozen.bias()
-    if change.shift is None and (change.left is None or bias is None):
-        return None
+    if change.left is None or bias is None:
+        return change.shift
     offset = change.offset(bias)
-    return offset if bias is None or offset is None else offset - bias
+    return None if offset is None else offset - bias
 
 
 @torch.no_grad()
@@ -196,7 +221,7 @@ def from_lora(
     ranks = {path: len(value["peanut_A.weight"]) for path, value in values.items()}
     r = max(ranks.values())
     config = PeanutConfig(
-        **_carried(source),
+        **carried(source),
         r=r,
         act_fn="relu",
         side=side,
@@ -207,7 +232,7 @@ def from_lora(
     return LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
 
 
-def _carried(source: PeftConfig) -> dict[str, Any]:
+def carried(source: PeftConfig) -> dict[str, Any]:
     """What an adapter in another form keeps of its source's config."""
     names = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save")
     return {name: getattr(source, name) for name in names}
@@ -221,7 +246,7 @@ def _add_beside(
     values: Mapping[str, Mapping[str, Tensor]],
 ) -> str:
     """Adds an adapter with given parameters on the layers of adapter ``name``, with copies of its trained modules."""
-    config = replace(config, target_modules=_shortest_targets(adapters, config, list(values)))
+    config = replace(config, target_modules=shortest_targets(adapters, config, list(values)))
     adapters.add(new_name, config)
     for path, layer in adapters.layers(new_name):
         own = layer.adapters[new_name].values_by_suffix()
@@ -235,7 +260,7 @@ def _add_beside(
     return new_name
 
 
-def _shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, paths: list[str]) -> list[str]:
+def shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, paths: list[str]) -> list[str]:
     """Layer names if they name just ``paths`` (servers of LoRA look at names), else the paths themselves."""
     names = sorted({path.rpartition(".")[2] for path in paths})
     method = method_of(config.peft_type)

@@ -24,10 +24,20 @@ _MODULES = {
     "peft.tuners.tuners_utils": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
     "peft.peft_model": ("get_layer_status", "get_model_status"),
     "peft.helpers": ("rescale_adapter_scale",),
+    "peft.utils.hotswap": (
+        "check_hotswap_configs_compatible",
+        "hotswap_adapter",
+        "hotswap_adapter_from_state_dict",
+        "prepare_model_for_compiled_hotswap",
+    ),
     _MAPPING: ("build_peft_weight_mapping",),
 }
 """The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
-_HOMES = {"peft.tuners.tuners_utils": "functional", "peft.helpers": "helpers"}
+_HOMES = {
+    "peft.tuners.tuners_utils": "functional",
+    "peft.helpers": "helpers",
+    "peft.utils.hotswap": "utils.hotswap",
+}
 """Where ours are, if not among the public names of this package."""
 _ORIGINALS: dict[str, FunctionType] = {}
 """What was installed, by name: the function as it was."""
@@ -89,6 +99,7 @@ def _with_magnitudes(renamings: list[Any], conversions: Any, adapter_name: str, 
 
 def _is_ours(value: object) -> bool:
     if isinstance(value, nn.Module):
+        value = getattr(value, "_orig_mod", value)  # of a compiled one
         return isinstance(getattr(value, "adapters", None), AdapterSet) or "_adapter_set" in value.__dict__
     return isinstance(value, PeftConfig)
 

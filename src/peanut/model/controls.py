@@ -166,6 +166,10 @@ class AdapterControls(AsBase):
         """What the names of all adapters' tensors have in them: ``lora_``; errors: see ``prefix_of``."""
         return self.base_model.prefix
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``convert_to_lora`` takes an adapter; of all of them, if there is none of that name."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters; which are active stays as it is."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)

@@ -33,8 +33,10 @@ __all__ = [
     "AdaptedModel",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "own_config",
     "penalty",
     "set_peft_model_state_dict",
+    "targeting",
 ]
 
 
@@ -139,10 +141,10 @@ def inject_adapter_in_model(
         wide: store parameters in float32 at least, also on a half-precision base.
     """
     adapters = _present(model)
-    if adapters.configs and not isinstance(peft_config, PeftConfig) and hasattr(peft_config, "to_dict"):
-        peft_config = PeftConfig.from_dict(peft_config.to_dict(), "the config")
+    if adapters.configs:
+        peft_config = own_config(peft_config)
     if state_dict is not None:
-        peft_config = _targeting(model, peft_config, state_dict)
+        peft_config = targeting(model, peft_config, state_dict)
     adapter_name = name_for(adapters, peft_config, adapter_name)
     peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=wide)
     model.__dict__.setdefault("peft_config", {})[adapter_name] = peft_config
@@ -162,7 +164,14 @@ def _present(model: nn.Module) -> AdapterSet:
     return adapters
 
 
-def _targeting(model: nn.Module, config: PeftConfig, state_dict: Mapping[str, Tensor]) -> PeftConfig:
+def own_config(config: Any) -> PeftConfig:
+    """A config of ours for one of Hugging Face PEFT's; what is none stays as it is."""
+    if isinstance(config, PeftConfig) or not hasattr(config, "to_dict"):
+        return config  # type: ignore[no-any-return]
+    return PeftConfig.from_dict(config.to_dict(), "the config")
+
+
+def targeting(model: nn.Module, config: PeftConfig, state_dict: Mapping[str, Tensor]) -> PeftConfig:
     """A config whose targets are the layers that tensors belong to, by the keys that a file gives them.
 
     Raises:

@@ -66,6 +66,11 @@ class Tuner(nn.Module):
                 output_keys(place, state_dict, f"{prefix}model.{place.path}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``convert_to_lora`` takes an adapter; of all of them, if there is none of that name."""
+        places = list(self.adapters.places(adapter_name if adapter_name in self.peft_config else None))
+        return bool(places) and all(place.supports_lora_conversion(adapter_name) for place in places)
+
     # Which act
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -181,6 +181,10 @@ class Live(Switched):
                 own[name].requires_grad_(requires_grad)
         self.owner.trains(names, requires_grad)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``convert_to_lora`` takes what an adapter does here."""
+        return False
+
     # Scales
 
     def factor(self, name: str) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...operators import Diagonal
-from ...protocols import Change, PeftConfig, Values, WeightMethod
+from ...protocols import METHODS, Change, PeftConfig, Values, WeightMethod
 from ...stack import in_a_forward
 from ...weights import FrozenLayer, LayerKind, kind_of
 from ...weights.made import is_made
@@ -181,6 +181,11 @@ class AdaptedWeight(Adapted):
     def _wide_matrix(self) -> Tensor:
         matrix = self.frozen.matrix()
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.frozen.kind.name in METHODS["LORA"].kinds
+
+    supports_lora_conversion.__doc__ = Live.supports_lora_conversion.__doc__
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         self.owner.merge_layer(self, adapter_names)
