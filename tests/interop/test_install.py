@@ -73,7 +73,7 @@ def test_a_model_is_taken_for_that_of_its_task(task: str) -> None:
 def test_nothing_of_the_other_class_is_inherited() -> None:
     config = LoraConfig(r=3)
     assert type(config).__mro__[-2].__module__.startswith("peanut")
-    assert not hasattr(config, "from_peft_type")
+    assert not hasattr(config, "check_kwargs")
     again = [config.__class__(r=3), dataclasses.replace(config), copy.deepcopy(config), copy.copy(config)]
     again += [pickle.loads(pickle.dumps(config, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for each in again:

@@ -161,11 +161,6 @@ class AdapterControls(AsBase):
 
     # What libraries ask
 
-    @property
-    def prefix(self) -> str:
-        """What the names of all adapters' tensors have in them: ``lora_``; errors: see ``prefix_of``."""
-        return self.base_model.prefix
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether ``convert_to_lora`` takes an adapter; of all of them, if there is none of that name."""
         return self.base_model.supports_lora_conversion(adapter_name)

@@ -27,7 +27,7 @@ from .checkpoints.tensor_files import refuse_not_finite
 from .targets.matching import target_paths
 from .targets.paths import bare, modules_by_path
 from .targets.reach import warn_of_unreached
-from .tuner import Tuner
+from .tuner import Tuner, prefix_of
 
 __all__ = [
     "AdaptedModel",
@@ -113,6 +113,8 @@ class AdaptedModel(Tuner):
         add_weighted(self.adapters, adapters, weights, adapter_name, how)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "prefix":  # as a property it would lose why there is none
+            return prefix_of(self.adapters)
         try:
             return super().__getattr__(name)
         except AttributeError:

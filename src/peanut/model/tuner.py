@@ -44,11 +44,6 @@ class Tuner(nn.Module):
         return self.active_adapters
 
     @property
-    def prefix(self) -> str:
-        """See ``prefix_of``."""
-        return prefix_of(self.adapters)
-
-    @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the modules where adapters act."""
         return [place.path for place in self.adapters.places()]
@@ -135,6 +130,10 @@ class Tuner(nn.Module):
         return self.adapters.unload()
 
 
+class _NoPrefix(PeanutError, AttributeError):
+    """There is no prefix; also a missing attribute, for what asks a model for all that it has."""
+
+
 def prefix_of(adapters: AdapterSet) -> str:
     """What the names of all adapters' tensors have in them and no name of the base's: ``lora_``, ``peanut_``.
 
@@ -154,7 +153,7 @@ def prefix_of(adapters: AdapterSet) -> str:
     inside = {id(value) for name in adapters.configs for _, value in adapters.parameters(name)}
     taken = [name for name, value in adapters.model.named_parameters() if found in name and id(value) not in inside]
     if not found or taken:
-        raise PeanutError(
+        raise _NoPrefix(
             f"adapters whose tensors are {', '.join(sorted(parts)) or 'none'}",
             "names that begin with one word, which the base's have not",
             "give the model adapters of one method, without trained biases",
