@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 import peanut
-from peanut import REDConfig, LoraConfig, PeanutError, get_peft_model
+from peanut import LoraConfig, PeanutError, REDConfig, get_peft_model
 from peanut.model.checkpoints.card import _THEIRS
 from peanut.protocols.registry import registered
 

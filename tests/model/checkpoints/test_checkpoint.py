@@ -245,7 +245,7 @@ BROKEN = [
     ),
     (
         without_config,
-        r"^no 'adapter_config\.json' in '.*' \(it holds README\.md, adapter_model\.safetensors\); expected the folder that",
+        r"^no 'adapter_config\.json' in '.*' \(it holds README\.md, adapter_model\.safetensors\); expected the",
     ),
     (with_half_a_config, r"^cannot read '.*adapter_config\.json': .*; expected a whole JSON file; save it again$"),
 ]
