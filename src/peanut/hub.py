@@ -1,16 +1,22 @@
-"""Finds an adapter's files: in a local folder or, if the user names one, in a repository on the Hugging Face hub."""
+"""Finds an adapter's files in a folder or in a repository on the Hugging Face hub, and uploads them there."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import PeanutError
 
-__all__ = ["HUB_OPTIONS", "locate"]
+__all__ = ["CARD_NAME", "HUB_OPTIONS", "locate", "push"]
+
+CARD_NAME = "README.md"
+"""The model card."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_OPTIONS = (
@@ -63,3 +69,44 @@ def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | N
         raise PeanutError(
             f"no folder '{source}', and the hub gives no '{file_name}' of that name: {reason}", do="check the name"
         ) from error
+
+
+def push(
+    repo_id: str,
+    save: Callable[[Path], object],
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Uploads what ``save`` writes into an empty folder; the README.md that the repository has is put there first.
+
+    Raises:
+        PeanutError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi(token=token)
+    try:
+        name = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(name, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            with suppress(HfHubHTTPError, OSError):
+                shutil.copy(hf_hub_download(name, CARD_NAME, revision=revision, token=token), folder)
+            save(Path(folder))
+            return api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PeanutError(f"'{repo_id}' is not uploaded: {reason}", do="check its name and your token") from error

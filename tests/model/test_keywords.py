@@ -110,18 +110,17 @@ def test_no_other_public_function_takes_any_keyword() -> None:
     found = set()
     for name in peanut.__all__:
         public = getattr(peanut, name)
-        members = (
-            inspect.getmembers(public)
-            if inspect.isclass(public) and issubclass(public, PeftModel)
-            else [(name, public)]
-        )
+        members = [(name, public)]
+        if inspect.isclass(public) and issubclass(public, PeftModel):
+            ours = [each for each in public.__mro__ if each.__module__.startswith("peanut.")]
+            members = [member for each in ours for member in vars(each).items()]
         for key, each in members:
             function = getattr(each, "__func__", each)
             if inspect.isfunction(function) and any(
                 parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()
             ):
                 found.add(key)
-    assert found == SWALLOWING | {"predictive"}  # hands it on too
+    assert found == SWALLOWING | {"predictive", "resize_token_embeddings"}  # they hand it on too
 
 
 HARMLESS: dict[str, dict[str, Any]] = {

@@ -66,6 +66,7 @@ def test_a_checkpoint_holds_the_adapter_and_the_head_and_never_the_base(tiny_ber
     Trainer(model, arguments(tmp_path), train_dataset=Rows()).train()
     folder = tmp_path / "checkpoint-6"
     assert {file.name for file in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "optimizer.pt",

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import check_keywords, warn
-from ..hub import HUB_OPTIONS
+from ..files import write_files
+from ..hub import CARD_NAME, HUB_OPTIONS, push
 from ..protocols import PeftConfig, method_of
 from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
 from .adapters.size_limits import limited_by_file
-from .checkpoints.checkpoint import save_adapter
+from .checkpoints.card import card_text
+from .checkpoints.checkpoint import file_config, save_adapter
 from .checkpoints.embeddings import SaveEmbeddings
 from .checkpoints.loading import all_or_none, load_state, same_form
 from .checkpoints.mixtures import add, gathered, ready, save_experts
@@ -72,6 +74,39 @@ class Pretrained(AdapterControls):
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
                 save_experts(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], tags: Sequence[str] = ()) -> None:
+        """Writes the model card of the active adapter into a folder, as ``save_pretrained`` does for each."""
+        config = file_config(self.adapters, self.active_adapter, self.active_peft_config)
+        text = card_text(self.adapters, config, Path(output_dir), tags)
+        if text is not None:
+            write_files(output_dir, {CARD_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the adapters, as ``save_pretrained`` writes them, and never the base model.
+
+        Args:
+            max_shard_size: accepted for scripts, without effect.
+            tags: what the model card is tagged with besides.
+            options: ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``.
+
+        Raises:
+            PeanutError: the hub refuses or cannot be reached, or an adapter cannot be saved.
+        """
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder)
+            self.create_or_update_model_card(folder, tags or ())
+
+        return push(repo_id, save, commit_message=commit_message or "Upload model", **options)
 
     @classmethod
     @checked

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, nearest, shown, warn
 from ..files import read_json, write_json
+from ..hub import HUB_OPTIONS, locate, push
 from ..identity import Recognised
 from .arguments import checked
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
@@ -209,6 +210,10 @@ class PeftConfig(Recognised):
         """Writes ``adapter_config.json`` into a folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
 
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload config", **options: Any) -> Any:
+        """Uploads ``adapter_config.json`` alone; options and errors: see ``PeftModel.push_to_hub``."""
+        return push(repo_id, self.save_pretrained, commit_message=commit_message, **options)
+
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """What a file of a config says of the adapter, as a dictionary; ``kwargs`` are accepted for scripts."""
@@ -262,8 +267,6 @@ class PeftConfig(Recognised):
     @classmethod
     def read(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config as a folder has it, with the label of its save in ``peft_version``."""
-        from ..hub import HUB_OPTIONS, locate
-
         hub = check_keywords(f"{cls.__name__}.from_pretrained", hub, HUB_OPTIONS, {})
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         values = read_json(path)

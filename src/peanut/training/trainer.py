@@ -64,7 +64,7 @@ class AdapterTrainerMixin(_Base):
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, PeftModel):
             # By this mark transformers accepts a quantised base for training: adapters are attached to it.
-            model._hf_peft_config_loaded = True  # type: ignore[assignment]
+            model.__dict__["_hf_peft_config_loaded"] = True
         super().__init__(*args, **kwargs)
         adapted = self._adapted()
         if adapted is None:

@@ -31,6 +31,7 @@ METHODS: dict[str, Callable[[float], PeftConfig]] = {
         init_r=2, target_r=1, lora_alpha=alpha, total_step=10, target_modules=["layer"]
     ),
 }
+CARD = "README.md"
 FILES = {"LORA": [CONFIG, WEIGHTS], "ADALORA": [CONFIG, WEIGHTS, TRAINING]}
 
 
@@ -100,7 +101,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new_one(
         assert all(same_bits(value, theirs[key]) for key, value in mine.items())
         assert len(os.listdir(folder)) > len(FILES[method])
         old.save_pretrained(folder)  # and the next save removes what was left
-        assert sorted(os.listdir(folder)) == FILES[method]
+        assert sorted(os.listdir(folder)) == [CARD, *FILES[method]]
         assert same_bits(loaded(folder), answer(old))
     assert len(os.listdir(tmp_path)) == len(FILES[method]) >= 2
 
@@ -152,7 +153,7 @@ def test_readers_beside_two_writers(tmp_path: Path) -> None:
         state = dict(own[stored.config.lora_alpha].adapters.parameters("default"))
         assert all(torch.equal(value, state[key]) for key, value in stored.state.items())
     assert any(same_bits(loaded(tmp_path), own) for own in expected)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == [CARD, CONFIG, WEIGHTS]
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -186,7 +187,7 @@ def test_training_state_of_another_save_is_refused_for_training(tmp_path: Path) 
         PeftModel.from_pretrained(net, tmp_path / "a", is_trainable=True)
     assert same_bits(loaded(tmp_path / "a"), answer(model_of(1, "ADALORA")))
     model_of(1).save_pretrained(tmp_path / "b")
-    assert sorted(os.listdir(tmp_path / "b")) == [CONFIG, WEIGHTS]  # one that has none removes it
+    assert sorted(os.listdir(tmp_path / "b")) == [CARD, CONFIG, WEIGHTS]  # one that has none removes it
     shutil.copy(tmp_path / "a" / TRAINING, tmp_path / "b" / TRAINING)  # as if it had been killed before that
     assert not stored_adapter.read_adapter(tmp_path / "b").passing
 

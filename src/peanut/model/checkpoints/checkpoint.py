@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ...files import write_files
+from ...hub import CARD_NAME
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.config import CONFIG_NAME
 from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED, key_of
 from ..targets.matching import heads_of, is_all_linear
 from .base_weights import WRAPPERS, plain_path
+from .card import card_text
 from .embeddings import SaveEmbeddings, saved_embeddings
 from .fingerprint import FINGERPRINT, fingerprint
 from .integrity import CONFIG, SAVE, TRAINS, checksums, config_digest, file_text, save_id, without_label
@@ -144,9 +146,12 @@ def save_adapter(
     )
     more = {CONFIG: config_digest(config)} | ({} if recorded is None else {FINGERPRINT: recorded})
     more |= {TRAINS: "true"} if passing else {}
-    files: dict[str, Callable[[Path], object]] = {
-        CONFIG_NAME: lambda path: path.write_text(file_text(config, save) if save else f"{config}\n", encoding="utf-8")
-    }
+    card = card_text(adapters, config, Path(folder))
+    files: dict[str, Callable[[Path], object]] = {}
+    if card is not None:
+        files[CARD_NAME] = lambda path: path.write_text(card, encoding="utf-8")
+    text = file_text(config, save) if save else f"{config}\n"
+    files[CONFIG_NAME] = lambda path: path.write_text(text, encoding="utf-8")
     if passing:
         files[TRAINING_NAME] = lambda path: write_tensors(passing, path, metadata, passing_sums)
     outdated = () if passing else (TRAINING_NAME,)
