@@ -102,7 +102,15 @@ def test_a_config_names_the_keyword_that_it_does_not_know(name: str) -> None:
     assert set(parameters) == {each.name for each in dataclasses.fields(config_class)}
 
 
-SWALLOWING = {"forward", "generate", "from_pretrained", "load_adapter", "load_peft_weights", "save_pretrained"}
+SWALLOWING = {
+    "forward",
+    "generate",
+    "from_pretrained",
+    "load_adapter",
+    "load_peft_weights",
+    "push_to_hub",
+    "save_pretrained",
+}
 """Functions of a model with ``**``: the first two hand it on to the base's, the others check it (above)."""
 
 

@@ -130,7 +130,7 @@ class Tuner(nn.Module):
         return self.adapters.unload()
 
 
-class _NoPrefix(PeanutError, AttributeError):
+class _NoPrefixError(PeanutError, AttributeError):
     """There is no prefix; also a missing attribute, for what asks a model for all that it has."""
 
 
@@ -153,7 +153,7 @@ def prefix_of(adapters: AdapterSet) -> str:
     inside = {id(value) for name in adapters.configs for _, value in adapters.parameters(name)}
     taken = [name for name, value in adapters.model.named_parameters() if found in name and id(value) not in inside]
     if not found or taken:
-        raise _NoPrefix(
+        raise _NoPrefixError(
             f"adapters whose tensors are {', '.join(sorted(parts)) or 'none'}",
             "names that begin with one word, which the base's have not",
             "give the model adapters of one method, without trained biases",
