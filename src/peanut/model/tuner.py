@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
+from .layers.adapted import Adapted
 from .layers.output import AdaptedOutput
 from .layers.plain_keys import output_keys, tuner_keys
 
@@ -21,6 +22,7 @@ class Tuner(nn.Module):
     """The adapters of a base model, ``.model``: which act, which are merged, which are trained."""
 
     model: nn.Module
+    tuner_layer_cls: ClassVar[type[Adapted]] = Adapted
 
     @property
     def adapters(self) -> AdapterSet:
@@ -50,6 +52,21 @@ class Tuner(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """The paths of the modules where adapters act."""
         return [place.path for place in self.adapters.places()]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of parameters that adapters change apart from layers: none."""
+        return []
+
+    @property
+    def uses_shared_state(self) -> bool:
+        """Whether an adapter has tensors that layers share."""
+        return any(place.banks for place in self.adapters.places())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``to_lora`` takes an adapter: it does where all that it changes are weights that LoRA can change."""
+        places = list(self.adapters.places(*self.adapters.known(adapter_name)))
+        return bool(places) and all(place.supports_lora_conversion() for place in places)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -129,12 +146,17 @@ class Tuner(nn.Module):
 
 
 def prefix_of(adapters: AdapterSet) -> str:
-    """What the names of all adapters' tensors have in them and no name of the base's: ``lora_``, ``peanut_``.
+    """What the names of all adapters' parameters have in them and no name of the base's: ``lora_``, ``peanut_``.
 
     Raises:
         PeanutError: there is no such word, as adapters are of several methods, or train biases too.
     """
-    parts = {part for place in adapters.places() for part in place.adapter_layer_names}
+    parts = {
+        part
+        for place in adapters.places()
+        for part in place.adapter_layer_names
+        if any(True for _ in place.get_submodule(part).parameters())  # no buffer is among a model's parameters
+    }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]
     inside = {id(value) for name in adapters.configs for _, value in adapters.parameters(name)}

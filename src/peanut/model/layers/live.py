@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...absent import without
 from ...errors import PeanutError
 from ...identity import Recognised
 from .parameters import ByAdapter, Parameters
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Live", "Switched", "initial_scale"]
 
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""What a layer has of LoRA there, by adapter, also where it is of none."""
+
 
 def initial_scale(config: Any) -> float:
     """The number by which a method multiplies its update, from its config; 1 where there is none."""
@@ -24,6 +28,15 @@ def initial_scale(config: Any) -> float:
     if isinstance(scale, (int, float)):
         return float(scale)
     return alpha / r if isinstance(alpha, (int, float)) and r else 1.0
+
+
+def _of_config(field: str) -> Any:
+    """What the configs of the adapters here say in a field, by adapter: of those that have it."""
+
+    def read(self: Live) -> dict[str, Any]:
+        return {name: getattr(config, field) for name, (_, config) in self._methods.items() if hasattr(config, field)}
+
+    return property(read)
 
 
 class Switched(Recognised):
@@ -132,6 +145,21 @@ class Live(Switched):
             for name in names & own.keys():
                 own[name].requires_grad_(requires_grad)
         self.owner.trains(names, requires_grad)
+
+    use_dora, use_rslora, lora_bias = map(_of_config, ("use_dora", "use_rslora", "lora_bias"))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``to_lora`` takes what an adapter changes here: it does where that is a weight."""
+        return False
+
+    def _fallen(self, name: str) -> Any:
+        """An attribute of the base's layer; else, as Hugging Face PEFT has it, one of adapters that are not there."""
+        try:
+            return getattr(self.get_base_layer(), name)
+        except AttributeError as error:
+            if name in _FACTORS:
+                return {}
+            raise (without(self, name) or error) from None
 
     # Scales
 
