@@ -120,7 +120,7 @@ def test_a_method_works_on_what_it_need_not_read_and_is_refused_elsewhere(case: 
     net = Net(odd())
     small = 1e-6 if layer == "8 bits" else 1e-11  # beside codes, adapters are stored in float32
     assert distance(net(x), Net(dense())(x)) < 1e-11
-    reads = case.method in ("PEANUT", "MULTIPLICATIVE_LORA", "TRAINABLE_TOKENS")
+    reads = case.method in ("PEANUT", "LN_TUNING", "MULTIPLICATIVE_LORA", "TRAINABLE_TOKENS")
     if reads:
         with pytest.raises(
             PeanutError, match=f"^{case.method}.*expected a weight that can be read as a matrix"

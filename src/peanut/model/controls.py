@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig
 from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
+from .adapters.surgery import SHARED
 from .as_base import AsBase, inspected
 from .checkpoints.base_weights import embedding_paths
+from .checkpoints.checkpoint import adapter_state
 from .injection import AdaptedModel
 from .layers.adapted import Adapted
 from .layers.calls import Context
@@ -31,6 +34,8 @@ class AdapterControls(AsBase):
     """What a ``PeftModel`` can do besides running, and adding, saving and loading adapters."""
 
     base_model: AdaptedModel
+    special_peft_forward_args: ClassVar[set[str]] = {"adapter_names", "task_ids"}
+    """What ``forward`` takes and the base's does not."""
 
     # What there is
 
@@ -86,6 +91,41 @@ class AdapterControls(AsBase):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         prompt_keys(self.adapters.model, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that adapters train whole; ``None`` if there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, if it has one."""
+        return getattr(self.adapters.model, "dtype", None)
+
+    # Prompts
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """The virtual tokens of the active adapters, (batch, tokens, width); ``task_ids`` and the length do not matter.
+
+        Raises:
+            PeanutError: no active adapter puts tokens before the input. (Prefix tuning puts keys and values there.)
+        """
+        held: Any = self.adapters.model._modules.get("adapted_input")
+        front = None if held is None else held.front("tokens", batch_size)
+        if front is None:
+            raise PeanutError("no active adapter puts virtual tokens before the input", "prompt tuning, or its like")
+        return front.values  # type: ignore[no-any-return]
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What files hold of the prompt of an adapter.
+
+        Raises:
+            PeanutError: it has none.
+        """
+        _, state = adapter_state(self.adapters, adapter_name)
+        if f"{SHARED}prompt_embeddings" not in state:
+            raise PeanutError(f"adapter {adapter_name!r} has no prompt", "prompt tuning, or its like")
+        return state[f"{SHARED}prompt_embeddings"].cpu()
 
     # Which adapters act
 
@@ -176,6 +216,12 @@ class AdapterControls(AsBase):
     def get_model_status(self) -> TunerModelStatus:
         """The state of the model's adapters."""
         return get_model_status(self)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """See ``peanut.utils.prepare_model_for_gradient_checkpointing``."""
+        from .utilities import prepare_model_for_gradient_checkpointing
+
+        return prepare_model_for_gradient_checkpointing(model)
 
     # Counting
 

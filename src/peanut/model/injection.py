@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..absent import without
 from ..errors import PeanutError, shown
 from ..operators.combining import Majority
 from ..protocols import PeftConfig, method_of
@@ -120,6 +121,8 @@ class AdaptedModel(Tuner):
         except AttributeError:
             if name == "model" or name.startswith("__"):  # how the wrapper itself is copied
                 raise
+            if (missing := without(self, name)) is not None:
+                raise missing from None
             return getattr(self.model, name)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..absent import without
 from ..protocols import PeftConfig, method_of
 from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
@@ -140,6 +141,8 @@ class PeftModel(Pretrained):
         except AttributeError:
             if name == "base_model" or name.startswith("__"):  # how the wrapper itself is copied
                 raise
+            if (missing := without(self, name)) is not None:
+                raise missing from None
             return getattr(self.base_model, name)
 
 

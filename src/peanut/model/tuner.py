@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
+from .layers.adapted import Adapted
 from .layers.output import AdaptedOutput
 from .layers.plain_keys import output_keys, tuner_keys
 
@@ -23,6 +24,7 @@ class Tuner(nn.Module):
     model: nn.Module
     uses_shared_state: ClassVar[bool] = False
     """Whether adapters can be put in by ``get_peft_model`` alone: here each can also be injected."""
+    tuner_layer_cls: ClassVar[type[Adapted]] = Adapted
 
     @property
     def adapters(self) -> AdapterSet:
@@ -47,6 +49,11 @@ class Tuner(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """The paths of the modules where adapters act."""
         return [place.path for place in self.adapters.places()]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of parameters that adapters change apart from layers: none."""
+        return []
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -135,7 +142,7 @@ class _NoPrefixError(PeanutError, AttributeError):
 
 
 def prefix_of(adapters: AdapterSet) -> str:
-    """What the names of all adapters' tensors have in them and no name of the base's: ``lora_``, ``peanut_``.
+    """What the names of all adapters' parameters have in them and no name of the base's: ``lora_``, ``peanut_``.
 
     Raises:
         PeanutError: there is no such word, as adapters are of several methods, or train biases too.
@@ -145,8 +152,7 @@ def prefix_of(adapters: AdapterSet) -> str:
         for place in adapters.places()
         for part in place.adapter_layer_names
         if part != "token_adapter"  # rows of an embedding, beside any method
-        and isinstance(held := place._modules[part], nn.Module)
-        and next(held.parameters(), None) is not None
+        and any(True for _ in place.get_submodule(part).parameters())  # no buffer is among a model's parameters
     }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ...errors import PeanutError, nearest
+from ...errors import PeanutError, nearest, warn
 from ...protocols import PeftConfig, WeightMethod
 from ...weights.stored import some_tensor
 from ..adapters.adapter_set import AdapterSet
@@ -117,7 +116,7 @@ def load_state(
     skipped = sorted(key for key, value in own.items() if skip_sizes and value.shape != state[key].shape)
     if skipped:
         here = ", ".join(f"{key} {tuple(state[key].shape)} for {tuple(own.pop(key).shape)}" for key in skipped)
-        warnings.warn(f"'{stored.source}' holds tensors of another shape, which are not loaded: {here}", stacklevel=3)
+        warn(f"'{stored.source}' holds tensors of another shape, which are not loaded: {here}")
         state = {key: value for key, value in state.items() if key in own}
     for key, parameter in own.items():
         if parameter.shape != state[key].shape:

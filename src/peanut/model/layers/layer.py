@@ -13,7 +13,7 @@ from ...errors import PeanutError
 from ...operators import gated
 from ...operators.delta import captured, product_dtype
 from ...operators.inference import few_tokens
-from ...protocols import Change
+from ...protocols import METHODS, Change
 from ...weights.made import made_once
 from .adapted import refuse_symbolic
 from .calls import BASE, CallState, scattered
@@ -33,6 +33,26 @@ class AdaptedLayer(AdaptedWeight):
     It manages adapters (which act, which are merged, how their changes combine); methods define the changes, and
     operators apply them.
     """
+
+    def get_base_weight(self) -> Tensor:
+        """The base's own weight, as numbers where it is quantised."""
+        frozen = self.frozen
+        own = frozen.kind.layout(frozen.module, frozen.matrix()) if frozen.kind.quantised else frozen.weight
+        return own.detach()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' − W of one adapter, of the shape in which the layer stores its weight.
+
+        Raises:
+            PeanutError: it is not here.
+        """
+        if adapter not in self.adapters:
+            raise PeanutError(f"no adapter {adapter!r} at '{self.path}'", ", ".join(self.adapters), "name one of them")
+        return self.frozen.kind.layout(self.base_layer, self.delta(adapter))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``to_lora`` takes what an adapter changes here."""
+        return self.frozen.kind.name in METHODS["LORA"].kinds
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
         base: Any = self._modules["base_layer"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...absent import without
 from ...errors import PeanutError
 from ...identity import Recognised
 from .parameters import ByAdapter, Parameters
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from .state import AdapterState
 
 __all__ = ["Live", "Switched", "initial_scale"]
+
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""What a layer has of LoRA there, by adapter, also where it is of none."""
 
 
 def initial_scale(config: Any) -> float:
@@ -46,6 +50,13 @@ class _OfConfigs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def _of_config(field: str) -> Any:
+    def read(self: Live) -> Mapping[str, Any]:
+        return _OfConfigs(self._methods, field)
+
+    return property(read, doc=f"``{field}`` of each adapter here whose config has it.")
 
 
 _WIDTHS = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"))
@@ -140,15 +151,7 @@ class Live(Switched):
     other_param_names: tuple[str, ...] = ()
     """For scripts: everything that adapters have here is under ``adapter_layer_names``."""
 
-    @property
-    def r(self) -> Mapping[str, Any]:
-        """The rank of each adapter here, of those whose method has ranks."""
-        return _OfConfigs(self._methods, "r")
-
-    @property
-    def lora_alpha(self) -> Mapping[str, Any]:
-        """α of each adapter here that has one."""
-        return _OfConfigs(self._methods, "lora_alpha")
+    r, lora_alpha = map(_of_config, ("r", "lora_alpha"))
 
     @property
     def in_features(self) -> int:
@@ -181,9 +184,20 @@ class Live(Switched):
                 own[name].requires_grad_(requires_grad)
         self.owner.trains(names, requires_grad)
 
+    use_dora, use_rslora, lora_bias = map(_of_config, ("use_dora", "use_rslora", "lora_bias"))
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether ``convert_to_lora`` takes what an adapter does here."""
         return False
+
+    def _fallen(self, name: str) -> Any:
+        """An attribute of the base's layer; else, as Hugging Face PEFT has it, one of adapters that are not there."""
+        try:
+            return getattr(self.get_base_layer(), name)
+        except AttributeError as error:
+            if name in _FACTORS:
+                return {}
+            raise (without(self, name) or error) from None
 
     # Scales
 

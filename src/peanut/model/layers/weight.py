@@ -215,7 +215,7 @@ class AdaptedWeight(Adapted):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return self._read(name) if name in ("weight", "bias") else getattr(self.base_layer, name)
+            return self._read(name) if name in ("weight", "bias") else self._fallen(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
