@@ -18,11 +18,13 @@ from .adapters.acting import experts_of
 from .adapters.adapter_set import AdapterSet
 from .adapters.surgery import SHARED
 from .adapters.weighted import Combination, add_weighted
+from .checkpoints.base_weights import is_sharded
 from .checkpoints.checkpoint import adapter_state, base_state
 from .checkpoints.embeddings import SaveEmbeddings, saved_embeddings
 from .checkpoints.keys import KeyStyle, file_key, plain_key
 from .checkpoints.loading import load_state
 from .checkpoints.mixtures import add, name_for
+from .checkpoints.shards import load_into_shards, local_parts
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
 from .targets.matching import target_paths
@@ -218,11 +220,16 @@ def get_peft_model_state_dict(
 
     Args:
         model: a ``PeftModel``, or a model with injected adapters (the keys then have no prefix).
-        state_dict: full state dict of the model to take the values from.
+        state_dict: full state dict of the model to take the values from; of one around which FSDP's first version is,
+            that which its ``state_dict()`` gives.
         unwrap_compiled: accepted for scripts: keys never name what torch.compile puts around a model.
         save_embedding_layers: see ``PeftModel.save_pretrained``.
     """
     adapters = AdapterSet.of(model)
+    if state_dict is None and is_sharded(model):
+        state_dict = model.state_dict()  # all processes have to call it; some are given nothing
+        if not state_dict:
+            return {}
     config, state = adapter_state(adapters, adapter_name, state_dict)
     state |= saved_embeddings(adapters, adapter_name, save_embedding_layers, base_state(state_dict))
     wrapped = isinstance(getattr(model, "base_model", None), AdaptedModel)
@@ -252,8 +259,10 @@ def set_peft_model_state_dict(
     adapters.known(adapter_name)
     shared = [key.removeprefix(SHARED) for key, _ in adapters.parameters(adapter_name) if key.startswith(SHARED)]
     style = KeyStyle.of(adapters.configs[adapter_name])
-    refuse_not_finite(peft_model_state_dict, "the state dict", "leave it out, or train again")
+    refuse_not_finite(local_parts(peft_model_state_dict), "the state dict", "leave it out, or train again")
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
+    if is_sharded(model):
+        return load_into_shards(model, adapters, adapter_name, state)
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     return load_state(
         adapters, adapter_name, stored, check=False, alias=low_cpu_mem_usage, skip_sizes=ignore_mismatched_sizes

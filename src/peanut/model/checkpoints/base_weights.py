@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter_set import AdapterSet
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, walk
 from ..layers.layer import AdaptedLayer
 from ..layers.saved_modules import SavedModule
 
@@ -20,6 +20,7 @@ __all__ = [
     "embedding_paths",
     "embedding_weights",
     "has_other_vocabulary",
+    "is_sharded",
     "plain_path",
     "rows_added",
     "saved_module_paths",
@@ -69,6 +70,11 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]
         for name, child in reversed(inner._modules.items()):
             if child is not None:
                 waiting.append((path if name in WRAPPERS else f"{path}.{name}" if path else name, child))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP's first version is around modules of a model, or around the model itself."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
 
 
 def plain_path(key: str) -> str:

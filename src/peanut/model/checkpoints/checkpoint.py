@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...errors import PeanutError
 from ...files import write_files
 from ...hub import CARD_NAME
 from ...protocols import Method, MixtureMethod, PeftConfig, WeightMethod, method_of
@@ -32,6 +33,7 @@ __all__ = [
     "base_state",
     "by_place",
     "file_config",
+    "in_parts",
     "keys_of",
     "parts_of",
     "save_adapter",
@@ -44,13 +46,23 @@ def adapter_state(
     """The config of adapter ``name`` and its tensors by key, without the prefix, in the form that files hold.
 
     Values are taken from ``state_dict``, a full one of the model as FSDP and DeepSpeed gather it, if it is given.
+
+    Raises:
+        PeanutError: this process holds a part of a tensor that is not given.
     """
     adapters.known(name)
-    own = {key: value.detach() for key, value in adapters.parameters(name)}
+    own, whole = {key: value.detach() for key, value in adapters.parameters(name)}, dict[str, Tensor]()
     if state_dict is not None:
-        inner = {_plain(key): value for key, value in state_dict.items()}
-        names = {id(value): _plain(key) for key, value in adapters.model.state_dict(keep_vars=True).items()}
-        own = {key: inner.get(names.get(id(value), ""), value.detach()) for key, value in adapters.parameters(name)}
+        given, names = {_plain(key): value for key, value in state_dict.items()}, _names(adapters.model)
+        found = {key: (value, names.get(id(value), [])) for key, value in adapters.parameters(name)}
+        whole = {key: given[path] for key, (_, paths) in found.items() for path in paths if path in given}
+        own |= whole
+    if missing := sorted(in_parts(adapters, name) - whole.keys()):
+        raise PeanutError(
+            f"adapter {name!r} with a part of '{missing[0]}' in each process (FSDP, or DeepSpeed's third stage)",
+            "whole tensors",
+            "pass state_dict=, the full one, as accelerator.get_state_dict(model) gathers it in all processes",
+        )
     config, state = adapters.configs[name], dict[str, Tensor]()
     grouped = by_place(adapters, name, own)
     for method, part, paths in parts_of(adapters, name):
@@ -58,6 +70,32 @@ def adapter_state(
         config = held if part is adapters.configs[name] else config
         state |= flat(stored)
     return config, state | flat(grouped)  # what no method knows: modules that are trained whole
+
+
+def in_parts(adapters: AdapterSet, name: str) -> set[str]:
+    """The keys of the tensors of adapter ``name`` of which this process holds a part."""
+    found = {
+        key_of(path, suffix)
+        for place in adapters.places(name)
+        for path, held in ((place.path, place.adapters), (SHARED, place.banks))
+        for suffix in (held[name].in_parts() if name in held else ())
+    }
+    # FSDP marks what it has flattened; modules that are trained whole are as the rest of the adapter is.
+    return found | {
+        key_of(path, suffix)
+        for path, saved in adapters.saved_modules(name)
+        for suffix, value in saved.modules_to_save[name].named_parameters()
+        if (found and hasattr(value, "_fsdp_flattened")) or (value.numel() == 0)
+    }
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """The keys of a state dict for each tensor, by its id. ``state_dict()`` itself would wait for other processes."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, value in (*module._parameters.items(), *module._buffers.items()):
+            names.setdefault(id(value), []).append(_plain(f"{path}.{leaf}"))
+    return names
 
 
 def base_state(state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -58,13 +58,17 @@ def saved_embeddings(
         if module not in paths:
             continue
         own = (state_dict or {}).get(path, value).detach()
-        if own.is_meta or not own.is_floating_point():
+        part = own.dim() < 2  # which FSDP has flattened, or DeepSpeed emptied
+        if own.is_meta or part or not own.is_floating_point():
             if not needed:
                 continue  # it is as it was, as codes are never changed
+            found_as = "on the meta device" if own.is_meta else "in parts in several processes" if part else "quantised"
             raise PeanutError(
-                f"'{path}' is {'on the meta device' if own.is_meta else 'quantised'}, and is to be saved",
+                f"'{path}' is {found_as}, and is to be saved",
                 "embeddings that are numbers",
-                "load the base without quantising or offloading it, or pass save_embedding_layers=False",
+                "load the base without quantising or offloading it, or pass save_embedding_layers=False"
+                if not part
+                else "pass state_dict=, the full one, or save_embedding_layers=False",
             )
         inside = f"{_inside(adapters, name, layers[module])}." if module in layers else ""
         found[f"{module}.{inside}{leaf}"] = own

@@ -21,6 +21,7 @@ from .base_weights import (
     base_tensors,
     embedding_weights,
     has_other_vocabulary,
+    is_sharded,
     rows_added,
     saved_module_paths,
     weights_moved_by_lookups,
@@ -63,7 +64,7 @@ def fingerprint(
         base, statistics = (
             {path: state_dict[path] for path in own if path in state_dict} for own in (base, statistics)
         )
-    elif _is_sharded(adapters.model):
+    elif is_sharded(adapters.model):
         return None
     left_out, embeddings = tuple(f"{path}." for path in saved_module_paths(adapters, name)), embedding_weights(adapters)
     saved = {*saved, *weights_moved_by_lookups(adapters)}
@@ -109,7 +110,7 @@ def check_base(adapters: AdapterSet, name: str, recorded: str | None, trained_on
     read = parse_json(recorded, what)
     new = isinstance(read, dict) and "values" in read
     samples = check_value(what, dict[str, list[float]], read["values"] if new else read)
-    sharded = _is_sharded(adapters.model)
+    sharded = is_sharded(adapters.model)
     base, statistics = ({}, {}) if sharded else (base_tensors(adapters), base_statistics(adapters))
     then, now = _of_base(base, samples) if new else _of_layers(adapters, name, samples)
     differing = {path for path in then if path not in now or _apart(then[path], now[path])}
@@ -239,11 +240,7 @@ def _spread(value: Tensor, first: int, end: int, most: int) -> Tensor:
 def _has_values(value: Tensor) -> bool:
     """Whether a parameter is a plain tensor of numbers, not codes, a shard, or without storage."""
     plain = type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.element_size() > 1
-    return plain and value.numel() > 0 and not value.is_meta
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in walk(model))
+    return plain and value.numel() > 0 and not value.is_meta and not hasattr(value, "_fsdp_flattened")
 
 
 def _made_at_random(adapters: AdapterSet, paths: Sequence[str], base: Mapping[str, Tensor]) -> list[str]:

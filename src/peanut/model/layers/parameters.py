@@ -76,7 +76,7 @@ class Parameters:
     def __init__(
         self, values: Mapping[str, Tensor], untrained: Collection[str] = (), rebuilt: Collection[str] = ()
     ) -> None:
-        self.suffixes = tuple(values)
+        self.shapes = {suffix: value.shape for suffix, value in values.items()}
         self.places = _Places()
         self._rebuilt = frozenset(rebuilt)
         self._trees: dict[str, nn.Module] = {}
@@ -101,6 +101,14 @@ class Parameters:
             self.places[suffix] = (module._parameters if isinstance(own, nn.Parameter) else module._buffers, leaf)
         self._loose = bare
         self._homes: tuple[nn.Module, ...] = tuple(self._trees.values())
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+    def in_parts(self) -> list[str]:
+        """The suffixes of tensors of which this process holds a part: of FSDP, or of DeepSpeed's third stage."""
+        return [suffix for suffix, (owner, leaf) in self.places.items() if owner[leaf].shape != self.shapes[suffix]]
 
     def put(self, layer: nn.Module, name: str) -> None:
         """Puts the tensors into a layer, under the name of the adapter; bare ones into the first layer alone."""
@@ -150,7 +158,7 @@ class Parameters:
     def assign(self, suffix: str, value: Tensor) -> None:
         """Puts a tensor in place of the one that is there, trained or not as that one."""
         owner, leaf = self.places[suffix]
-        own = owner[leaf]
+        own, self.shapes[suffix] = owner[leaf], value.shape
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
 
 

@@ -1,0 +1,52 @@
+"""Tensors that several processes hold together: DTensors, and those of FSDP's first version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ...errors import PeanutError, nearest
+from ..adapters.adapter_set import AdapterSet
+from .base_weights import WRAPPERS
+
+__all__ = ["load_into_shards", "local_parts"]
+
+
+def local_parts(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What this process has of each tensor of a state dict."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if hasattr(value, "local_shards"):
+            found |= {f"{key}[{number}]": shard.tensor for number, shard in enumerate(value.local_shards())}
+        else:
+            found[key] = value.to_local() if type(value).__name__ == "DTensor" else value
+    return found
+
+
+def load_into_shards(
+    model: nn.Module, adapters: AdapterSet, name: str, state: Mapping[str, Tensor]
+) -> _IncompatibleKeys:
+    """Loads adapter ``name`` of a model around which FSDP is, by ``load_state_dict`` of it; all processes call it.
+
+    Raises:
+        PeanutError: a key is missing or unexpected.
+    """
+    own = {key: id(value) for key, value in adapters.parameters(name)}
+    if own.keys() != state.keys():
+        wrong = min(own.keys() ^ state.keys())
+        raise PeanutError(
+            f"a state dict that {'lacks' if wrong in own else 'has an unexpected'} '{wrong}'",
+            f"the {len(own)} tensors of adapter {name!r}",
+            f"check the keys (nearest: {nearest(wrong, state if wrong in own else own, 1)})",
+        )
+    there = {id(value): _unwrapped(key) for key, value in model.named_parameters()}
+    there |= {id(value): _unwrapped(key) for key, value in model.named_buffers()}
+    model.load_state_dict({there[own[key]]: value for key, value in state.items()}, strict=False)
+    return _IncompatibleKeys([], [])
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
