@@ -279,7 +279,7 @@ def _hold(adapters: AdapterSet, name: str, source: str, rank: int | None) -> Non
     )
     config = replace(config, target_modules=shortest_targets(adapters, config, list(layers)))
     held = {
-        path: {**lora_values(layer, *parts[path], config), **_magnitudes(layer, source)}
+        path: {**lora_values(layer, *parts[path], config.for_layer(path)), **_magnitudes(layer, source)}
         for path, layer in layers.items()
     }
     for path, layer in layers.items():

@@ -21,6 +21,7 @@ from ..model.targets.matching import target_paths
 from ..operators import LowRank
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 from ..protocols.arguments import checked
+from ..protocols.patterns import outer
 
 __all__ = [
     "LoraExport",
@@ -110,7 +111,9 @@ def to_lora(
         lora_bias=any(shift is not None for shift in shifts.values()),
         fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
     )
-    values = {path: lora_values(layer, factors[path], shifts[path], config) for path, layer in layers.items()}
+    values = {
+        path: lora_values(layer, factors[path], shifts[path], config.for_layer(path)) for path, layer in layers.items()
+    }
     made = _add_beside(adapters, name, new_name or f"{name}_lora", config, values)
     export = LoraExport(adapters, made, {path: _relative(layer, name, made) for path, layer in layers.items()})
     if export.largest_error > 1e-5:
@@ -262,14 +265,15 @@ def _add_beside(
 
 def shortest_targets(adapters: AdapterSet, config: LoraConfig | PeanutConfig, paths: list[str]) -> list[str]:
     """Layer names if they name just ``paths`` (servers of LoRA look at names), else the paths themselves."""
+    paths = sorted(set(map(outer, paths)))
     names = sorted({path.rpartition(".")[2] for path in paths})
     method = method_of(config.peft_type)
     assert isinstance(method, WeightMethod)  # as both configs are of one
     try:
         named = target_paths(adapters.model, replace(config, target_modules=names), method)
     except PeanutError:
-        return sorted(paths)
-    return names if set(named) == set(paths) else sorted(paths)
+        return paths
+    return names if set(named) == set(paths) else paths
 
 
 def _relative(layer: AdaptedLayer, name: str, made: str) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeanutError
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
+from ..protocols.patterns import OUT_PROJECTION
 from ..protocols.values import Bound, Count, Scale
 from ..weights import FrozenLayer
 from .dora import decomposed, norms_with
@@ -71,6 +72,14 @@ class LoraConfig(LoraFields):
             raise PeanutError(f"lora_bias=True with {other}", "one of the two", "set lora_bias=False")
         if self.starts_in_weight:
             self.doubled()  # what files hold: it has to be a config too
+
+    def for_layer(self, path: str) -> LoraConfig:
+        """What the patterns say of a layer; α of an attention's output projection is twice as large.
+
+        Hugging Face PEFT adds that projection's change to its weight twice, and its files were trained so.
+        """
+        own = super().for_layer(path)
+        return replace(own, lora_alpha=2 * own.lora_alpha) if path.endswith(OUT_PROJECTION) else own
 
     @property
     def scaling(self) -> float:

@@ -20,7 +20,7 @@ from ..files import read_json, write_json
 from ..hub import HUB_OPTIONS, locate, push
 from ..identity import Recognised
 from .arguments import checked
-from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern
+from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern, outer
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types, takes_none
 
@@ -177,7 +177,7 @@ class PeftConfig(Recognised):
         found: dict[str, Any] = {}
         for name, patterns in self.by_layer:
             values = getattr(self, patterns) or {}
-            pattern = matching_pattern(values, path)
+            pattern = matching_pattern(values, outer(path))
             if pattern is not None:
                 found[name] = values[pattern]
         if not found:

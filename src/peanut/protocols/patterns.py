@@ -17,16 +17,20 @@ from ..errors import PeanutError, shown
 
 __all__ = [
     "MOST_EXPRESSIONS",
+    "OUT_PROJECTION",
     "check_pattern",
     "check_patterns",
     "ends",
     "fullmatch",
     "matching_pattern",
+    "outer",
     "pattern_of_none",
 ]
 
 T = TypeVar("T")
 
+OUT_PROJECTION = ".base_layer.out_proj"
+"""What follows the path of an ``nn.MultiheadAttention`` in that of its output projection, as in files of others."""
 SECONDS = 5.0
 """How much of a thread's time slow patterns may take, all together, in one minute. Others take microseconds."""
 _USUAL = {"compile": 1e-3, "match": 1e-4}
@@ -201,6 +205,11 @@ def check_patterns(name: str, patterns: Collection[str]) -> None:
         )
     for place in index.expressions:
         check_pattern(name, keys[place], _BEFORE)
+
+
+def outer(path: str) -> str:
+    """The path of the layer that a layer belongs to: of the attention, for its output projection."""
+    return path.removesuffix(OUT_PROJECTION)
 
 
 def matching_pattern(patterns: Collection[str], path: str) -> str | None:

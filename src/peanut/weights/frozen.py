@@ -25,8 +25,8 @@ class FrozenLayer:
     reads the weight that it was trained on. What accelerate has offloaded is read and written where it is.
     """
 
-    def __init__(self, module: nn.Module, kind: LayerKind) -> None:
-        self.module: Any = module
+    def __init__(self, module: Any, kind: LayerKind) -> None:
+        self.module = module
         self.kind = kind
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None

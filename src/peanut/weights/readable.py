@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import PeanutError
 from ..operators import Dense
+from .attention import InProjection
 from .kind import DTYPES, LayerKind, as_its_class, is_plain
 from .made import current
 from .stored import stored
@@ -30,6 +31,12 @@ def check_layer(module: Any) -> None:
     """
     weight = current(module, "weight")
     distributed = sys.modules.get("torch.distributed.tensor")
+    if isinstance(module, InProjection) and weight is None:
+        raise PeanutError(
+            "a MultiheadAttention whose query, key and value have different sizes",
+            "one in_proj_weight for all three",
+            "leave this layer out",
+        )
     if isinstance(weight, UninitializedParameter):
         raise PeanutError(
             f"a {type(module).__name__} whose weight has no shape yet", "a layer that knows its sizes", "call it once"

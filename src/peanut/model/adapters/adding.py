@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
-from ...protocols.patterns import pattern_of_none
+from ...protocols.patterns import OUT_PROJECTION, pattern_of_none
 from ...weights import kind_of
 from ...weights.readable import check_layer
 from ...weights.stored import check_by_layer, same_tensor, some_tensor, stored
@@ -65,12 +66,17 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
             made[key] = new.in_layer(target, by_signature)
     for key, target in zip(keys, targets, strict=True):
         _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
-    warn_of_aliases(on.model, {target.path: target.frozen.module for target in targets})
+    warn_of_aliases(on.model, {_found(target.path): target.frozen.module for target in targets})
     holder = next((target for target in targets if target.method == method), None)
     for key, target in zip(keys, targets, strict=True):
         shared = bank if bank.suffixes and target.method == method else None
         layer = on.wrapped(target.path)
         layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
+
+
+def _found(path: str) -> str:
+    """Where a layer is before it is adapted."""
+    return path.replace(OUT_PROJECTION, ".out_proj")
 
 
 @torch.no_grad()
@@ -95,7 +101,9 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
     wanted_by: dict[str, PeftConfig] = {}
     for part, own in [(method, config), *method.companions(config)]:
         for path in target_paths(on.model, own, part):
-            for place in [path, *(_tied_to(on, path) if part.follows_ties else ())]:
+            attention = isinstance(bare(on.at(path)), nn.MultiheadAttention)
+            tied = _tied_to(on, path) if part.follows_ties else ()
+            for place in [path, *([path + OUT_PROJECTION] if attention else ()), *tied]:
                 if wanted_by.setdefault(place, own) is not own:
                     raise PeanutError(
                         f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",

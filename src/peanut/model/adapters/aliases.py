@@ -30,7 +30,7 @@ def warn_of_aliases(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """
     modules = {"": model, **modules_by_path(model)}
     firsts = first_paths(modules)
-    layers = {firsts[path]: layer for path, layer in targets.items()}
+    layers = {firsts.get(path, path): layer for path, layer in targets.items()}
     paths_of = {id(layer): path for path, layer in layers.items()}
     weights = {path: layer._parameters.get("weight") for path, layer in layers.items()}
     adapted: dict[tuple[int, str], list[str]] = {}

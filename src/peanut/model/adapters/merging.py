@@ -78,7 +78,7 @@ class Merging(Surgery):
         _warn_of_hooks([layer for _, layer in self.layers() if any(name in layer.adapters for name in merged)])
 
         def shared(layer: AdaptedLayer) -> list[str]:
-            return [name for name in ("weight", "bias") if id(layer.base_layer._parameters.get(name)) in sharing]
+            return [name for name in ("weight", "bias") if id(layer.frozen.module._parameters.get(name)) in sharing]
 
         there = [(layer, layer.written) for _, layer in self.layers()]
         try:
@@ -133,9 +133,10 @@ class Merging(Surgery):
                 apart.setdefault(id(layer.frozen.untied_from), []).append(layer)
         for first, *others in apart.values():
             left = any(p is first.frozen.untied_from for p in self.model.parameters())
-            if others and not left and all(torch.equal(first.weight, layer.weight) for layer in others):
+            weight = first.frozen.module.weight
+            if others and not left and all(torch.equal(weight, layer.frozen.module.weight) for layer in others):
                 for layer in others:
-                    layer.base_layer.weight = first.base_layer.weight
+                    layer.frozen.module.weight = weight
 
     def _untie(self) -> None:
         """Makes a model that saves right of one in which tensors that transformers ties differ now.

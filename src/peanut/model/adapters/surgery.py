@@ -11,8 +11,10 @@ from torch import nn
 from ...errors import PeanutError, nearest
 from ...protocols import Method, PeftConfig, method_of
 from ...weights import FrozenLayer, kind_of
+from ...weights.attention import InProjection, InProjectionKind
 from ...weights.made import made_by_users
 from ..layers.adapted import Adapted, walk
+from ..layers.attention import AdaptedAttention
 from ..layers.hooks import hook, move_hooks, unhook
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
@@ -89,6 +91,8 @@ class Surgery:
         module = self.at(path)
         if isinstance(module, AdaptedLayer):
             return module.frozen
+        if isinstance(module, nn.MultiheadAttention):
+            return FrozenLayer(InProjection(module), InProjectionKind())
         kind = kind_of(module)
         assert kind is not None  # target_paths has checked it
         return FrozenLayer(module, kind)
@@ -98,8 +102,12 @@ class Surgery:
         module = self.at(path)
         if isinstance(module, AdaptedLayer):
             return module
-        layer = AdaptedLayer(module, self.frozen(path).kind, path, self.state).train(module.training)
-        self.put(path, layer)
+        layer = (
+            AdaptedAttention(module, path, self.state)
+            if isinstance(module, nn.MultiheadAttention)
+            else AdaptedLayer(module, self.frozen(path), path, self.state)
+        )
+        self.put(path, layer.train(module.training))
         return layer
 
     def saved(self, path: str) -> SavedModule:
@@ -178,6 +186,8 @@ class Surgery:
         module = self.model
         for name in path.split(".") if path else ():
             inner = self.own(module)
+            if name == "base_layer" and not isinstance(inner, Adapted):  # of an attention that is not adapted yet
+                continue
             module = inner._modules.get(name) or getattr(inner, name)
         return module
 

@@ -15,6 +15,7 @@ from ...methods.lora import LoraConfig, suffixes
 from ...operators import LowRank
 from ...operators.combining import Majority, clamped, combined, slerp_weights
 from ...protocols import METHODS, PeftConfig
+from ...protocols.patterns import outer
 from ..layers.layer import AdaptedLayer
 from .adapter_set import AdapterSet
 
@@ -159,7 +160,7 @@ def _gains(
         values[path] = {"ia3_l": sum(weights[name] * own for name, own in zip(there[path], gains, strict=True))}
         if layer.method_of(there[path][0])[1].scales_input:
             inputs.append(path)
-    return replace(first, target_modules=sorted(layers), feedforward_modules=inputs), values  # type: ignore[return-value]
+    return replace(first, target_modules=sorted(set(map(outer, layers))), feedforward_modules=inputs), values  # type: ignore[return-value]
 
 
 def _factored(
@@ -198,7 +199,7 @@ def _factored(
         init_lora_weights=True,
         rank_pattern={},
         alpha_pattern={},
-        target_modules=sorted(found),
+        target_modules=sorted(set(map(outer, found))),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -209,6 +210,7 @@ def _factored(
     for path, own in found.items():
         frozen, (a, b) = layers[path].frozen, suffixes(layers[path].frozen)
         down = torch.nn.functional.pad(own.down, (0, 0, 0, r - own.rank)).reshape(frozen.down_shape(r))
-        up = torch.nn.functional.pad(own.scaled_up(), (0, r - own.rank)).reshape(frozen.up_shape(r))
+        up = own.scaled_up() / config.for_layer(path).scaling
+        up = torch.nn.functional.pad(up, (0, r - own.rank)).reshape(frozen.up_shape(r))
         values[path] = {a: down, b: up}
     return config, values

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...errors import PeanutError
 from ...operators import Diagonal
 from ...protocols import METHODS, Change, PeftConfig, Values, WeightMethod
 from ...stack import in_a_forward
-from ...weights import FrozenLayer, LayerKind, kind_of
+from ...weights import FrozenLayer, kind_of
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
@@ -35,11 +35,14 @@ class AdaptedWeight(Adapted):
 
     _told_undropped = False
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, path: str, state: AdapterState) -> None:
+    reads: ClassVar[dict[str, str]] = {"weight": "weight", "bias": "bias"}
+    """The names under which others read W' and b' here."""
+
+    def __init__(self, base_layer: nn.Module, frozen: FrozenLayer, path: str, state: AdapterState) -> None:
         super().__init__(path, state)
         self._parameters: dict[str, Any] = NoParameters()
         self.base_layer = base_layer
-        self._frozen = FrozenLayer(base_layer, kind)
+        self._frozen = frozen
         self.written: dict[str, float] = {}
         self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
@@ -61,6 +64,15 @@ class AdaptedWeight(Adapted):
                 )
             self._frozen = FrozenLayer(self.base_layer, kind)
         return self._frozen
+
+    @property
+    def weight(self) -> Any:
+        """As the layer's: properties, since torch.compile finds those of the class that ``__class__`` answers."""
+        return self.__getattr__("weight")
+
+    @property
+    def bias(self) -> Any:
+        return self.__getattr__("bias")
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -155,7 +167,7 @@ class AdaptedWeight(Adapted):
         moves_bias = change.shift is not None or change.left is not None
         offset = change.offset(self.frozen.bias()) if moves_bias else None
         for name in ("weight", "bias") if offset is not None else ("weight",):
-            if is_made(self.base_layer, name):
+            if is_made(self.frozen.module, name):
                 raise PeanutError(
                     f"'{self.path}' makes its {name} anew in each forward, so what is merged into it would be lost",
                     "a parameter",
@@ -170,7 +182,7 @@ class AdaptedWeight(Adapted):
 
     def _written(self, change: Change, weight: Tensor) -> Tensor:
         """W' as a matrix."""
-        if not (change.left is None or isinstance(change.left, Diagonal) or self.frozen.kind.mixes(self.base_layer)):
+        if not (change.left is None or isinstance(change.left, Diagonal) or self.frozen.kind.mixes(self.frozen.module)):
             raise PeanutError(
                 f"an adapter that mixes the outputs of {self.base_layer}",
                 "a convolution in one group",
@@ -215,7 +227,7 @@ class AdaptedWeight(Adapted):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return self._read(name) if name in ("weight", "bias") else self._fallen(name)
+            return self._read(self.reads[name]) if name in self.reads else self._fallen(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
@@ -234,10 +246,10 @@ class AdaptedWeight(Adapted):
         """The layer's weight or bias; where another module reads it in its forward, W' or b'."""
         compiled = torch.compiler.is_compiling()
         if not (compiled or in_a_forward()):
-            return getattr(self.base_layer, name)
+            return getattr(self.frozen.module, name)
         if name == "bias" or compiled or self.state.disabled or not self._read_with(self.state.call):
             return self._effective(name)
-        return Reading(self.base_layer.weight, partial(self._effective, name), self.path)  # type: ignore[arg-type]
+        return Reading(self.frozen.module.weight, partial(self._effective, name), self.path)
 
     def _effective(self, name: str) -> Any:
         """The weight or bias that the layer has in the call that is made now."""
@@ -247,7 +259,7 @@ class AdaptedWeight(Adapted):
             return self.frozen.weight if name == "weight" else self.frozen.bias()
         names = self._read_with(call)
         if not names:
-            return getattr(self.base_layer, name)
+            return getattr(self.frozen.module, name)
         if name == "weight":
             return self._weight(call, names)
         return self._combined(call, names, sample=False).offset(self.frozen.bias())  # no method draws a bias
@@ -263,7 +275,7 @@ class AdaptedWeight(Adapted):
         change, kind = self._combined(call, names, sample=self.training or call.sampling), self.frozen.kind
         if kind.quantised:
             raise self._unread("it is quantised: its weight is codes")
-        return kind.layout(self.base_layer, self._written(change, self._wide_matrix())).to(self.frozen.weight.dtype)
+        return kind.layout(self.frozen.module, self._written(change, self._wide_matrix())).to(self.frozen.weight.dtype)
 
     def _combined(self, call: CallState, names: Sequence[str], *, sample: bool) -> Change:
         """What the adapters ``names`` make of the layer, whatever its input.
@@ -303,8 +315,9 @@ def _warn_undropped(path: str) -> None:
 def _save_unmerged(layer: AdaptedWeight, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """A state dict taken while merged holds the weight before the merge, so that loading it applies nothing twice."""
     if layer.frozen.merged:
-        for name, value in (("weight", layer.frozen.weight), ("bias", layer.frozen.bias())):
-            key = f"{prefix}base_layer.{name}"
+        before = {"weight": layer.frozen.weight, "bias": layer.frozen.bias()}
+        for name, own in layer.reads.items():
+            key, value = f"{prefix}base_layer.{name}", before[own]
             if value is not None and key in state:
                 state[key] = value
 

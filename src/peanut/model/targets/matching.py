@@ -13,6 +13,7 @@ from ...weights.norm import is_norm
 from .architectures import architecture_of, model_type_of
 from .paths import (
     Modules,
+    adaptable,
     bare,
     each_once,
     first_paths,
@@ -70,7 +71,7 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
     modules = modules_by_path(model)
     left = narrowed(model, _named(model, config, method, modules), config, modules)
     for path in left:
-        if kind_name(modules[path]) not in method.kinds:
+        if not adaptable(modules[path], method.kinds):
             for name in _bare_parameters({path: modules[path]}, fused=True):
                 raise _out_of_reach(f"target_modules matches '{path}'", name)
             raise PeanutError(
@@ -134,7 +135,7 @@ def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Mo
             raise PeanutError(
                 f"'{path}' belongs to an nn.MultiheadAttention, which reads its weight and never calls it",
                 "a module that is called",
-                "exclude it",
+                f"name '{path.rpartition('.')[0]}', of which both projections are adapted, or exclude it",
             )
     if not left:
         raise NoMatchingPeftModuleError(
@@ -281,4 +282,4 @@ def _all_linear(model: nn.Module, config: PeftConfig, modules: Modules) -> list[
 
 def _adaptable_names(modules: Modules, method: Method[Any]) -> set[str]:
     kinds = method.kinds
-    return last_names(path for path, module in modules.items() if not kinds or kind_name(module) in kinds)
+    return last_names(path for path, module in modules.items() if not kinds or adaptable(module, kinds))

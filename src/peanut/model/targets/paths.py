@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 
 from torch import nn
@@ -16,6 +16,7 @@ from ..layers.saved_modules import SavedModule
 
 __all__ = [
     "Modules",
+    "adaptable",
     "bare",
     "each_once",
     "first_paths",
@@ -124,6 +125,12 @@ def kind_name(module: nn.Module) -> str | None:
     """What kind of layer a module is (``LayerKind.name``), ``None`` if none that is known."""
     kind = kind_of(bare(module))
     return None if kind is None else kind.name
+
+
+def adaptable(module: nn.Module, kinds: Collection[str]) -> bool:
+    """Whether a module is a layer of one of these kinds; an ``nn.MultiheadAttention`` is two linear ones."""
+    own = bare(module)
+    return kind_name(own) in kinds or ("linear" in kinds and isinstance(own, nn.MultiheadAttention))
 
 
 def last_names(paths: Iterable[str]) -> set[str]:

@@ -55,10 +55,11 @@ def reach_of(model: nn.Module) -> Reach:
     for path, module in {"": model, **modules}.items():
         whole = isinstance(module, SavedModule)  # trained whole by an adapter
         own: nn.Module = module.original_module if isinstance(module, SavedModule) else bare(module)
-        adaptable = kind_name(own) is not None and not inside_attention(path, modules)
+        adapted = isinstance(module, AdaptedLayer)
+        adaptable = adapted or (kind_name(own) is not None and not inside_attention(path, modules))
         if whole or adaptable or (path and path.rpartition(".")[0] in reached):
             reached.add(path)
-        for name, parameter in own.named_parameters(recurse=isinstance(module, AdaptedLayer) or is_parametrized(own)):
+        for name, parameter in own.named_parameters(recurse=adapted or is_parametrized(own)):
             counts[id(parameter)] = parameter.numel()
             if path in reached or not _is_matrix(parameter):
                 names[id(parameter)] = ""  # of a shared weight one reached place is enough
