@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pickle
@@ -17,6 +18,7 @@ from torch import nn
 
 import peanut
 from peanut import LoraConfig, get_peft_model
+from peanut.protocols.config import default_of
 
 from ..support import PEER_WARNINGS
 
@@ -145,6 +147,38 @@ def test_configs_have_the_fields_that_they_have_there(name: str) -> None:
     else:
         lacking = set()
     assert not lacking
+
+
+DIFFERENT = {
+    ("CPTConfig", "task_type"): (None, "CAUSAL_LM"),  # there it has to be given
+    ("FourierFTConfig", "scaling"): (150.0, 300.0),
+    ("OFTConfig", "r"): (0, None),  # 8 if oft_block_size is not given
+    ("OFTConfig", "oft_block_size"): (32, None),
+    ("OFTConfig", "use_cayley_neumann"): (True, False),
+}
+"""Defaults that are not Hugging Face PEFT's: of a class and a field, theirs and ours."""
+
+
+def defaults(config_class: Any) -> dict[str, Any]:
+    return {field.name: default_of(field) for field in dataclasses.fields(config_class) if field.name != "peft_type"}
+
+
+def test_defaults_are_those_of_hugging_face_peft_but_for_these() -> None:
+    shared = {name for name in set(peft.__all__) & set(peanut.__all__) if name.endswith("Config")}
+    found = {
+        (name, field): (theirs, own[field])
+        for name in shared
+        for own in [defaults(getattr(peanut, name))]
+        for field, theirs in defaults(getattr(peft, name)).items()
+        if theirs != own[field] and field != "runtime_config"
+    }
+    assert len(shared) > 20
+    assert found == DIFFERENT
+
+
+def test_values_without_names_are_one_line() -> None:
+    with pytest.raises(peanut.PeanutError, match=r"^LoraConfig is given 'CAUSAL_LM' without a name; .*task_type=…"):
+        LoraConfig("CAUSAL_LM")  # type: ignore[misc]
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
