@@ -68,6 +68,8 @@ class _Shim(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if importlib.util.find_spec(f"{self.__name__}.{name}") is not None:
+            return importlib.import_module(f"{self.__name__}.{name}")
         inside = self.__name__.partition(".")[2]
         for home in dict.fromkeys((f"peanut.{inside}" if inside else "peanut", "peanut", *OTHERS)):
             try:

@@ -84,6 +84,10 @@ from .model.peft_model import PeftModelForSequenceClassification as PeftModelFor
 from .model.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .model.peft_model import get_peft_model as get_peft_model
 from .model.predictive import predictive as predictive
+from .model.prompts.encoders import CPTEmbedding as CPTEmbedding
+from .model.prompts.encoders import PrefixEncoder as PrefixEncoder
+from .model.prompts.encoders import PromptEmbedding as PromptEmbedding
+from .model.prompts.encoders import PromptEncoder as PromptEncoder
 from .model.status import get_layer_status as get_layer_status
 from .model.status import get_model_status as get_model_status
 from .model.utilities import LoraRuntimeConfig as LoraRuntimeConfig

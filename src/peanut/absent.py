@@ -27,7 +27,6 @@ ABSENT = {
     r"(?:Arrow|BdLora|Kasa|Montecl?ora|Velora)Config|MontecloraTrainerMixin|create_arrow_model": _VARIANT,
     r"(?:Eva|Corda|LoftQ|LoraGA)Config|get_eva_state_dict|initialize_lora_eva_weights|preprocess_loraga": _START,
     r"replace_lora_weights_loftq": _START,
-    r"(?:CPT|Prompt)Embedding|P(?:refix|rompt)Encoder": _PROMPTS,
     r"bloom_model_postprocess_past_key_value|map_cache_to_layer_device_map|_prepare_prompt_learning_config": _PROMPTS,
     r"TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _PROMPTS,
     r"TRANSFORMERS_MODELS_TO_\w+_MAPPING": _METHOD,

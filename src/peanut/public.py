@@ -57,6 +57,7 @@ _WHERE = {
     ),
     "model.status": ("get_layer_status", "get_model_status"),
     "model.predictive": ("predictive",),
+    "model.prompts.encoders": ("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
     "model.utilities": (
         "LoraRuntimeConfig",
         "cast_mixed_precision_params",
@@ -88,6 +89,7 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "tuners": {
         "export": ("convert_to_lora", "save_as_lora"),
         "model.names": ("MixedModel",),
+        "model.prompts.encoders": ("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
         "model.utilities": ("LoraRuntimeConfig",),
     },
     "tuners.tuners_utils": {

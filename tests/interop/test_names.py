@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pickle
@@ -12,15 +13,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peanut
 from peanut import LoraConfig, get_peft_model
+from peanut.protocols.config import default_of
 
 from ..support import PEER_WARNINGS
 
 pytestmark = PEER_WARNINGS
 
+NAME = "adapter_model.safetensors"
 MODULES = ("", ".functional", ".helpers", ".optimizers", ".tuners", ".utils")
 
 
@@ -160,6 +164,38 @@ def test_configs_have_the_fields_that_they_have_there(name: str) -> None:
     assert not lacking
 
 
+DIFFERENT = {
+    ("CPTConfig", "task_type"): (None, "CAUSAL_LM"),  # there it has to be given
+    ("FourierFTConfig", "scaling"): (150.0, 300.0),
+    ("OFTConfig", "r"): (0, None),  # 8 if oft_block_size is not given
+    ("OFTConfig", "oft_block_size"): (32, None),
+    ("OFTConfig", "use_cayley_neumann"): (True, False),
+}
+"""Defaults that are not Hugging Face PEFT's: of a class and a field, theirs and ours."""
+
+
+def defaults(config_class: Any) -> dict[str, Any]:
+    return {field.name: default_of(field) for field in dataclasses.fields(config_class) if field.name != "peft_type"}
+
+
+def test_defaults_are_those_of_hugging_face_peft_but_for_these() -> None:
+    shared = {name for name in set(peft.__all__) & set(peanut.__all__) if name.endswith("Config")}
+    found = {
+        (name, field): (theirs, own[field])
+        for name in shared
+        for own in [defaults(getattr(peanut, name))]
+        for field, theirs in defaults(getattr(peft, name)).items()
+        if theirs != own[field] and field != "runtime_config"
+    }
+    assert len(shared) > 20
+    assert found == DIFFERENT
+
+
+def test_values_without_names_are_one_line() -> None:
+    with pytest.raises(peanut.PeanutError, match=r"^LoraConfig is given 'CAUSAL_LM' without a name; .*task_type=…"):
+        LoraConfig("CAUSAL_LM")  # type: ignore[misc]
+
+
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     model = get_peft_model(net(), LoraConfig(target_modules=["0"], init_lora_weights=False))
     model.save_pretrained(folder)
@@ -195,3 +231,43 @@ def test_keys_are_renamed_as_asked(tmp_path: Path) -> None:
     assert {key.replace("model.0.0.", "model.0."): value.sum() for key, value in inner.items()} == {
         key: value.sum() for key, value in state.items()
     }
+
+
+def test_what_is_missing_is_allowed_by_the_switch_that_the_error_names(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / NAME)
+    (first, *rest) = sorted(state)
+    save_file({key: state[key] for key in rest} | {"base_model.model.9.weight": torch.ones(1)}, tmp_path / NAME)
+    with pytest.raises(peanut.PeanutError, match=r"lacks 0\.lora_A.*unexpected 9\.weight.*or pass strict=False$"):
+        peanut.PeftModel.from_pretrained(net(), tmp_path)
+    with pytest.warns(UserWarning, match=r"lacks 0\.lora_A.* stays as it is here"):
+        model = peanut.PeftModel.from_pretrained(net(), tmp_path, strict=False)
+    found = peanut.get_peft_model_state_dict(model)
+    assert all(torch.equal(found[key], state[key]) for key in rest)
+    assert found[first].isfinite().all()
+    with pytest.warns(UserWarning, match="lacks"):
+        loaded = model.load_adapter(tmp_path, "other", strict=False)
+    assert (loaded.missing_keys, loaded.unexpected_keys) == ([first.removeprefix("base_model.model.")], ["9.weight"])
+    with pytest.warns(UserWarning, match="lacks"):
+        peanut.set_peft_model_state_dict(model, {key: state[key] for key in rest}, strict=False)
+
+
+def test_a_name_that_matches_nothing_is_allowed_by_the_pattern_that_the_error_names() -> None:
+    with pytest.raises(peanut.PeanutError, match=r"names 'typo'.*give one pattern") as refused:
+        get_peft_model(net(), LoraConfig(target_modules=["0", "typo"]))
+    (pattern,) = re.findall(r"r'(.*)'$", str(refused.value))
+    assert pattern == r"(.*\.)?(0|typo)"
+    model = get_peft_model(net(), LoraConfig(target_modules=pattern))
+    assert model.base_model.targeted_module_names == ["0"]
+
+
+def test_another_base_is_allowed_by_the_switch_that_the_error_names(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    other = net()
+    nn.init.ones_(other[0].weight)  # type: ignore[arg-type]
+    peanut.get_peft_model(net(), LoraConfig(target_modules=["0"], init_lora_weights=False)).save_pretrained(tmp_path)
+    with pytest.raises(peanut.PeanutError, match="check_base=False"):
+        peanut.PeftModel.from_pretrained(other, tmp_path)
+    found = peanut.get_peft_model_state_dict(peanut.PeftModel.from_pretrained(other, tmp_path, check_base=False))
+    assert found.keys() == state.keys()

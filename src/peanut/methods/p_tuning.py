@@ -14,7 +14,7 @@ from ..errors import warn
 from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 from ..protocols.values import Count, Layers, Probability
 
-__all__ = ["PTuning", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]
+__all__ = ["PTuning", "PromptEncoderConfig", "PromptEncoderReparameterizationType", "written"]
 
 
 class PromptEncoderReparameterizationType(str, Enum):
@@ -95,13 +95,13 @@ class PTuning(InputMethod[PromptEncoderConfig]):
         return values
 
     def prepended(self, config: PromptEncoderConfig, parameters: Values, training: bool) -> Tensor:
-        return _written(config, parameters, training)[: config.num_virtual_tokens]
+        return written(config, parameters, training)[: config.num_virtual_tokens]
 
     def stored(
         self, config: PromptEncoderConfig, layers: Mapping[str, Values]
     ) -> tuple[PromptEncoderConfig, dict[str, dict[str, Tensor]]]:
         with torch.no_grad():
-            return config, {path: {WRITTEN: _written(config, values, False)} for path, values in layers.items()}
+            return config, {path: {WRITTEN: written(config, values, False)} for path, values in layers.items()}
 
 
 def _shapes(config: PromptEncoderConfig, width: int, hidden: int) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -124,7 +124,7 @@ def _shapes(config: PromptEncoderConfig, width: int, hidden: int) -> dict[str, t
     return found
 
 
-def _written(config: PromptEncoderConfig, parameters: Values, training: bool) -> Tensor:
+def written(config: PromptEncoderConfig, parameters: Values, training: bool) -> Tensor:
     """All rows of virtual tokens, (rows, width)."""
     if WRITTEN in parameters:
         return parameters[WRITTEN]

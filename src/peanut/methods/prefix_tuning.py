@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..protocols import InputMethod, ModelShape, PromptConfig, Values, register
 from ..protocols.values import Count
 
-__all__ = ["PrefixTuning", "PrefixTuningConfig"]
+__all__ = ["PrefixTuning", "PrefixTuningConfig", "written"]
 
 WRITTEN = "prompt_embeddings"
 EMBEDDING = "embedding.weight"
@@ -87,10 +87,10 @@ class PrefixTuning(InputMethod[PrefixTuningConfig]):
         return values
 
     def prepended(self, config: PrefixTuningConfig, parameters: Values, training: bool) -> Tensor:
-        written = _written(parameters)
+        rows = written(parameters)
         heads = config.num_attention_heads or 1
         layers = config.num_layers or 1
-        places = written.view(len(written), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
+        places = rows.view(len(rows), layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
         if config.num_transformer_submodules == 2:
             return places[[2 * layer % layers for layer in range(layers)]]
         return places
@@ -99,10 +99,10 @@ class PrefixTuning(InputMethod[PrefixTuningConfig]):
         self, config: PrefixTuningConfig, layers: Mapping[str, Values]
     ) -> tuple[PrefixTuningConfig, dict[str, dict[str, Tensor]]]:
         with torch.no_grad():
-            return config, {path: {WRITTEN: _written(values)} for path, values in layers.items()}
+            return config, {path: {WRITTEN: written(values)} for path, values in layers.items()}
 
 
-def _written(parameters: Values) -> Tensor:
+def written(parameters: Values) -> Tensor:
     """(p, layers · 2 · heads · head_size)."""
     if WRITTEN in parameters:
         return parameters[WRITTEN]

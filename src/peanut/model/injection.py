@@ -244,12 +244,14 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
+    strict: bool = True,
 ) -> _IncompatibleKeys:
     """Copies tensors, by the keys that files give them, into an adapter.
 
     Args:
         ignore_mismatched_sizes: warn of a tensor of another shape and leave what is there; its key is then missing.
         low_cpu_mem_usage: where a parameter has no storage yet, put the tensor itself in its place.
+        strict: refuse keys that are missing or unexpected; else warn of them, and leave what is there.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape or kind differs, or a value is not finite. Nothing is
@@ -265,5 +267,11 @@ def set_peft_model_state_dict(
         return load_into_shards(model, adapters, adapter_name, state)
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     return load_state(
-        adapters, adapter_name, stored, check=False, alias=low_cpu_mem_usage, skip_sizes=ignore_mismatched_sizes
+        adapters,
+        adapter_name,
+        stored,
+        check=False,
+        alias=low_cpu_mem_usage,
+        skip_sizes=ignore_mismatched_sizes,
+        strict=strict,
     )

@@ -123,6 +123,7 @@ class Pretrained(AdapterControls):
         key_mapping: Mapping[str, str] | None = None,
         check_base: bool = True,
         ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
         **hub: Any,
     ) -> M:
         """A model with an adapter read from a folder (or from the hub, if a hub id is given).
@@ -135,6 +136,7 @@ class Pretrained(AdapterControls):
             key_mapping: regular expressions and what replaces them in the file's keys, without ``base_model.model.``.
             check_base: refuse a base whose weights differ from those that the adapter was trained on.
             ignore_mismatched_sizes: warn of tensors of another shape, and keep new ones in their place.
+            strict: refuse a file that lacks tensors or has others; else warn, and keep new ones for what it lacks.
             hub: ``subfolder``, ``revision``, ``token`` and the like; and what Hugging Face PEFT also accepts and has no
                 effect here, where an adapter's tensors follow the base's devices.
 
@@ -151,12 +153,20 @@ class Pretrained(AdapterControls):
             with all_or_none(own), limited_by_file(stored.source, stored.state):
                 folder = model_id if config is None else None  # a config that is given says where experts lie
                 found = ready(own, stored.config, folder, wide=autocast_adapter_dtype, check_base=check_base)
-                meta = not ignore_mismatched_sizes
+                meta = strict and not ignore_mismatched_sizes
                 made: Any = cls
                 adapted: M = made(model, found, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=meta)
                 name = adapted.active_adapter
                 own = adapted.adapters
-                load_state(own, name, stored, check=check_base, alias=low_cpu_mem_usage, skip_sizes=not meta)
+                load_state(
+                    own,
+                    name,
+                    stored,
+                    check=check_base,
+                    alias=low_cpu_mem_usage,
+                    skip_sizes=ignore_mismatched_sizes,
+                    strict=strict,
+                )
         except BaseException:
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -176,6 +186,7 @@ class Pretrained(AdapterControls):
         key_mapping: Mapping[str, str] | None = None,
         check_base: bool = True,
         ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
         **hub: Any,
     ) -> _IncompatibleKeys:
         """Reads another adapter into the model, or other values and their config into one that is there.
@@ -192,7 +203,7 @@ class Pretrained(AdapterControls):
                 stored = replace(stored, config=_config_for_use(stored, is_trainable))
                 wide = autocast_adapter_dtype
                 found = ready(self.adapters, stored.config, model_id, wide=wide, check_base=check_base)
-                meta = not ignore_mismatched_sizes
+                meta = strict and not ignore_mismatched_sizes
                 add(self.adapters, adapter_name, found, meta=meta, wide=wide)
             result = load_state(
                 self.adapters,
@@ -201,6 +212,7 @@ class Pretrained(AdapterControls):
                 check=check_base,
                 alias=low_cpu_mem_usage,
                 skip_sizes=ignore_mismatched_sizes,
+                strict=strict,
             )
         if not fresh and not same_form(self.adapters, adapter_name, stored.config):
             mode = self.peft_config[adapter_name].inference_mode

@@ -113,6 +113,12 @@ class PeftConfig(Recognised):
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
         own: Any = cls
+        if args:  # their order is not the same in all libraries
+            raise PeanutError(
+                f"{cls.__name__} is given {shown(args[0])} without a name",
+                "keywords",
+                f"write {next(iter(_keywords(own)), 'task_type')}=… and the like",
+            )
         check_keywords(cls.__name__, given, _keywords(own) or given, {})
         return super().__new__(cls)
 

@@ -64,6 +64,7 @@ def load_state(
     check: bool = True,
     alias: bool = False,
     skip_sizes: bool = False,
+    strict: bool = True,
 ) -> _IncompatibleKeys:
     """Copies stored tensors into adapter ``name``; nothing is copied unless everything fits.
 
@@ -74,6 +75,7 @@ def load_state(
         alias: where a parameter is on the meta device, put the tensor that was read in its place, and not a copy of it:
             it may lie in the file still.
         skip_sizes: warn of tensors of another shape and leave what is there; their keys are then the missing ones.
+        strict: refuse keys that are missing or unexpected; else warn of them, and leave what is there.
 
     Raises:
         PeanutError: a key is missing or unexpected, a shape differs, or the base is another.
@@ -105,13 +107,17 @@ def load_state(
     read = {id(own[key]): value for key, value in state.items() if key in own}
     state |= {key: read[id(value)] for key, value in own.items() if key not in state and id(value) in read}  # tied
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        found = [_listed("lacks", missing), _listed("has unexpected", unexpected)]
+    found = [_listed("lacks", missing), _listed("has unexpected", unexpected)]
+    if (missing or unexpected) and not strict:
+        warn(f"'{stored.source}' {' and '.join(filter(None, found))}: what it lacks stays as it is here")
+        own = {key: value for key, value in own.items() if key in state}
+        state = {key: value for key, value in state.items() if key in own}
+    elif missing or unexpected:
         near = f" (nearest to the first: {nearest(unexpected[0], own, 1)})" if unexpected and own else ""
         raise PeanutError(
             f"'{stored.source}' {' and '.join(filter(None, found))}",
             f"the {len(own)} tensors of its config on {type(adapters.model).__name__}",
-            f"check the base model and the config{near}",
+            f"check the base model and the config{near}, or pass strict=False",
         )
     skipped = sorted(key for key, value in own.items() if skip_sizes and value.shape != state[key].shape)
     if skipped:
@@ -134,7 +140,8 @@ def load_state(
         if isinstance(method, WeightMethod) and isinstance(place, AdaptedLayer):
             keys = {suffix: key_of(place.path, suffix) for suffix in place.adapters[name].suffixes}
             values = {suffix: state[key] for suffix, key in keys.items() if key in state}
-            method.check_read(config, place.frozen, values, place.path)
+            if values or not keys:
+                method.check_read(config, place.frozen, values, place.path)
     passing = {
         key: value
         for key, value in stored.passing.items()
@@ -164,7 +171,7 @@ def load_state(
             if written is not None:
                 written.append((weight, weight.clone()))
             weight.copy_(value.to(weight.device))
-    return _IncompatibleKeys(skipped, [])
+    return _IncompatibleKeys(skipped if strict else sorted({*skipped, *missing}), [] if strict else unexpected)
 
 
 def _rows_of(adapters: AdapterSet, key: str, value: Tensor, own: Tensor) -> int:

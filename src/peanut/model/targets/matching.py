@@ -104,7 +104,7 @@ def matching_paths(model: nn.Module, config: PeftConfig, method: Method[Any], mo
             f"adaptable layers are called {nearest(targets, _adaptable_names(modules, method), 6)}",
         )
     if wrong is not None:
-        raise unknown_name("target_modules", wrong, model, _adaptable_names(modules, method))
+        raise unknown_name("target_modules", wrong, model, _adaptable_names(modules, method), targets)
     return hits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from itertools import accumulate
 
@@ -95,13 +96,20 @@ def unmatched(hits: list[str], names: list[str] | str) -> str | None:
     return next((name for name in names if name not in known), None)
 
 
-def unknown_name(field: str, name: str, model: nn.Module, names: Iterable[str]) -> PeanutError:
-    """The error for a name in ``field`` that is none of the ``names`` that modules have."""
+def unknown_name(
+    field: str, name: str, model: nn.Module, names: Iterable[str], given: Iterable[str] = ()
+) -> PeanutError:
+    """The error for a name in ``field`` that is none of the ``names`` that modules have.
+
+    Of what is ``given`` it tells the pattern, parts of which may match nothing.
+    """
+    either = "|".join(map(re.escape, given))
+    pattern = f"; where some may be missing, give one pattern: r'(.*\\.)?({either})'" if either else ""
     kind = NoMatchingPeftModuleError if field == "target_modules" else PeanutError
     return kind(
         f"{field} names {name!r}, which no module of {type(model).__name__} is called",
         "names of modules",
-        f"nearest: {nearest(name, names)}",
+        f"nearest: {nearest(name, names)}{pattern}",
     )
 
 
