@@ -42,15 +42,17 @@ markers =
     bitsandbytes: with quantised models
 """
 ASIDE = {
-    "methods and variants that we have not": ": no method |PeanutError: (alora_invocation_tokens|use_qalora|use_bdlora|ensure_weight_tying|init_lora_weights)=",
+    "methods and variants that we have not": (
+        r": no method |PeanutError: (alora_\w+|use_qalora|use_bdlora|ensure_weight_tying|init_lora_weights)="
+    ),
     "the words of an error or a warning of the class asked for": ": other words ",
     "the class of an error: ours are ValueErrors": "another class of an error",
     "private attributes": r": no (attribute|name) (_|trainable_tokens_delta)",
     "parameters that no layer holds (experts)": "target_parameters",
     "refused there and done here": "Failed: DID NOT RAISE",
-    "otherwise on purpose: a config that is given is not changed": "^test_from_pretrained_config_construction: Assertion",
+    "otherwise on purpose: a config that is given is not changed": "^test_from_pretrained_config_construction: Assert",
     "otherwise on purpose: within disable_adapter parameters stay trainable": r"Expected \(\) to require gradients",
-    "otherwise on purpose: what starts in the weight is saved as a plain LoRA": "^test_lora_(pissa|olora|corda)_conversion_",
+    "otherwise on purpose: what starts in the weight is saved as a plain LoRA": "^test_lora_(pissa|olora)_conversion_",
     "refused on purpose: a pattern that names no layer": "names …, which none of the N adapted layers",
     "refused on purpose: fields that neither library has": r"sets \w+=…; expected the fields of",
     "refused on purpose: another method's name as peft_type": "peft_type=… in a",

@@ -21,6 +21,7 @@ from ..model.targets.matching import target_paths
 from ..model.targets.paths import bare
 from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ..protocols.arguments import checked
+from ..protocols.patterns import outer
 from .exchange import as_before, modes_of, only_whole
 from .layers import (
     Slot,
@@ -202,7 +203,7 @@ def _located(base: nn.Module, config: PeftConfig, held: Mapping[str, Mapping[str
     if not isinstance(method, WeightMethod):
         return config
     beside_it = {suffix for part, _ in method.companions(config) for suffix in (getattr(part, "suffix", ""),)}
-    paths = [path for path, slots in held.items() if slots.keys() - beside_it]
+    paths = list(dict.fromkeys(outer(path) for path, slots in held.items() if slots.keys() - beside_it))
     try:
         found = target_paths(base, config, method)
     except PeanutError:

@@ -117,7 +117,8 @@ def wrapped_in(base: nn.Module) -> list[Wrapped]:
                 bare = under
             if layers:
                 found.append(Wrapped(inside, parent, tuple(layers), bare))
-            visit(bare, inside)
+            attention = bool(layers) and isinstance(bare, nn.MultiheadAttention)
+            visit(bare, f"{inside}.base_layer" if attention else inside)  # as files call its output projection
 
     visit(base, "")
     return found

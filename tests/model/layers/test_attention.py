@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_the_attention_has_both_changes(config: Any, tmp_path: Path) -> None:
     assert type(plain.attention.out_proj) is type(written.attention.out_proj)
 
 
+def test_a_live_model_of_the_peer_becomes_ours_and_back() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, rank_pattern={"attention": 3})
+    theirs = peft.get_peft_model(base(), config)
+    expected = theirs(X)
+    ours = peanut.from_peft(theirs)
+    assert [place.path for place in ours.adapters.places()] == ["attention", "attention.base_layer.out_proj", "head"]
+    assert distance(ours(X), expected) < 1e-6
+    again = peanut.to_peft(ours)
+    assert type(again).__module__.startswith("peft")
+    assert distance(again(X), expected) < 1e-6
+
+
 @pytest.mark.parametrize("targets", [["self_attn"], ["self_attn", "linear2"]], ids=str)
 @pytest.mark.parametrize("config", [LoraConfig(r=2), PeanutConfig(r=2)], ids=lambda config: config.method)
 def test_torchs_fast_path_for_encoders_computes_with_the_adapters(config: Any, targets: list[str]) -> None:
@@ -155,8 +169,6 @@ def test_torchs_fast_path_for_encoders_computes_with_the_adapters(config: Any, t
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
         return nn.TransformerEncoder(layer, 2).double()
-
-    from dataclasses import replace
 
     model = randomised(get_peft_model(encoder(), replace(config, target_modules=targets)))
     slow, padding = model.train()(X), torch.zeros(4, 4, dtype=torch.bool)
