@@ -15,7 +15,6 @@ from ...errors import PeanutError, warn
 from ...files import parse_json
 from ...protocols.values import check_value
 from ..adapters.adapter_set import AdapterSet
-from ..layers.adapted import walk
 from .base_weights import (
     base_statistics,
     base_tensors,
