@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of the two processes saw, by method and mode."""
     folder, script = tmp_path_factory.mktemp("sharded"), Path(__file__).with_name("sharded.py")
     cases = [f"{method} {mode}" for method in METHODS for mode in ("one", "DDP", "FSDP1", "FSDP2")]
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *cases], timeout=300, capture_output=True, check=False
-    )
+    command, environment = [sys.executable, str(script), str(folder), *cases], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     return [torch.load(folder / f"seen{rank}.pt") for rank in (0, 1)]
 

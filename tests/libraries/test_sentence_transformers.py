@@ -103,10 +103,11 @@ def test_an_adapter_is_trained_saved_and_loaded(name: str, base: Path, tmp_path:
     for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-3"):
         assert {path.name for path in folder.rglob("*.safetensors")} == {"adapter_model.safetensors"}
         again = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-        assert torch.equal(embedded(again), expected)
+        # Of a method that Hugging Face PEFT has too, the library makes that one's layers.
+        assert torch.allclose(embedded(again), expected, atol=1e-5)
     onto = fresh(base)
     onto.load_adapter(str(tmp_path / "saved"))
-    assert torch.equal(embedded(onto), expected)
+    assert torch.allclose(embedded(onto), expected, atol=1e-5)
     onto.disable_adapters()
     assert torch.equal(embedded(onto), start)
     onto.enable_adapters()

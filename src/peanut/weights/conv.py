@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..operators import Delta
 from ..operators.delta import recomputed
+from .emptied import shape_of
 from .kind import LayerKind
 
 __all__ = ["ConvKind"]
@@ -65,7 +66,7 @@ class ConvKind(LayerKind):
         return pointwise(hidden, up.reshape(*up.shape, *_ones(module)), groups=module.groups)
 
     def down_shape(self, module: Conv, r: int) -> tuple[int, ...]:
-        return (r, *module.weight.shape[1:])
+        return (r, *shape_of(module.weight)[1:])
 
     def up_shape(self, module: Conv, r: int) -> tuple[int, ...]:
         return (module.weight.shape[0], r, *_ones(module))

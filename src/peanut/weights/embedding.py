@@ -46,7 +46,7 @@ class EmbeddingKind(LayerKind):
     def fix_storage(self, module: nn.Embedding) -> None:
         # Each row is shortened in place when it is first looked up: W would depend on what has been looked up.
         weight = stored(module, "weight")
-        if module.max_norm is not None and not weight.is_meta:
+        if module.max_norm is not None and not weight.is_meta and weight.numel():
             store(module, "weight", _shortened(module, weight))
 
     def respond(self, module: nn.Embedding, x: Tensor, delta: Delta) -> Tensor:

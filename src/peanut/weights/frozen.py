@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..operators.delta import recomputed
+from .emptied import gathered, is_emptied
 from .kind import LayerKind, as_its_class, is_plain
 from .made import about_to_change, made_now
 from .readable import unreadable
@@ -93,7 +94,7 @@ class FrozenLayer:
         return self.kind.matrix(self.module, self.readable(self.weight))
 
     def readable(self, weight: Tensor) -> Tensor:
-        """``weight``, the layer's, if its numbers are what the layer computes with.
+        """``weight``, the layer's, if its numbers are what the layer computes with; gathered, if it is emptied.
 
         Raises:
             PeanutError: they are not.
@@ -105,7 +106,7 @@ class FrozenLayer:
                 "a weight that can be read as a matrix",
                 "leave this layer out, or use a method that does not read weights (LoRA) and do not merge it",
             )
-        return weight
+        return weight if torch.compiler.is_compiling() else gathered(weight)
 
     def unreadable(self, weight: Any) -> str | None:
         """Why ``weight``, the layer's, does not tell what the layer computes, ``None`` if it does."""
@@ -115,6 +116,8 @@ class FrozenLayer:
                 "the weight changes in each forward of training, by torch.nn.utils.spectral_norm (that of "
                 "parametrizations, or eval() of the layer, would do)"
             )
+        if is_emptied(weight):  # there is nothing to try
+            return None
         if kind.quantised:
             return "codes of a quantised weight that is offloaded" if self.offloaded else None
         if is_plain(weight) and as_its_class(module) and kind.usual(module) and kind.fits(module, weight):
@@ -162,6 +165,12 @@ class FrozenLayer:
             PeanutError: a value is not finite, or there is a bias to write and the layer has none.
         """
         weight = stored(self.module, "weight")
+        if is_emptied(weight):
+            raise PeanutError(
+                "a weight that DeepSpeed's third stage has emptied",
+                "one that can be written",
+                "save the adapter, and merge it into a base in one process",
+            )
         self._seen = None, None  # what the layer computes may have changed since it was tried
         self.readable(weight)
         merged = self.kind.layout(self.module, matrix)

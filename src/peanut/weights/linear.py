@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..operators import Delta
+from .emptied import shape_of
 from .kind import LayerKind, is_plain, unhooked
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Conv1DKind(LinearKind):
         return made is not None and type(module).forward is made.forward
 
     def shape(self, module: Conv1D) -> tuple[int, int]:
-        inputs, outputs = module.weight.shape
+        inputs, outputs = shape_of(module.weight)
         return outputs, inputs
 
     def matrix(self, module: Conv1D, weight: Tensor) -> Tensor:

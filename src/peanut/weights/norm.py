@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from ..operators import Delta
+from .emptied import shape_of
 from .kind import LayerKind, with_tensors
 from .stored import stored
 
@@ -44,7 +45,7 @@ class NormKind(LayerKind):
         return is_norm(module) or (weight.dim() == 1 and weight.is_floating_point() and weight.numel() > 0)
 
     def shape(self, module: Any) -> tuple[int, int]:
-        return module.weight.numel(), 1
+        return shape_of(module.weight).numel(), 1
 
     def matrix(self, module: Any, weight: Tensor) -> Tensor:
         return weight.reshape(-1, 1)

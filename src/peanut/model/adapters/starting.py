@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import PeanutError
 from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
+from ...weights.emptied import gathered
 from ..layers.parameters import Parameters
 from ..layers.weight import BIAS
 from .size_limits import Limited, SizeLimit
@@ -116,7 +117,7 @@ class New:
             values = method.start(config, frozen, generator)
             bias = frozen.bias()
             if getattr(config, "bias", "none") != "none" and bias is not None:
-                values[BIAS] = bias.detach().clone()
+                values[BIAS] = gathered(bias).detach().clone()
             if self.is_filled_by_loading(method, config):
                 by_signature[signature] = values
             return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -80,6 +80,16 @@ class Adapted(Live, nn.Module):
     def acting_here(self) -> list[str]:
         """Names of the active adapters that are here."""
         return [name for name in self.state.active if name in self.adapters]
+
+    @property
+    def _external_params(self) -> dict[int, nn.Parameter]:
+        """What DeepSpeed's third stage gathers for a call beside the module's own parameters, by ``id``."""
+        own = (value for name in self.adapters for value in self.values(name).values())
+        return {id(value): value for value in own if isinstance(value, nn.Parameter)}
+
+    def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
+        """The same, as DeepSpeed asks for it."""
+        return self._external_params.items()
 
     def method_of(self, name: str) -> tuple[Any, Any]:
         """The method of an adapter and its config here."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import PeanutError
 from ...operators import gated
@@ -61,6 +61,11 @@ class AdaptedLayer(AdaptedWeight):
             return self._computed(x, *args, **kwargs)
         with made_once(base):  # what is read is what the layer computes with
             return self._computed(x, *args, **kwargs)
+
+    @property
+    def _external_params(self) -> dict[int, nn.Parameter]:  # the base's tensors are read here too
+        base: Any = self._modules["base_layer"]
+        return super()._external_params | {id(value): value for value in base.parameters()}
 
     def _computed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         refuse_symbolic(x, self.path)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ...errors import PeanutError
 from ...stack import in_a_forward
+from ...weights.emptied import whole
 from ...weights.stored import copied, onload
 from .calls import scattered
 from .hooks import input_of
@@ -44,7 +45,8 @@ class SavedModule(Switched, nn.Module):
             wide: store the copy in float32 at least.
             memo: what has been copied for the same adapter already: what was tied stays so.
         """
-        own = copied(self.original_module, memo)
+        with whole([*self.original_module.parameters()]):
+            own = copied(self.original_module, memo)
         dtype = _dtype(own)
         if wide and dtype is not None:
             own = own.to(torch.promote_types(dtype, torch.float32))

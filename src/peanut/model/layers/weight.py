@@ -16,6 +16,7 @@ from ...operators import Diagonal
 from ...protocols import METHODS, Change, PeftConfig, Values, WeightMethod
 from ...stack import in_a_forward
 from ...weights import FrozenLayer, kind_of
+from ...weights.emptied import is_emptied
 from ...weights.made import is_made
 from .adapted import Adapted
 from .calls import CallState
@@ -102,7 +103,7 @@ class AdaptedWeight(Adapted):
         """``factor`` times the method's change, and that of the bias where it is trained beside the method."""
         if factor != 1.0 and getattr(config, "use_dora", False):  # which scales what it normalises
             config, factor = replace(config, lora_alpha=config.lora_alpha * factor), 1.0  # type: ignore[call-arg, attr-defined]
-        change = method.change(config, values, self.frozen)
+        change = self._asked(method, config, values)
         if not isinstance(change, Change):
             raise PeanutError(f"{method.name} answered '{self.path}' with {type(change).__name__}", "a Change")
         change = change.times(factor)
@@ -112,6 +113,20 @@ class AdaptedWeight(Adapted):
             return change
         moved = trained - bias
         return replace(change, shift=moved if change.shift is None else change.shift + moved)
+
+    def _asked(self, method: WeightMethod[Any], config: PeftConfig, values: Values) -> Any:
+        if torch.compiler.is_compiling():
+            return method.change(config, values, self.frozen)
+        try:
+            return method.change(config, values, self.frozen)
+        except (RuntimeError, IndexError, ValueError) as error:
+            if not any(map(is_emptied, values.values())):
+                raise
+            raise PeanutError(
+                f"tensors of {method.name} at '{self.path}' that DeepSpeed's third stage has emptied",
+                "tensors that are gathered for the layer's forward",
+                "call the engine of deepspeed.initialize; a method whose layers share what they train cannot be used",
+            ) from error
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(up, down) whose product is W' − W of adapter ``name`` alone, if it is given so."""
