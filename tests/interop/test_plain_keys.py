@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vera, bases apart": ("VeraConfig", ON | {"r": 4, "save_projection": False}),
     "vblora": ("VBLoRAConfig", ON | {"vector_length": 4, "num_vectors": 8, "r": 2, "topk": 2}),
     "randlora": ("RandLoraConfig", ON | {"r": 4}),
+    "peanut": ("PeanutConfig", ON | {"r": 4, "depth": 1}),
     "lokr": ("LoKrConfig", ON | {"r": 2}),
     "fourierft": ("FourierFTConfig", ON | {"n_frequency": 10, "scaling": 150.0}),
     "miss": ("MissConfig", ON | {"r": 4}),
