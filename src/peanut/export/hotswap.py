@@ -284,8 +284,10 @@ def _hold(adapters: AdapterSet, name: str, source: str, rank: int | None) -> Non
     }
     for path, layer in layers.items():
         made = {suffix: value.clone(memory_format=torch.contiguous_format) for suffix, value in held[path].items()}
+        trained = any(value.requires_grad for value in layer.values(name).values())
         layer.delete(name)
         layer.add(name, METHODS["LORA"], config.for_layer(path), Parameters(made))
+        layer.adapters[name].requires_grad_(trained)
         layer.set_scale(name, scales[path])
     adapters.configs[name] = config
     if name in adapters.model.__dict__.get("peft_config", {}):

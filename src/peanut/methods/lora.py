@@ -126,12 +126,12 @@ class Lora(WeightMethod[LoraConfig]):
             factors = part_of_weight(config, layer)
             values = {a: factors[0].reshape(A.shape), b: factors[1].reshape(B.shape)}
             values |= {"start_A": values[a].clone(), "start_B": values[b].clone()}
-        elif config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / config.r, generator=generator)
         elif layer.kind.name == "embedding":
             # An embedding reads one column of A a token, so A is the factor that starts at zero.
             A.zero_()
             nn.init.normal_(B, generator=generator)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(A, std=1 / config.r, generator=generator)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         if config.init_lora_weights is False:
