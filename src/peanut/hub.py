@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import PeanutError
+from .errors import PeanutError, check_keywords
 
 __all__ = ["CARD_NAME", "HUB_OPTIONS", "locate", "push"]
 
@@ -71,28 +71,25 @@ def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | N
         ) from error
 
 
-def push(
-    repo_id: str,
-    save: Callable[[Path], object],
-    *,
-    commit_message: str,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> Any:
+_PUSH = ("commit_description", "create_pr", "private", "revision", "token")
+
+
+def push(repo_id: str, save: Callable[[Path], object], commit_message: str, given: Mapping[str, Any]) -> Any:
     """Uploads what ``save`` writes into an empty folder; the README.md that the repository has is put there first.
 
+    ``given`` are the options: how the repository is made and reached, and what the commit says.
+
     Raises:
-        PeanutError: the hub refuses, or cannot be reached.
+        PeanutError: an option is unknown, or the hub refuses or cannot be reached.
     """
+    options = check_keywords("push_to_hub", given, _PUSH, {})
+    revision, token = options.get("revision"), options.get("token")
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi(token=token)
     try:
-        name = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        name = str(api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id)
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(name, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -103,9 +100,9 @@ def push(
                 repo_id=name,
                 folder_path=folder,
                 commit_message=commit_message,
-                commit_description=commit_description,
+                commit_description=options.get("commit_description"),
                 revision=revision,
-                create_pr=create_pr,
+                create_pr=options.get("create_pr", False),
             )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -144,3 +144,24 @@ def test_rows_that_only_the_metadata_tell_of_are_not_made(rows: float, smollm2: 
     save_file(load_file(path), path, {**metadata, "peanut_base_values": json.dumps(recorded)})
     with pytest.raises(PeanutError, match=r"this base is .*'model\.embed_tokens\.weight' differs"):
         peanut.AutoPeftModel.from_pretrained(tmp_path / "a")
+
+
+def test_what_a_file_lacks_and_a_pickle(tmp_path: Path) -> None:
+    _, build = TASKS["CAUSAL_LM"]
+    build().save_pretrained(tmp_path / "base")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = randomised(get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))).eval()
+    model.save_pretrained(tmp_path / "a")
+    config, weights = tmp_path / "a/adapter_config.json", tmp_path / "a/adapter_model.safetensors"
+    plain = json.loads(config.read_text()) | {"peft_version": "0.21.2"}
+    config.write_text(json.dumps(plain))
+    state = load_file(weights)
+    weights.unlink()
+    torch.save(state, tmp_path / "a/adapter_model.bin")
+    assert same_bits(answer(peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")), answer(model))
+    torch.save(dict(sorted(state.items())[1:]), tmp_path / "a/adapter_model.bin")
+    with pytest.raises(PeanutError, match="or pass strict=False"):
+        peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="stays as it is here"):
+        loaded = peanut.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", strict=False)
+    assert answer(loaded).isfinite().all()

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _ADAPTER = ("subfolder", "revision")
-_OWN = ("autocast_adapter_dtype", "check_base")
+_OWN = ("autocast_adapter_dtype", "check_base", "strict")
 _HUB = ("token", "cache_dir", "force_download", "local_files_only")
 _BASES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -106,7 +106,7 @@ class Pretrained(AdapterControls):
             self.save_pretrained(folder)
             self.create_or_update_model_card(folder, tags or ())
 
-        return push(repo_id, save, commit_message=commit_message or "Upload model", **options)
+        return push(repo_id, save, commit_message or "Upload model", options)
 
     @classmethod
     @checked

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..errors import PeanutError, nearest
+from ..errors import PeanutError, check_keywords, nearest
+from ..hub import HUB_OPTIONS
 from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
 from .checkpoints.base_weights import plain_path
 from .checkpoints.keys import KeyStyle, file_key
 from .checkpoints.stored_adapter import read_adapter
 from .injection import AdaptedModel
+from .keywords import LOADING
 
 __all__ = [
     "LoraRuntimeConfig",
@@ -72,6 +74,7 @@ def load_peft_weights(
     Raises:
         PeanutError: the folder cannot be read.
     """
+    hub = check_keywords("load_peft_weights", hub, HUB_OPTIONS, LOADING)
     stored = read_adapter(model_id, key_mapping=key_mapping, **hub)
     style, target = KeyStyle.of(stored.config), torch.device(device or infer_device())
     return {file_key(key, style): value.to(target) for key, value in stored.state.items()}

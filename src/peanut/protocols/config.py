@@ -218,7 +218,7 @@ class PeftConfig(Recognised):
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload config", **options: Any) -> Any:
         """Uploads ``adapter_config.json`` alone; options and errors: see ``PeftModel.push_to_hub``."""
-        return push(repo_id, self.save_pretrained, commit_message=commit_message, **options)
+        return push(repo_id, self.save_pretrained, commit_message, options)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

@@ -157,6 +157,13 @@ def test_a_config_is_uploaded_alone(hub: type[Hub]) -> None:
     assert hub.asked["commit_message"] == "Upload config"
 
 
+def test_an_option_that_there_is_not_is_one_line(hub: type[Hub]) -> None:
+    for each in (lora(), LoraConfig()):
+        with pytest.raises(PeanutError, match=r"^push_to_hub is given 'organisation'; expected keywords .*private"):
+            each.push_to_hub("me/mine", organisation="us")
+    assert hub.uploaded == {}
+
+
 def test_what_the_hub_refuses_is_one_line(hub: type[Hub]) -> None:
     hub.refuses = True
     with pytest.raises(PeanutError, match=r"^'me/mine' is not uploaded: 401 Unauthorized; check its name") as refused:
