@@ -102,37 +102,17 @@ def test_a_config_names_the_keyword_that_it_does_not_know(name: str) -> None:
     assert set(parameters) == {each.name for each in dataclasses.fields(config_class)}
 
 
-<<<<<<< HEAD
-SWALLOWING = {
-    "forward",
-    "generate",
-    "from_pretrained",
-    "load_adapter",
-    "load_peft_weights",
-    "push_to_hub",
-    "save_pretrained",
-}
-"""Functions of a model with ``**``: the first two hand it on to the base's, the others check it (above)."""
-=======
 HANDING_ON = {"forward", "generate", "predictive", "resize_token_embeddings"}
 CHECKING = {"from_pretrained", "load_adapter", "load_peft_weights", "push_to_hub", "save_pretrained"}
 """Functions with ``**``: those that hand it on to the base's, and those that check it (above)."""
->>>>>>> h15-m
 
 
 def test_no_other_public_function_takes_any_keyword() -> None:
     found = set()
     for name in peanut.__all__:
         public = getattr(peanut, name)
-<<<<<<< HEAD
-        members = [(name, public)]
-        if inspect.isclass(public) and issubclass(public, PeftModel):
-            ours = [each for each in public.__mro__ if each.__module__.startswith("peanut.")]
-            members = [member for each in ours for member in vars(each).items()]
-=======
         whole = inspect.isclass(public) and issubclass(public, PeftModel)
         members = inspect.getmembers(public) if whole else [(name, public)]
->>>>>>> h15-m
         for key, each in members:
             function = getattr(each, "__func__", each)
             own = str(getattr(function, "__module__", "")).startswith("peanut.") and not key.startswith("_")
@@ -145,11 +125,7 @@ def test_no_other_public_function_takes_any_keyword() -> None:
                 )
             ):
                 found.add(key)
-<<<<<<< HEAD
-    assert found == SWALLOWING | {"predictive", "resize_token_embeddings"}  # they hand it on too
-=======
     assert found == HANDING_ON | CHECKING
->>>>>>> h15-m
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
@@ -172,11 +148,8 @@ def test_keywords_of_the_peer_without_effect_are_accepted(name: str, tiny_llama:
     ("name", "asked"),
     [
         ("save_pretrained", {"push_to_hub": True}),
-<<<<<<< HEAD
-=======
         ("from_pretrained", {"adapters": {"a": "b"}}),
         ("load_adapter", {"use_auth_token": True}),
->>>>>>> h15-m
     ],
 )
 def test_what_would_change_the_result_is_refused(
