@@ -13,17 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft  # noqa: F401 - which takes long, so before the processes part
 import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import peanut
 
@@ -79,7 +77,7 @@ class Training:
         optimizer: Any = torch.optim.SGD([each for each in self.inner.parameters() if each.requires_grad], lr=0.5)
         self.model: Any = self.inner
         if self.mode == "FSDP1":  # accelerate names a device cpu:0, which torch refuses
-            options: Any = {"auto_wrap_policy": ModuleWrapPolicy([LlamaDecoderLayer]), "use_orig_params": True}
+            options: Any = {"auto_wrap_policy": fsdp_auto_wrap_policy(self.inner), "use_orig_params": True}
             self.model = FullyShardedDataParallel(self.inner, device_id=torch.device("cpu"), **options)
         elif self.mode != "one":
             self.model, optimizer = self.accelerator.prepare(self.inner, optimizer)

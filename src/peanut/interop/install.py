@@ -24,10 +24,11 @@ _MODULES = {
     "peft.tuners.tuners_utils": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
     "peft.peft_model": ("get_layer_status", "get_model_status"),
     "peft.helpers": ("rescale_adapter_scale",),
+    "peft.utils.other": ("fsdp_auto_wrap_policy",),
     _MAPPING: ("build_peft_weight_mapping",),
 }
 """The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
-_HOMES = {"peft.tuners.tuners_utils": "functional", "peft.helpers": "helpers"}
+_HOMES = {"peft.tuners.tuners_utils": "functional", "peft.helpers": "helpers", "peft.utils.other": "utils"}
 """Where ours are, if not among the public names of this package."""
 _ORIGINALS: dict[str, FunctionType] = {}
 """What was installed, by name: the function as it was."""
