@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import transformers as hf
@@ -134,6 +135,17 @@ class Training:
         assert self.loss() == loss
         return "same" if all(torch.equal(after[name], value) for name, value in before.items()) else "other values"
 
+    def loaded(self, whole: dict[str, Tensor]) -> str:
+        """Whether whole tensors that every process has, as files hold them, can be put into sharded parameters."""
+        before = self.trained()
+        with torch.no_grad():
+            for value in self.inner.parameters():
+                if value.requires_grad:
+                    value.zero_()
+        peanut.set_peft_model_state_dict(self.inner, whole)
+        after = self.trained()
+        return "same" if all(torch.equal(after[name], value) for name, value in before.items()) else "other values"
+
     def trained(self) -> dict[str, Tensor]:
         """This process' part of what is trained."""
         found = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
@@ -168,6 +180,9 @@ def seen(method: str, mode: str, rank: int, folder: Path) -> Found:
             for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
             for only in (False, True)
         }
+        if mode == "FSDP2":
+            given = safetensors.torch.load_file(folder / "gathered" / "adapter_model.safetensors")
+            found["whole"] = answer(partial(training.loaded, given))
         held = torch.load(folder / "FULL_STATE_DICTTrue" / "pytorch_model_fsdp.bin")
         whole = peanut.get_peft_model_state_dict(adapted(method))
         found |= {

@@ -74,3 +74,8 @@ def test_one_process_alone_is_told_that_it_holds_parts(method: str, mode: str, s
 def test_one_process_of_replicas_saves_alone(method: str, seen: Seen) -> None:
     assert seen[0][method, "DDP"]["alone"] == "None"
     assert seen[0][method, "DDP"]["written"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@every_method
+def test_whole_tensors_are_loaded_into_sharded_parameters(method: str, seen: Seen) -> None:
+    assert [own[method, "FSDP2"]["whole"] for own in seen] == ["same", "same"]
