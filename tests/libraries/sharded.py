@@ -13,17 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft  # noqa: F401 - which takes long, so before the processes part
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import peanut
 
@@ -79,7 +78,7 @@ class Training:
         optimizer: Any = torch.optim.SGD([each for each in self.inner.parameters() if each.requires_grad], lr=0.5)
         self.model: Any = self.inner
         if self.mode == "FSDP1":  # accelerate names a device cpu:0, which torch refuses
-            options: Any = {"auto_wrap_policy": ModuleWrapPolicy([LlamaDecoderLayer]), "use_orig_params": True}
+            options: Any = {"auto_wrap_policy": fsdp_auto_wrap_policy(self.inner), "use_orig_params": True}
             self.model = FullyShardedDataParallel(self.inner, device_id=torch.device("cpu"), **options)
         elif self.mode != "one":
             self.model, optimizer = self.accelerator.prepare(self.inner, optimizer)
@@ -136,6 +135,17 @@ class Training:
         assert self.loss() == loss
         return "same" if all(torch.equal(after[name], value) for name, value in before.items()) else "other values"
 
+    def loaded(self, whole: dict[str, Tensor]) -> str:
+        """Whether whole tensors that every process has, as files hold them, can be put into sharded parameters."""
+        before = self.trained()
+        with torch.no_grad():
+            for value in self.inner.parameters():
+                if value.requires_grad:
+                    value.zero_()
+        peanut.set_peft_model_state_dict(self.inner, whole)
+        after = self.trained()
+        return "same" if all(torch.equal(after[name], value) for name, value in before.items()) else "other values"
+
     def trained(self) -> dict[str, Tensor]:
         """This process' part of what is trained."""
         found = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
@@ -170,6 +180,9 @@ def seen(method: str, mode: str, rank: int, folder: Path) -> Found:
             for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
             for only in (False, True)
         }
+        if mode == "FSDP2":
+            given = safetensors.torch.load_file(folder / "gathered" / "adapter_model.safetensors")
+            found["whole"] = answer(partial(training.loaded, given))
         held = torch.load(folder / "FULL_STATE_DICTTrue" / "pytorch_model_fsdp.bin")
         whole = peanut.get_peft_model_state_dict(adapted(method))
         found |= {

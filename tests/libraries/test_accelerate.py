@@ -33,8 +33,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 def test_two_processes_train_as_one(method: str, mode: str, seen: Seen) -> None:
     expected = seen[0][method, "one"]["losses"]
     assert expected[2] < expected[0]
-    for own in seen:
-        assert own[method, mode]["losses"] == pytest.approx(expected, abs=2e-6)
+    assert seen[0][method, mode]["losses"] == pytest.approx(expected, abs=2e-6)
+    assert seen[1][method, mode]["losses"] == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize("mode", ["DDP", "FSDP1", "FSDP2"])
@@ -48,10 +48,9 @@ def test_a_gathered_state_dict_is_saved_by_one_process(method: str, mode: str, s
 @sharded_modes
 @every_method
 def test_accelerate_saves_and_loads_what_is_sharded(method: str, mode: str, seen: Seen) -> None:
-    for own in seen:
-        states = own[method, mode]["states"]
-        assert len(states) == 4
-        assert states == dict.fromkeys(states, "same")
+    kinds = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    expected = {(kind, only): "same" for kind in kinds for only in (False, True)}
+    assert [own[method, mode]["states"] for own in seen] == [expected, expected]
 
 
 @sharded_modes
@@ -75,3 +74,8 @@ def test_one_process_alone_is_told_that_it_holds_parts(method: str, mode: str, s
 def test_one_process_of_replicas_saves_alone(method: str, seen: Seen) -> None:
     assert seen[0][method, "DDP"]["alone"] == "None"
     assert seen[0][method, "DDP"]["written"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@every_method
+def test_whole_tensors_are_loaded_into_sharded_parameters(method: str, seen: Seen) -> None:
+    assert [own[method, "FSDP2"]["whole"] for own in seen] == ["same", "same"]

@@ -30,6 +30,7 @@ _MODULES = {
         "hotswap_adapter_from_state_dict",
         "prepare_model_for_compiled_hotswap",
     ),
+    "peft.utils.other": ("fsdp_auto_wrap_policy",),
     _MAPPING: ("build_peft_weight_mapping",),
 }
 """The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
@@ -37,6 +38,7 @@ _HOMES = {
     "peft.tuners.tuners_utils": "functional",
     "peft.helpers": "helpers",
     "peft.utils.hotswap": "utils.hotswap",
+    "peft.utils.other": "utils",
 }
 """Where ours are, if not among the public names of this package."""
 _ORIGINALS: dict[str, FunctionType] = {}

@@ -147,7 +147,10 @@ def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """FSDP's policy: transformer blocks, and leaves that are trained, are units of their own."""
+    """FSDP's policy: transformer blocks, and leaves that are trained, are units of their own.
+
+    Adapters' tensors stay with the layers that read them, so FSDP's first version needs ``use_orig_params=True``.
+    """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(getattr(model, "_no_split_modules", None) or ()))
@@ -159,7 +162,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
         )
 
     def trained(module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
+        weight = None if type(module) is nn.Module else getattr(module, "weight", None)  # such hold adapters' tensors
         return not list(module.named_children()) and weight is not None and weight.requires_grad
 
     leaves = partial(lambda_auto_wrap_policy, lambda_fn=trained)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+from peanut import PeanutError
+from peanut.utils import fsdp_auto_wrap_policy
 
 from ...support import FIRST_CASES, Case, change_in_output, directed, distance, gradients, one_thread  # noqa: F401
 
@@ -27,6 +33,7 @@ def group() -> Iterator[None]:
 
 
 SOME = [case for case in FIRST_CASES if case.kind in ("conv", "norm") or case.method in ("LORA", "PEANUT", "OFT")]
+LORA = next(case for case in SOME if case.method == "LORA")
 
 
 @pytest.mark.usefixtures("group")
@@ -46,3 +53,19 @@ def test_an_adapted_model_computes_the_same_under_fsdp(case: Case) -> None:
     assert wanted
     assert all(distance(own.pop(name), grad) < 1e-5 for name, grad in wanted.items())
     assert not any(grad.any() for grad in own.values())  # of what this forward has no use for
+
+
+@pytest.mark.usefixtures("group")
+def test_adapters_stay_with_the_layers_that_read_them() -> None:
+    """Hugging Face PEFT's policy, without ``install``, puts units of their own around them."""
+    model = LORA.adapted(dtype=torch.float32)
+    own = next(value for name, value in model.named_modules() if name.endswith("lora_A"))
+    options: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module is own["default"])
+    with pytest.raises(PeanutError, match=r"FSDP around the tensors of adapter 'default' alone"):
+        FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
+    model = LORA.adapted(dtype=torch.float32)
+    x = LORA.input(torch.float32)
+    expected = model(x)
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), **options)
+    assert distance(wrapped(x), expected) < 1e-6

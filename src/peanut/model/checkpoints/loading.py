@@ -25,6 +25,7 @@ from .fingerprint import check_base
 from .integrity import CIRCUMSTANCES
 from .keys import flat
 from .older_keys import renamed
+from .shards import as_held
 from .stored_adapter import TRAINING_NAME, StoredAdapter
 from .tensor_files import check_kind
 
@@ -164,7 +165,7 @@ def load_state(
                     f"'{key}' has no storage and is no adapter parameter", "a base model with its weights loaded"
                 )
             else:
-                parameter.copy_(value.to(parameter.device))
+                parameter.copy_(as_held(value, parameter))
         for key, value in passing.items() if stored.fits else ():
             there[key].copy_(value.to(there[key].device))
         for weight, value in embeddings:

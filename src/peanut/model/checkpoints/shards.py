@@ -12,7 +12,7 @@ from ...errors import PeanutError, nearest
 from ..adapters.adapter_set import AdapterSet
 from .base_weights import WRAPPERS
 
-__all__ = ["load_into_shards", "local_parts"]
+__all__ = ["as_held", "load_into_shards", "local_parts"]
 
 
 def local_parts(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -24,6 +24,16 @@ def local_parts(state: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             found[key] = value.to_local() if type(value).__name__ == "DTensor" else value
     return found
+
+
+def as_held(value: Tensor, own: Any) -> Tensor:
+    """A tensor on the device of another, and spread over processes as that one; each takes its part of the whole."""
+    value = value.to(own.device)
+    if type(own).__name__ != "DTensor" or type(value) is type(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def load_into_shards(

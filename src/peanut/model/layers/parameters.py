@@ -40,6 +40,15 @@ class ByAdapter(nn.Module):
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value).__name__ == "FullyShardedDataParallel":
+            raise PeanutError(
+                f"FSDP around the tensors of adapter {name!r} alone, which the layer around them reads",
+                "FSDP around the whole layer",
+                "wrap by peanut.utils.fsdp_auto_wrap_policy(model), with use_orig_params=True",
+            )
+        super().__setattr__(name, value)
+
     def __delitem__(self, name: str) -> None:
         for held in self._held():
             held.pop(name, None)
