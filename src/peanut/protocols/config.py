@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import PeanutError, check_keywords, nearest, shown, warn
+from ..errors import PeanutError, check_keywords, shown
 from ..files import read_json, write_json
 from ..hub import HUB_OPTIONS, locate, push
 from ..identity import Recognised
 from .arguments import checked
+from .known_fields import known_fields
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern, outer
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
-from .values import Whole, check_types, takes_none
+from .values import Whole, check_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -243,20 +243,7 @@ class PeftConfig(Recognised):
         """
         method = method_of(values.get("peft_type") or getattr(cls, "method", None), source)
         config_class: type[PeftConfig] = method.config_class
-        known = {field.name for field in dataclasses.fields(config_class)}
-        strange = [name for name, value in values.items() if name not in known and not _asks_for_nothing(name, value)]
-        if strange and _is_later(values.get("peft_version")):
-            warn(
-                f"{source} was written by Hugging Face PEFT {shown(values['peft_version'])}, and what it sets is not "
-                f"known here and ignored: {', '.join(f'{name}={shown(values[name])}' for name in strange)}",
-            )
-        elif strange:
-            raise PeanutError(
-                f"{source} sets {strange[0]}={shown(values[strange[0]])}",
-                f"the fields of {config_class.__name__}",
-                f"remove it (nearest: {nearest(strange[0], known)})",
-            )
-        known &= {name for name, value in values.items() if value is not None} | takes_none(config_class)
+        known = known_fields(config_class, values, source, FORMAT_VERSION)
         try:
             return config_class(**{name: value for name, value in values.items() if name in known})
         except PeanutError as error:
@@ -304,19 +291,3 @@ def _keywords(config_class: type[PeftConfig]) -> list[str]:
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The value that a field has where none is given."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Fields of Hugging Face PEFT with the value that has no effect."""
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_asks_for_nothing(inner, each) for inner, each in value.items())
-    return value is None or value is False or value == [] or _NEUTRAL.get(name) == value
-
-
-def _is_later(version: object) -> bool:
-    """Whether a file is of a later version of Hugging Face PEFT than the one whose format is written."""
-    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", str(version))
-    return found is not None and [int(part or 0) for part in found.groups()] > [*map(int, FORMAT_VERSION.split("."))]

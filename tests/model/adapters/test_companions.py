@@ -29,7 +29,7 @@ from peanut import (
     VeraConfig,
     get_peft_model,
 )
-from peanut.model.layers.weight import BIAS
+from peanut.model.layers.changed import BIAS
 
 from ...support import (  # noqa: F401
     PEER_WARNINGS,

@@ -15,8 +15,8 @@ from ...errors import PeanutError
 from ...protocols import Method, PeftConfig, WeightMethod
 from ...weights import FrozenLayer
 from ...weights.emptied import gathered
+from ..layers.changed import BIAS
 from ..layers.parameters import Parameters
-from ..layers.weight import BIAS
 from .size_limits import Limited, SizeLimit
 
 __all__ = ["New", "Target", "naming"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import PeanutError
 
-__all__ = ["BASE", "PLAIN", "Cache", "CallState", "Context", "Running", "scattered"]
+__all__ = ["BASE", "PLAIN", "Cache", "CallState", "Context", "Running", "scattered", "share", "tensors_in"]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -137,3 +137,29 @@ def scattered(parts: Iterable[tuple[Tensor, Tensor]], rows: int, path: str) -> T
         y = y.index_copy(0, index, part)
     assert y is not None  # groups() has rows of the base in an empty batch
     return y
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: in lists, tuples, mappings and dataclasses."""
+    waiting, seen = [output], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif is_dataclass(value):
+            waiting += vars(value).values()
+
+
+def share(count: int, samples: int, what: str, one: str, do: str) -> int:
+    """How many of ``count`` rows belong to each of ``samples``."""
+    if count % samples if samples else count:
+        found = f"{what} has {samples} {one}s and a layer sees a batch of {count}"
+        raise PeanutError(found, f"one {one} for each sample", do)
+    return count // max(samples, 1)

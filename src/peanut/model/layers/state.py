@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from .calls import BASE, PLAIN, Cache, CallState, Context
+from .calls import BASE, PLAIN, Cache, CallState, Context, share, tensors_in
 from .hooks import Hooking
 
 __all__ = ["AdapterState"]
@@ -151,7 +151,7 @@ class AdapterState(Hooking):
         if torch.is_grad_enabled():
             graph = _Graph(self.call.plain and not self._thread.scaled, self.acting_now())
             self._thread.scaled = False
-            for value in _tensors(output):
+            for value in tensors_in(output):
                 node: Any = value.grad_fn
                 if node is not None:
                     node.metadata[self] = graph
@@ -277,10 +277,10 @@ class AdapterState(Hooking):
         samples, key = call.samples or [], (tuple(call.samples or ()), count, device)
         if key in call.indices and not torch.compiler.is_compiling():
             return call.indices[key]
-        share = _share(count, len(samples), "adapter_names", "name", f"give one name a sample ({BASE!r} for none)")
+        each = share(count, len(samples), "adapter_names", "name", f"give one name a sample ({BASE!r} for none)")
         rows: dict[str, list[int]] = {} if samples else {BASE: []}  # of an empty batch
         for index, name in enumerate(samples):
-            rows.setdefault(name, []).extend(range(index * share, (index + 1) * share))
+            rows.setdefault(name, []).extend(range(index * each, (index + 1) * each))
         call.indices[key] = {name: torch.tensor(own, dtype=torch.long, device=device) for name, own in rows.items()}
         return call.indices[key]
 
@@ -290,8 +290,8 @@ class AdapterState(Hooking):
         if tasks is None:
             return None
         tasks = tasks.reshape(-1)
-        share = _share(count, len(tasks), "task_ids", "task", "give one task a sample")
-        return tasks if share == 1 else torch.repeat_interleave(tasks, share)
+        each = share(count, len(tasks), "task_ids", "task", "give one task a sample")
+        return tasks if each == 1 else torch.repeat_interleave(tasks, each)
 
     def __getstate__(self) -> tuple[Any, ...]:
         """Copies and files take along what holds in the model, and no call."""
@@ -300,29 +300,3 @@ class AdapterState(Hooking):
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__()  # type: ignore[misc]
         self._active, self.merged, self.enabled, self.scales = state
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output: in lists, tuples, mappings and dataclasses."""
-    waiting, seen = [output], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            waiting += value.values()
-        elif isinstance(value, (list, tuple)):
-            waiting += value
-        elif is_dataclass(value):
-            waiting += vars(value).values()
-
-
-def _share(count: int, samples: int, what: str, one: str, do: str) -> int:
-    """How many of ``count`` rows belong to each of ``samples``."""
-    if count % samples if samples else count:
-        found = f"{what} has {samples} {one}s and a layer sees a batch of {count}"
-        raise PeanutError(found, f"one {one} for each sample", do)
-    return count // max(samples, 1)
