@@ -178,6 +178,8 @@ def find(name: str, inside: str = "") -> Any:
         if home == _LAYERS:
             return import_module(".model.names", __package__).layer_class(name)
         return getattr(import_module(f".{module}", __package__), own)
+    if not inside and name in (*_SUBMODULES, "optimizers"):
+        return import_module(f".{name}", __package__)
     place = f"{__package__}.{inside}" if inside else __package__
     reason = absent(name)
     # ``from … import`` would say "cannot import name" alone of an AttributeError.

@@ -7,6 +7,8 @@ import importlib
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,14 @@ def test_layers_are_known_by_their_method() -> None:
     assert found == [[True, False, True], [False, True, True]]
     assert not isinstance(net()[0], LoraLayer)
     assert lora.LoraModel is peanut.LoraModel
+
+
+def test_modules_are_there_without_an_import_of_their_own() -> None:
+    code = (
+        "import peanut; print(peanut.utils.TaskType.__name__, peanut.optimizers.__name__, peanut.tuners.lora.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["TaskType", "peanut.optimizers", "peanut.tuners.lora"]
 
 
 def test_tables_are_those_of_hugging_face_peft() -> None:
