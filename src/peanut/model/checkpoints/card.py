@@ -34,15 +34,15 @@ def card_text(adapters: AdapterSet, config: PeftConfig, folder: Path, tags: Iter
     """
     from huggingface_hub import ModelCard
 
-    path = folder / CARD_NAME
+    path, base = folder / CARD_NAME, _on_the_hub(adapters, config)
     try:
-        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _blank(config))
+        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _blank(config, base))
     except Exception as error:  # it may be anybody's, and YAML has many errors
         warn(f"'{path}' is left as it is, as it cannot be read: {' '.join(str(error).split())[:200]}")
         return None
     card.data["library_name"] = _library(config)
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *_tags(adapters, config), *tags})
-    if base := _on_the_hub(config):
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *_tags(adapters, config, base), *tags})
+    if base:
         card.data["base_model"] = base
     task = str(getattr(config.task_type, "value", config.task_type))
     if not card.data.get("pipeline_tag") and task in _PIPELINES:
@@ -56,8 +56,7 @@ def card_text(adapters: AdapterSet, config: PeftConfig, folder: Path, tags: Iter
     return f"{str(card).rstrip()}\n"
 
 
-def _blank(config: PeftConfig) -> str:
-    base = _on_the_hub(config)
+def _blank(config: PeftConfig, base: str) -> str:
     of = f" for [{base}](https://huggingface.co/{base})" if base else ""
     return "\n".join(
         (
@@ -80,7 +79,7 @@ def _library(config: PeftConfig) -> str:
     return "peft" if _THEIRS.fullmatch(config.method) else __package__.partition(".")[0]
 
 
-def _tags(adapters: AdapterSet, config: PeftConfig) -> set[str]:
+def _tags(adapters: AdapterSet, config: PeftConfig, base: str) -> set[str]:
     from transformers import PreTrainedModel
 
     model: Any = adapters.model
@@ -89,12 +88,12 @@ def _tags(adapters: AdapterSet, config: PeftConfig) -> set[str]:
         tags.add("transformers")
     if config.method == "LORA":
         tags.add("lora")
-    if base := _on_the_hub(config):
+    if base:
         tags.add(f"base_model:adapter:{base}")
     return tags
 
 
-def _on_the_hub(config: PeftConfig) -> str:
-    """The base's name there; nothing where it is a folder, which the hub refuses."""
-    name = str(config.base_model_name_or_path or "")
+def _on_the_hub(adapters: AdapterSet, config: PeftConfig) -> str:
+    """The base's name there; nothing of a model that has no config, or where it is a folder, which the hub refuses."""
+    name = str(config.base_model_name_or_path or "") if hasattr(adapters.model, "config") else ""
     return name if _HUB_ID.fullmatch(name) and not os.path.isdir(name) else ""
