@@ -282,12 +282,14 @@ def _hold(adapters: AdapterSet, name: str, source: str, rank: int | None) -> Non
         path: {**lora_values(layer, *parts[path], config.for_layer(path)), **_magnitudes(layer, source)}
         for path, layer in layers.items()
     }
+    trained = {
+        path: any(value.requires_grad for value in layer.values(name).values()) for path, layer in layers.items()
+    }
     for path, layer in layers.items():
         made = {suffix: value.clone(memory_format=torch.contiguous_format) for suffix, value in held[path].items()}
-        trained = any(value.requires_grad for value in layer.values(name).values())
         layer.delete(name)
         layer.add(name, METHODS["LORA"], config.for_layer(path), Parameters(made))
-        layer.adapters[name].requires_grad_(trained)
+        layer.adapters[name].requires_grad_(trained[path])
         layer.set_scale(name, scales[path])
     adapters.configs[name] = config
     if name in adapters.model.__dict__.get("peft_config", {}):
