@@ -131,7 +131,9 @@ def test_what_the_core_imports_is_named_as_a_dependency() -> None:
             )
             imported |= {one or other for one, other in lines} - sys.stdlib_module_names
     required = (root.parents[1] / "pyproject.toml").read_text().partition("\ndependencies = ")[2].partition("]")[0]
-    assert imported - {"peft", "bitsandbytes", "deepspeed", "typing_extensions"} == set(re.findall(r'"(\w+)>=[\d.]+"', required))
+    assert imported - {"peft", "bitsandbytes", "deepspeed", "typing_extensions"} == set(
+        re.findall(r'"(\w+)>=[\d.]+"', required)
+    )
 
 
 def test_core_needs_none_of_the_extras() -> None:

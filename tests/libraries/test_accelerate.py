@@ -73,7 +73,7 @@ def test_one_process_alone_is_told_that_it_holds_parts(method: str, mode: str, s
 @every_method
 def test_one_process_of_replicas_saves_alone(method: str, seen: Seen) -> None:
     assert seen[0][method, "DDP"]["alone"] == "None"
-    assert seen[0][method, "DDP"]["written"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert seen[0][method, "DDP"]["written"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @every_method

@@ -74,6 +74,7 @@ def is_size(hint: Any) -> bool:
     return hint is int or any(map(is_size, typing.get_args(hint)))
 
 
+@pytest.mark.filterwarnings("ignore:r=1000000000 is not used by AdaLoRA")
 @pytest.mark.parametrize("name", METHODS)
 def test_no_number_of_a_config_costs_more_than_its_file(name: str, tiny_llama: Builder, tmp_path: Path) -> None:
     model = tiny_llama()

@@ -158,10 +158,18 @@ class Live(Switched):
         """The width of the base layer's input: of a convolution its channels, of an embedding its rows."""
         return _width(self.get_base_layer(), 0)
 
+    @in_features.setter
+    def in_features(self, value: int) -> None:
+        self.get_base_layer().in_features = value
+
     @property
     def out_features(self) -> int:
         """The width of the base layer's output."""
         return _width(self.get_base_layer(), 1)
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:  # transformers' resizing does
+        self.get_base_layer().out_features = value
 
     @property
     def merged_adapters(self) -> list[str]:
