@@ -108,12 +108,13 @@ def _residual(place: Adapted, name: str, state: State, prefix: str) -> None:
 
 
 def _whole_and_part(place: Adapted, name: str) -> tuple[Tensor, Tensor]:
-    frozen: Any = place
-    A, B = (place.values(name)[suffix].flatten(1) for suffix in _START)
-    weight: Tensor = frozen.frozen.weight.detach().float()
-    part = frozen.method_of(name)[1].scaling * (B.float() @ A.float())
-    matrix = frozen.frozen.kind.matrix(frozen.frozen.module, weight)
-    return weight, (part if matrix.shape == weight.shape and torch.equal(matrix, weight) else part.T).view_as(weight)
+    layer: Any = place
+    frozen = layer.frozen
+    weight: Tensor = frozen.weight.detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    A, B = (place.values(name)[suffix].flatten(1).to(weight) for suffix in _START)
+    part: Tensor = frozen.kind.layout(frozen.module, layer.method_of(name)[1].scaling * (B @ A))
+    return weight, part
 
 
 def output_keys(place: Adapted, state: State, prefix: str) -> None:
