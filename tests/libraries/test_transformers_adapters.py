@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers as hf
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
 import peanut
@@ -92,6 +95,22 @@ def test_folders_are_saved_and_loaded(kind: str, tiny_llama: Callable[..., Any],
     assert torch.equal(logits(model), other)
     model.set_adapter("default")
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_pipeline_of_a_folder(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    tiny_llama().save_pretrained(base)
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate("abcdefgh")}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a", pad_token="b").save_pretrained(base)
+    model = hf.AutoModelForCausalLM.from_pretrained(base)
+    model.add_adapter(CONFIGS[kind]())
+    expected = logits(model)
+    model.save_pretrained(folder)
+    made = hf.pipeline("text-generation", model=folder, device="cpu")
+    assert torch.allclose(logits(made.model), expected, atol=1e-6)
+    assert made("c d", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("c d")
 
 
 def test_layers_are_taken_for_the_other_librarys(tiny_llama: Callable[..., Any]) -> None:
