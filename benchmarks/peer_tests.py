@@ -54,11 +54,11 @@ ASIDE = {
         "^test_from_pretrained_config_construction: Assert|^test_lora_conversion: TypeError"
     ),
     "otherwise on purpose: within disable_adapter parameters stay trainable": r"Expected \(\) to require gradients",
-    "otherwise on purpose: what starts in the weight is saved as a plain LoRA": r"^test_(lora|load)_(config_)?(pissa|olora)_",
+    "otherwise on purpose: starts in the weight are saved as LoRAs": r"^test_(lora|load)_(config_)?(pissa|olora)_",
     "refused on purpose: a pattern that names no layer": "names …, which none of the N adapted layers",
     "refused on purpose: fields that neither library has": r"sets \w+=…; expected the fields of",
     "refused on purpose: another method's name as peft_type": "peft_type=… in a",
-    "refused on purpose: prefix tuning where nothing would read the prefix": "never given keys and values of earlier",
+    "refused on purpose: a prefix that nothing would read": "never given keys and values of earlier",
     "refused on purpose: another base": "the adapter was trained on",
 }
 """Causes of failures that are not counted, each with what they look like; see docs/decisions/008."""
