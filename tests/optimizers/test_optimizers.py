@@ -99,3 +99,10 @@ def test_without_a_lora_it_is_refused(make: str) -> None:
     with pytest.raises(PeanutError, match=r"LoRA|lora_A"):
         OURS[make](model, *given, **named)
     assert any(own.requires_grad for own in model.parameters())
+
+
+def test_what_is_no_class_of_optimizers_is_refused() -> None:
+    model = get_peft_model(Mixed(), LoraConfig(r=4, target_modules=["first"]))
+    for given in (dict, torch.optim.SGD(model.parameters(), lr=0.1)):
+        with pytest.raises(PeanutError, match=r"^optimizer_cls=.*; expected a class of torch\.optim; give the class"):
+            create_riemannian_optimizer(model, given, lr=0.1)  # type: ignore[arg-type]
