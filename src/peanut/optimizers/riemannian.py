@@ -31,7 +31,8 @@ def create_riemannian_optimizer(
     found = [(a, b) for _, a, b in pairs(model) if a.requires_grad and b.requires_grad]
     if not found:
         raise PeanutError("a model that trains no pair lora_A, lora_B", "a LoRA adapter in training")
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+    given: Any = optimizer_cls
+    if not (isinstance(given, type) and issubclass(given, Optimizer)):
         raise PeanutError(f"optimizer_cls={optimizer_cls!r}", "a class of torch.optim", "give the class, not one of it")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
