@@ -51,7 +51,7 @@ class Combination:
             raise PeanutError(f"majority_sign_method={self.majority!r}", "'total' or 'frequency'")
         if any(name in self.kind for name in ("ties", "dare", "prune")):
             least = "above 0" if "dare" in self.kind else "0 or more"
-            if self.density is None or self.density < 0 or (self.density == 0 and "dare" in self.kind):
+            if self.density is None or not 0 <= self.density <= 1 or (self.density == 0 and "dare" in self.kind):
                 raise PeanutError(
                     f"density={self.density} with {self.kind!r}", f"a number {least}, at most 1", "set density"
                 )
@@ -117,6 +117,10 @@ def add_weighted(
     """
     if not names or len(weights) != len(names):
         raise PeanutError(f"{len(weights)} weights for {len(names)} adapters", "one for each of at least one adapter")
+    if how.kind == "slerp" and (len(names) != 2 or not sum(weights)):
+        raise PeanutError(
+            f"'slerp' of {len(names)} adapters with weights {list(weights)}", "two, whose weights have a sum"
+        )
     adapters.known(list(names))
     configs = [adapters.configs[name] for name in names]
     layers: dict[str, AdaptedLayer] = {path: layer for name in names for path, layer in adapters.layers(name)}
