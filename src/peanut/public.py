@@ -37,7 +37,7 @@ _WHERE = {
         "set_peft_model_state_dict",
     ),
     "model.kbit": ("prepare_model_for_kbit_training",),
-    "model.names": (
+    "interop.names": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
@@ -58,7 +58,7 @@ _WHERE = {
     "model.status": ("get_layer_status", "get_model_status"),
     "model.predictive": ("predictive",),
     "model.prompts.encoders": ("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
-    "model.utilities": (
+    "interop.utilities": (
         "LoraRuntimeConfig",
         "cast_mixed_precision_params",
         "get_base_model_state_dict",
@@ -73,13 +73,13 @@ _HOMES = {name: module for module, names in _WHERE.items() for name in names}
 """The public names that belong to no method."""
 _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "functional": {
-        "model.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
+        "interop.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
         "model.injection": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     },
     "helpers": {
-        "model.functional": ("rescale_adapter_scale",),
-        "model.names": ("BaseTunerLayer",),
-        "model.utilities": (
+        "interop.functional": ("rescale_adapter_scale",),
+        "interop.names": ("BaseTunerLayer",),
+        "interop.utilities": (
             "check_if_peft_model",
             "update_forward_signature",
             "update_generate_signature",
@@ -88,19 +88,19 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "tuners": {
         "export": ("convert_to_lora", "save_as_lora"),
-        "model.names": ("MixedModel",),
+        "interop.names": ("MixedModel",),
         "model.prompts.encoders": ("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
-        "model.utilities": ("LoraRuntimeConfig",),
+        "interop.utilities": ("LoraRuntimeConfig",),
     },
     "tuners.tuners_utils": {
-        "model.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
-        "model.names": ("BaseTuner", "BaseTunerLayer"),
+        "interop.functional": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
+        "interop.names": ("BaseTuner", "BaseTunerLayer"),
     },
     "utils": {
         "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
         "model.injection": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
-        "model.kbit": ("prepare_model_for_kbit_training",),
-        "model.names": (
+        "model.kbit": ("prepare_model_for_gradient_checkpointing", "prepare_model_for_kbit_training"),
+        "interop.names": (
             "ALLOWED_COMPUTE_DTYPES",
             "INCLUDE_LINEAR_LAYERS_SHORTHAND",
             "UPCAST_DTYPES",
@@ -108,20 +108,18 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
         ),
-        "model.utilities": (
+        "interop.utilities": (
             "_freeze_adapter",
             "_get_batch_size",
             "_get_input_embeddings_name",
             "_get_submodules",
             "_is_valid_match",
-            "_set_adapter",
             "cast_mixed_precision_params",
             "fsdp_auto_wrap_policy",
             "get_base_model_state_dict",
             "id_tensor_storage",
             "infer_device",
             "load_peft_weights",
-            "prepare_model_for_gradient_checkpointing",
             "set_base_model_state_dict",
             "shift_tokens_right",
             "transpose",
@@ -131,7 +129,10 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The names in the modules that Hugging Face PEFT has beside its main one, and where they are defined."""
-_RENAMED = {"SAFETENSORS_WEIGHTS_NAME": ("model.checkpoints.stored_adapter", "WEIGHTS_NAME")}
+_RENAMED = {
+    "SAFETENSORS_WEIGHTS_NAME": ("model.checkpoints.stored_adapter", "WEIGHTS_NAME"),
+    "_set_adapter": ("interop.functional", "set_adapter"),
+}
 _LAYERS = "layers"
 """In place of a module: the class that layers with an adapter of a method are of."""
 _TARGETS = ("TRANSFORMERS_MODELS_TO_", "_MAPPING")
@@ -172,11 +173,11 @@ def find(name: str, inside: str = "") -> Any:
     home = (_names_in(inside) if inside else _HOMES).get(name) or (None if inside else homes().get(name))
     if home is not None:
         module, own = _RENAMED.get(name, (home, name))
-        if home == "model.names" and name.startswith(_TARGETS[0]):
-            table = import_module(".model.names", __package__).targets_mapping
+        if home == "interop.names" and name.startswith(_TARGETS[0]):
+            table = import_module(".interop.names", __package__).targets_mapping
             return table(name.removeprefix(_TARGETS[0]).removesuffix(_TARGETS[1]))
         if home == _LAYERS:
-            return import_module(".model.names", __package__).layer_class(name)
+            return import_module(".interop.names", __package__).layer_class(name)
         return getattr(import_module(f".{module}", __package__), own)
     if not inside and name in (*_SUBMODULES, "optimizers"):
         return import_module(f".{name}", __package__)
@@ -203,8 +204,8 @@ def _names_in(inside: str) -> dict[str, str]:
     if inside == "utils":
         types = {method.name.replace("_", "") for method in ours()}
         tables = [f"{kind}_TARGET_MODULES" for kind in types] + ["IA3_FEEDFORWARD_MODULES"]
-        found |= {name.join(_TARGETS): "model.names" for name in tables}
-        found |= dict.fromkeys(_RENAMED, "model.names")
+        found |= {name.join(_TARGETS): "interop.names" for name in tables}
+        found |= dict.fromkeys(_RENAMED, "interop.names")
     return found
 
 

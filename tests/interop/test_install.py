@@ -134,7 +134,7 @@ def test_installed_functions_take_ours_and_theirs(
     assert type(ours).__mro__[1] is peanut.PeftModel
     state = peft.get_peft_model_state_dict(ours)
     assert state.keys() == peanut.get_peft_model_state_dict(ours).keys()
-    assert len(state) == 4 * 2 * 2 or state
+    assert len(state) == 8  # A and B of q_proj and v_proj in two blocks
     peft.set_peft_model_state_dict(ours, {key: value + 1 for key, value in state.items()})
     assert torch.equal(peft.get_peft_model_state_dict(ours)[next(iter(state))], next(iter(state.values())))
     base = tiny_llama()

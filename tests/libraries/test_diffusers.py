@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,11 @@ from ..support import PEER_WARNINGS, one_thread  # noqa: F401
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [
     *PEER_WARNINGS,
+    pytest.mark.usefixtures("installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Already found a `peft_config`"),
 ]
 
 TARGETS = ["to_q", "to_v", "to_out.0"]
-
-
-@pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
-    peanut.install()
-    yield
-    peanut.uninstall()
 
 
 def unet() -> Any:

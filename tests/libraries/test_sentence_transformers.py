@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-import peanut
 from peanut import LoraConfig, PeanutConfig
 
 from ..support import one_thread  # noqa: F401
@@ -21,7 +20,10 @@ from ..support import one_thread  # noqa: F401
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 sentence_transformers = pytest.importorskip("sentence_transformers")
 datasets = pytest.importorskip("datasets")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the library and of what it imports
+pytestmark = [
+    pytest.mark.usefixtures("installed"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of the library and of what it imports
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "the", "mat"]
 TEXTS = ["a cat sat", "the dog ran", "the mat", "a dog sat"]
@@ -30,13 +32,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "PEANUT": lambda: PeanutConfig(r=4, task_type="FEATURE_EXTRACTION", target_modules=["query", "value"]),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def installed() -> Iterator[None]:
-    peanut.install()
-    yield
-    peanut.uninstall()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from peanut import LoraConfig, OFTConfig, PeanutConfig, PeanutError
 
 from ..support import PEER_WARNINGS, ids, one_thread  # noqa: F401
 
-pytestmark = PEER_WARNINGS
+pytestmark = [*PEER_WARNINGS, pytest.mark.usefixtures("installed")]
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda **own: LoraConfig(r=2, init_lora_weights=False, **own),
@@ -30,13 +30,6 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "dora": lambda **own: LoraConfig(r=2, use_dora=True, init_lora_weights=False, **own),
 }
 IDS = ids()
-
-
-@pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
-    peanut.install()
-    yield
-    peanut.uninstall()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers as hf
 
-import peanut
 from peanut import LoraConfig, PeanutConfig, PeftConfig, PeftModel, from_peft, get_peft_model
 
 from ..support import distance, one_thread, randomised  # noqa: F401
@@ -50,13 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 every_config = pytest.mark.parametrize("method", CONFIGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def installed() -> Iterator[None]:
-    peanut.install()
-    yield
-    peanut.uninstall()
 
 
 @pytest.fixture(scope="module")

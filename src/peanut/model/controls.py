@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import PeanutError
 from ..protocols import PeftConfig
-from ..protocols.arguments import checked
 from .adapters.adapter_set import AdapterSet
 from .adapters.surgery import SHARED
 from .as_base import AsBase, inspected
 from .checkpoints.base_weights import embedding_paths
 from .checkpoints.checkpoint import adapter_state
+from .commands import AdapterCommands
 from .injection import AdaptedModel
+from .kbit import prepare_model_for_gradient_checkpointing
 from .layers.adapted import Adapted
 from .layers.calls import Context
 from .layers.plain_keys import prompt_keys
@@ -30,7 +31,7 @@ from .targets.reach import reach_of
 __all__ = ["AdapterControls"]
 
 
-class AdapterControls(AsBase):
+class AdapterControls(AdapterCommands, AsBase):
     """What a ``PeftModel`` can do besides running, and adding, saving and loading adapters."""
 
     base_model: AdaptedModel
@@ -45,18 +46,8 @@ class AdapterControls(AsBase):
         return self.base_model.adapters
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The adapters' configs by name."""
-        return self.adapters.configs
-
-    @property
     def peft_type(self) -> Any:
         return self.active_peft_config.peft_type
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters; their changes add."""
-        return list(self.adapters.state.active)
 
     @property
     def active_adapter(self) -> str:
@@ -129,18 +120,6 @@ class AdapterControls(AsBase):
 
     # Which adapters act
 
-    @checked
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused.
-
-        What is merged and is not among them is unmerged, and one warning says so.
-        """
-        self.adapters.activate(adapter_name, trainable=not inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model; if none is active then, the first left becomes so, with a warning."""
-        self.adapters.delete(adapter_name)
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes, in this thread, exactly what its base does, also if merged."""
@@ -150,32 +129,6 @@ class AdapterControls(AsBase):
             yield
         finally:
             self.adapters.state.leave(context)
-
-    # Merging
-
-    @checked
-    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
-        """Writes adapters (default: the active ones) into the weights; the others stay as they are.
-
-        What is written to a merged weight afterwards is lost when it is unmerged, which restores what was there before.
-        ``safe_merge`` is accepted for scripts: a merge that is not finite is always refused and undone.
-        """
-        self.adapters.merge(adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        """Restores every weight bit for bit."""
-        self.adapters.unmerge()
-
-    @checked
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """The base model with the adapters merged for good, and no trace of this library in it."""
-        return self.adapters.adopt(adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
-        return self.adapters.unload()
 
     # Embeddings, and how large it is
 
@@ -205,10 +158,6 @@ class AdapterControls(AsBase):
         """Whether ``convert_to_lora`` takes an adapter; of all of them, if there is none of that name."""
         return self.base_model.supports_lora_conversion(adapter_name)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Trains or freezes adapters; which are active stays as it is."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of the adapters in each place."""
         return get_layer_status(self)
@@ -219,8 +168,6 @@ class AdapterControls(AsBase):
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """See ``peanut.utils.prepare_model_for_gradient_checkpointing``."""
-        from .utilities import prepare_model_for_gradient_checkpointing
-
         return prepare_model_for_gradient_checkpointing(model)
 
     # Counting

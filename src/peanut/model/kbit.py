@@ -1,4 +1,4 @@
-"""Prepares a quantised model for training adapters, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
+"""Prepares a model for training adapters: a quantised one as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..protocols.arguments import checked
 from ..weights import fix_storage, kind_of
 
-__all__ = ["prepare_model_for_kbit_training"]
+__all__ = ["prepare_model_for_gradient_checkpointing", "prepare_model_for_kbit_training"]
 
 
 @checked
@@ -47,4 +47,15 @@ def prepare_model_for_kbit_training(
         enable(options)  # by position: the two names differ in the keyword
         if options.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
+    """Lets gradients pass the input of a model whose gradient checkpointing is on, as its reentrant form needs."""
+    if getattr(model, "is_gradient_checkpointing", True):
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # type: ignore[operator]
+        else:
+            embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+            embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     return model

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import PeanutError
-from ..protocols import PeftConfig
 from .adapters.adapter_set import AdapterSet
+from .commands import AdapterCommands
 from .layers.adapted import Adapted
 from .layers.output import AdaptedOutput
 from .layers.plain_keys import output_keys, tuner_keys
@@ -18,7 +18,7 @@ from .layers.plain_keys import output_keys, tuner_keys
 __all__ = ["Tuner", "prefix_of"]
 
 
-class Tuner(nn.Module):
+class Tuner(AdapterCommands, nn.Module):
     """The adapters of a base model, ``.model``: which act, which are merged, which are trained."""
 
     model: nn.Module
@@ -30,16 +30,6 @@ class Tuner(nn.Module):
     def adapters(self) -> AdapterSet:
         """The adapters in the model."""
         return AdapterSet.of(self.model)
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The adapters' configs by name."""
-        return self.adapters.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters; their changes add."""
-        return list(self.adapters.state.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -75,20 +65,6 @@ class Tuner(nn.Module):
 
     # Which act
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several whose changes then add, active; the others are frozen and unused."""
-        self.adapters.activate(adapter_name, trainable=not inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model."""
-        self.adapters.delete(adapter_name)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Trains or freezes adapters; which are active stays as it is."""
-        names = self.adapters.known(adapter_names)
-        self.adapters.trains(names, requires_grad)
-        self.adapters.freeze(self.adapters.trained)
-
     def disable_adapter_layers(self) -> None:
         """From now on the model computes exactly what its base does, also if merged; all adapters are frozen."""
         self.adapters.enable(False)
@@ -117,24 +93,6 @@ class Tuner(nn.Module):
         (name,) = self.adapters.known(adapter_name)
         config = self.peft_config[name]
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage, state_dict, wide=autocast_adapter_dtype)
-
-    def merge_adapter(self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = True) -> None:
-        """See ``PeftModel.merge_adapter``."""
-        self.adapters.merge(adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        """Restores every weight bit for bit."""
-        self.adapters.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """The base model with the adapters merged for good, and no trace of this library in it."""
-        return self.adapters.adopt(adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
-        return self.adapters.unload()
 
 
 class _NoPrefixError(PeanutError, AttributeError):

@@ -68,6 +68,11 @@ class Acting(Merging):
         others = [name for name in self.trained if name not in names]
         self.trained = [*others, *(name for name in self.configs if name in names)] if trained else others
 
+    def set_requires_grad(self, names: str | Sequence[str], trained: bool) -> None:
+        """Trains or freezes adapters; which are active stays as it is."""
+        self.trains(self.known(names), trained)
+        self.freeze(self.trained)
+
     @changes
     def freeze(self, trainable: Sequence[str]) -> None:
         """Freezes the parameters of every adapter but those called ``trainable``."""

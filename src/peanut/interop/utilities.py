@@ -16,13 +16,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import PeanutError, check_keywords, nearest
 from ..hub import HUB_OPTIONS
+from ..model.adapters.adapter_set import AdapterSet
+from ..model.checkpoints.base_weights import plain_path
+from ..model.checkpoints.keys import KeyStyle, file_key
+from ..model.checkpoints.stored_adapter import read_adapter
+from ..model.injection import AdaptedModel
+from ..model.keywords import LOADING
 from ..protocols import PeftConfig
-from .adapters.adapter_set import AdapterSet
-from .checkpoints.base_weights import plain_path
-from .checkpoints.keys import KeyStyle, file_key
-from .checkpoints.stored_adapter import read_adapter
-from .injection import AdaptedModel
-from .keywords import LOADING
 
 __all__ = [
     "LoraRuntimeConfig",
@@ -31,7 +31,6 @@ __all__ = [
     "_get_input_embeddings_name",
     "_get_submodules",
     "_is_valid_match",
-    "_set_adapter",
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "fsdp_auto_wrap_policy",
@@ -39,7 +38,6 @@ __all__ = [
     "id_tensor_storage",
     "infer_device",
     "load_peft_weights",
-    "prepare_model_for_gradient_checkpointing",
     "set_base_model_state_dict",
     "shift_tokens_right",
     "transpose",
@@ -133,17 +131,6 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Puts what is frozen into ``dtype`` and what is trained into float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-
-
-def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
-    """Lets gradients pass the input of a model whose gradient checkpointing is on, as its reentrant form needs."""
-    if getattr(model, "is_gradient_checkpointing", True):
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        else:
-            embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-            embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-    return model
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
@@ -256,7 +243,3 @@ def _is_valid_match(key: str, target_key: str) -> bool:
 def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
     for _, value in AdapterSet.of(model).parameters(adapter_name):
         value.requires_grad_(False)
-
-
-def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-    AdapterSet.of(model).activate(adapter_name, trainable=not inference_mode)

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from ..model.injection import AdaptedModel
+from ..model.layers.adapted import Adapted
+from ..model.layers.saved_modules import SavedModule
+from ..model.models import model_of
+from ..model.targets.architectures import ARCHITECTURES
+from ..model.tuner import Tuner
 from ..protocols import WeightMethod
 from ..protocols.input_method import PromptConfig
 from ..protocols.registry import PeftType, registered
-from .injection import AdaptedModel
-from .layers.adapted import Adapted
-from .layers.saved_modules import SavedModule
-from .models import model_of
-from .targets.architectures import ARCHITECTURES
-from .tuner import Tuner
 
 __all__ = [
     "ALLOWED_COMPUTE_DTYPES",

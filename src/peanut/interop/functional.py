@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import PeanutError
-from .adapters.adapter_set import AdapterSet
-from .layers.layer import AdaptedLayer
+from ..model.adapters.adapter_set import AdapterSet
+from ..model.layers.layer import AdaptedLayer
 
 __all__ = ["cast_adapter_dtype", "delete_adapter", "rescale_adapter_scale", "set_adapter", "set_requires_grad"]
 
@@ -40,9 +40,7 @@ def delete_adapter(
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Trains or freezes adapters; which are active stays as it is."""
-    adapters = AdapterSet.of(model)
-    adapters.trains(adapters.known(adapter_names), requires_grad)
-    adapters.freeze(adapters.trained)
+    AdapterSet.of(model).set_requires_grad(adapter_names, requires_grad)
 
 
 @torch.no_grad()
