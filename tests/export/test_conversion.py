@@ -65,3 +65,12 @@ def test_a_rank_that_is_none_is_refused(rank: float) -> None:
     with pytest.raises(PeanutError, match="rank="):
         convert_to_lora(model, rank)
     assert list(model.peft_config) == ["default"]
+
+
+def test_the_random_state_stays_as_it_was() -> None:
+    _, model = _model(PeanutConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    before = torch.get_rng_state()
+    convert_to_lora(model, 2)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    assert torch.equal(torch.get_rng_state(), before)

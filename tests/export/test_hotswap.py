@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import peanut
 from peanut import (
+    FourierFTConfig,
     IA3Config,
     LoraConfig,
     OFTConfig,
@@ -21,6 +22,7 @@ from peanut import (
     PeanutError,
     PeftModel,
     PrefixTuningConfig,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -31,7 +33,7 @@ from peanut.utils.hotswap import (
     prepare_model_for_compiled_hotswap,
 )
 
-from ..support import PEER_WARNINGS, distance, randomised
+from ..support import PEER_WARNINGS, distance, randomised, refused
 
 peft = pytest.importorskip("peft")
 pytestmark = PEER_WARNINGS
@@ -233,3 +235,18 @@ def test_supports_lora_conversion(loaded: Callable[[str], Any], base: nn.Module)
     model = get_peft_model(model.unload(), peanut.LNTuningConfig(target_modules=["1"]))
     assert not model.supports_lora_conversion()
     assert not model.base_model.supports_lora_conversion()
+
+
+def test_what_cannot_be_prepared_is_refused_whole(base: nn.Module) -> None:
+    model = get_peft_model(copy.deepcopy(base), PeanutConfig(r=2, target_modules=["0"]))
+    model.add_adapter("spectral", FourierFTConfig(n_frequency=3, target_modules=["0"]))
+    with refused(model, "FOURIERFT at '0', whose change is no product of thin factors"):
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert [config.method for config in model.peft_config.values()] == ["PEANUT", "FOURIERFT"]
+
+
+def test_prompts_are_not_prepared(tiny_llama: Callable[..., Any]) -> None:
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(PeanutError, match=r"^a hot swap of PROMPT_TUNING, which changes no weight"):
+        prepare_model_for_compiled_hotswap(model)
+    assert model.peft_config["default"].method == "PROMPT_TUNING"

@@ -118,10 +118,16 @@ def prepare_model_for_compiled_hotswap(
     adapters = _adapters(model)
     if not adapters.configs:
         raise PeanutError(f"a {type(model).__name__} without adapters", "the first adapter", "load it first")
-    for name in adapters.configs:
-        if target_rank is not None or not _is_lora(adapters, name):
-            with adapters.state.changing():
-                _hold(adapters, name, name, target_rank)
+    for own in adapters.configs.values():
+        check_hotswap_configs_compatible(own, own)
+    with adapters.state.changing():
+        held = [
+            _as_lora(adapters, name, name, target_rank)
+            for name in adapters.configs
+            if target_rank is not None or not _is_lora(adapters, name)
+        ]
+        for put in held:
+            put()
     given = config.values() if isinstance(config, Mapping) else [config]
     for own in given if config is not None and target_rank is not None else ():
         own.r = target_rank
@@ -162,7 +168,7 @@ def _swap(adapters: AdapterSet, name: str, config: PeftConfig, load: Callable[[]
     adapters.known(name)
     check_hotswap_configs_compatible(adapters.configs[name], config)
     with adapters.state.changing():
-        adapters.add(_NEW, replace(config, inference_mode=True), meta=True)
+        adapters.add_given(_NEW, replace(config, inference_mode=True), meta=True)
         try:
             load()
             _take(adapters, name)
@@ -188,7 +194,7 @@ def _take(adapters: AdapterSet, name: str) -> None:
             for suffix, value in {**values, **_magnitudes(layer, _NEW)}.items():
                 layer.values(name)[suffix].copy_(value)
     elif not _take_whole(adapters, name):
-        _hold(adapters, name, _NEW, None)
+        _as_lora(adapters, name, _NEW, None)()
     for layer in there.values():
         layer.set_scale(name, 1.0)
     for head in heads.values():
@@ -253,17 +259,24 @@ def _nothing(layer: AdaptedLayer) -> LowRank:
     return LowRank(zeros[: layer.frozen.out_features], zeros[layer.frozen.out_features :].T)
 
 
-def _hold(adapters: AdapterSet, name: str, source: str, rank: int | None) -> None:
-    """Makes an adapter a LoRA of rank and α ``rank`` that does what ``source`` does, which may be itself."""
+def _as_lora(adapters: AdapterSet, name: str, source: str, rank: int | None) -> Callable[[], None]:
+    """What makes an adapter a LoRA of rank and α ``rank`` that does what ``source`` does, which may be itself.
+
+    Raises:
+        PeanutError: there is none. Nothing is changed before what is returned is called.
+    """
     layers = dict(adapters.layers(name))
     scales = {path: layer.factor(name) for path, layer in layers.items()}
-    if source == name:
-        for layer in layers.values():
+    try:
+        for layer in layers.values() if source == name else ():
             layer.set_scale(name, 1.0)
-    parts = {
-        path: _parts(layer, source) if source in layer.adapters else (_nothing(layer), None)
-        for path, layer in layers.items()
-    }
+        parts = {
+            path: _parts(layer, source) if source in layer.adapters else (_nothing(layer), None)
+            for path, layer in layers.items()
+        }
+    finally:
+        for path, layer in layers.items() if source == name else ():
+            layer.set_scale(name, scales[path])
     least = max((product.rank for product, _ in parts.values()), default=1)
     if rank is not None and rank < least:
         raise PeanutError(f"target_rank={rank}, and adapter {name!r} has rank {least}", f"{least} or more")
@@ -285,13 +298,16 @@ def _hold(adapters: AdapterSet, name: str, source: str, rank: int | None) -> Non
     trained = {
         path: any(value.requires_grad for value in layer.values(name).values()) for path, layer in layers.items()
     }
-    for path, layer in layers.items():
-        made = {suffix: value.clone(memory_format=torch.contiguous_format) for suffix, value in held[path].items()}
-        layer.delete(name)
-        layer.add(name, METHODS["LORA"], config.for_layer(path), Parameters(made))
-        layer.adapters[name].requires_grad_(trained[path])
-        layer.set_scale(name, scales[path])
-    adapters.configs[name] = config
-    if name in adapters.model.__dict__.get("peft_config", {}):
-        adapters.model.__dict__["peft_config"][name] = config
-    adapters.freeze(adapters.trained)
+
+    def put() -> None:
+        for path, layer in layers.items():
+            made = {suffix: value.clone(memory_format=torch.contiguous_format) for suffix, value in held[path].items()}
+            layer.delete(name)
+            layer.add(name, METHODS["LORA"], config.for_layer(path), Parameters(made))
+            layer.adapters[name].requires_grad_(trained[path])
+        adapters.configure(name, config)
+        for path, layer in layers.items():
+            layer.set_scale(name, scales[path])
+        adapters.freeze(adapters.trained)
+
+    return put

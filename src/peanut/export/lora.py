@@ -250,7 +250,7 @@ def _add_beside(
 ) -> str:
     """Adds an adapter with given parameters on the layers of adapter ``name``, with copies of its trained modules."""
     config = replace(config, target_modules=shortest_targets(adapters, config, list(values)))
-    adapters.add(new_name, config)
+    adapters.add_given(new_name, config)
     for path, layer in adapters.layers(new_name):
         own = layer.adapters[new_name].values_by_suffix()
         for suffix, value in values[path].items():

@@ -264,7 +264,9 @@ def set_peft_model_state_dict(
     refuse_not_finite(local_parts(peft_model_state_dict), "the state dict", "leave it out, or train again")
     state = {plain_key(key, style, shared): value for key, value in peft_model_state_dict.items()}
     if is_sharded(model):
-        return load_into_shards(model, adapters, adapter_name, state)
+        if ignore_mismatched_sizes:
+            raise PeanutError("ignore_mismatched_sizes=True for a model in FSDP", "sizes that fit", "load before FSDP")
+        return load_into_shards(model, adapters, adapter_name, state, strict)
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     return load_state(
         adapters,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..errors import warn
 from ..protocols import PeftConfig
 from .adapters.acting import experts_of
@@ -27,8 +25,7 @@ def make_room(adapters: AdapterSet, name: str, config: PeftConfig) -> None:
     trial = f"{name} on trial"
     try:
         if not experts_of(config):
-            with torch.random.fork_rng(devices=[]):
-                adapters.add(trial, config, meta=True, copies=False)
+            adapters.add_given(trial, config, meta=True, copies=False)
             adapters.delete(trial)
         adapters.delete(name)
     except BaseException:

@@ -71,16 +71,18 @@ class Pretrained(AdapterControls):
         check_keywords("save_pretrained", given, _named(self.save_pretrained), SAVING)
         for name in self.adapters.known(selected_adapters or list(self.peft_config)):
             if is_main_process:
-                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                folder = _folder_of(Path(save_directory), name)
                 save_adapter(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
                 save_experts(folder, self.adapters, name, state_dict, save_embedding_layers, not safe_serialization)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str], tags: Sequence[str] = ()) -> None:
         """Writes the model card of the active adapter into a folder, as ``save_pretrained`` does for each."""
-        config = file_config(self.adapters, self.active_adapter, self.active_peft_config)
-        text = card_text(self.adapters, config, Path(output_dir), tags)
+        self._write_card(Path(output_dir), self.active_adapter, tags)
+
+    def _write_card(self, folder: Path, name: str, tags: Sequence[str]) -> None:
+        text = card_text(self.adapters, file_config(self.adapters, name, self.peft_config[name]), folder, tags)
         if text is not None:
-            write_files(output_dir, {CARD_NAME: lambda path: path.write_text(text, encoding="utf-8")})
+            write_files(folder, {CARD_NAME: lambda path: path.write_text(text, encoding="utf-8")})
 
     def push_to_hub(
         self,
@@ -104,7 +106,8 @@ class Pretrained(AdapterControls):
 
         def save(folder: Path) -> None:
             self.save_pretrained(folder)
-            self.create_or_update_model_card(folder, tags or ())
+            for name in self.peft_config if tags else ():
+                self._write_card(_folder_of(folder, name), name, tags or ())
 
         return push(repo_id, save, commit_message or "Upload model", options)
 
@@ -218,6 +221,11 @@ class Pretrained(AdapterControls):
             mode = self.peft_config[adapter_name].inference_mode
             self.adapters.configure(adapter_name, replace(stored.config, inference_mode=mode))
         return result
+
+
+def _folder_of(directory: Path, name: str) -> Path:
+    """Where an adapter is in the folder of a model."""
+    return directory if name == "default" else directory / name
 
 
 def _config_for_use(stored: StoredAdapter, is_trainable: bool) -> PeftConfig:

@@ -56,7 +56,8 @@ def test_a_text_that_is_there_is_kept(tmp_path: Path) -> None:
     first = (tmp_path / "README.md").read_text()
     card = ModelCard(first)
     assert card.text.lstrip().startswith("# Mine\n\nTrained at night.\n\n### Framework versions\n\n- PEANuT ")
-    assert (card.data.license, card.data.library_name) == ("mit", "peft")
+    data = card.data.to_dict()
+    assert (data["license"], data["library_name"]) == ("mit", "peft")
     assert {"mine", "lora", "transformers"} <= set(card.data.tags or ())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == first
@@ -87,7 +88,7 @@ def test_the_library_is_the_one_that_reads_the_files(tmp_path: Path) -> None:
     known = {str(each.value) for each in peft.PeftType}
     assert {name for name in registered() if _THEIRS.fullmatch(name)} == known & registered().keys()
     get_peft_model(llama(), REDConfig()).save_pretrained(tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peanut"
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict()["library_name"] == "peanut"
 
 
 class Hub:
@@ -141,6 +142,14 @@ def test_the_adapter_is_uploaded_and_never_the_base(hub: type[Hub]) -> None:
     assert hub.asked["repo"] == {"private": True, "exist_ok": True}
     assert (hub.asked["repo_id"], hub.asked["revision"], hub.asked["branch"]) == ("me/mine", "try", "try")
     assert hub.asked["commit_message"] == "Upload model"
+
+
+def test_an_adapter_is_uploaded_that_is_not_active(hub: type[Hub]) -> None:
+    model = lora()
+    model.set_adapter([])
+    model.push_to_hub("me/mine", tags=["cats"])
+    assert sorted(hub.uploaded) == FILES
+    assert "cats" in (ModelCard(bytes(hub.uploaded["README.md"]).decode()).data.tags or ())  # type: ignore[arg-type]
 
 
 def test_the_card_that_a_repository_has_is_kept(hub: type[Hub], tmp_path: Path) -> None:

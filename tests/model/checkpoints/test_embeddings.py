@@ -297,3 +297,16 @@ def test_embeddings_that_are_not_saved_are_still_those_of_the_base(resized: bool
         other.model.embed_tokens.weight[3, 1] += 1
     with refused(other, r"embed_tokens\.weight'( and 1 more)? differ"):
         PeftModel.from_pretrained(other, tmp_path / "a")
+
+
+def test_tied_modules_that_are_not_loaded_stay_as_they_are(base: Base, tmp_path: Path) -> None:
+    model = adapted(base(), modules_to_save=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="of another shape, which are not loaded: .*embed_tokens"):
+        larger = PeftModel.from_pretrained(base(2), tmp_path / "a", ignore_mismatched_sizes=True, check_base=False)
+    assert logits(larger).isfinite().all()
+    before = logits(model)
+    rest = {key: value for key, value in get_peft_model_state_dict(model).items() if "lora" in key}
+    with pytest.warns(UserWarning, match="lacks .*embed_tokens"):
+        set_peft_model_state_dict(model, rest, strict=False)
+    assert same_bits(logits(model), before)

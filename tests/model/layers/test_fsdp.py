@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-from peanut import PeanutError
+from peanut import PeanutError, get_peft_model_state_dict, set_peft_model_state_dict
 from peanut.utils import fsdp_auto_wrap_policy
 
 from ...support import FIRST_CASES, Case, change_in_output, directed, distance, gradients, one_thread  # noqa: F401
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`"),  # one process has nothing to share
     pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.* is deprecated"),
     pytest.mark.filterwarnings("ignore:.*FSDP.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``"),
 ]
 
 
@@ -69,3 +70,23 @@ def test_adapters_stay_with_the_layers_that_read_them() -> None:
     expected = model(x)
     wrapped = FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), **options)
     assert distance(wrapped(x), expected) < 1e-6
+
+
+@pytest.mark.usefixtures("group")
+def test_what_is_missing_in_shards_is_allowed_by_the_switch() -> None:
+    model = LORA.adapted(dtype=torch.float32)
+    state = {key: value + 1 for key, value in get_peft_model_state_dict(model).items()}
+    first, *_ = sorted(state)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    lacking = {key: value for key, value in state.items() if key != first}
+    with pytest.raises(PeanutError, match="a state dict that lacks"):
+        set_peft_model_state_dict(wrapped, lacking)
+    with pytest.raises(PeanutError, match=r"^ignore_mismatched_sizes=True for a model in FSDP"):
+        set_peft_model_state_dict(wrapped, state, ignore_mismatched_sizes=True)
+    before = get_peft_model_state_dict(wrapped)[first].clone()
+    with pytest.warns(UserWarning, match="^the state dict lacks .*: what it lacks stays as it is here$"):
+        found = set_peft_model_state_dict(wrapped, lacking, strict=False)
+    after = get_peft_model_state_dict(wrapped)
+    assert len(found.missing_keys) == 1
+    assert torch.equal(after[first], before)
+    assert all(torch.equal(after[key], value) for key, value in lacking.items())

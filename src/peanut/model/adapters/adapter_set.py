@@ -164,6 +164,11 @@ class AdapterSet(Acting):
         if overrides(method, "penalty") or overrides(method, "after_step"):
             follow(self)
 
+    def add_given(self, name: str, config: PeftConfig, *, meta: bool = False, copies: bool = True) -> None:
+        """``add`` of an adapter whose tensors are given afterwards: the global random state stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            self.add(name, config, meta=meta, copies=copies)
+
     @changes
     def configure(self, name: str, config: PeftConfig) -> None:
         """Gives adapter ``name`` another config of its method: the one that its parameters were trained with."""
@@ -172,6 +177,8 @@ class AdapterSet(Acting):
             if place.method_of(name)[0] == method:
                 place.configure(name, config.for_layer(place.path))
         self.configs[name] = config
+        if name in (injected := self.model.__dict__.get("peft_config", {})):
+            injected[name] = config
 
     @changes
     def delete(self, name: str, *, unwrap: bool = True) -> None:

@@ -141,7 +141,7 @@ def add_weighted(
         config, values = _factored(configs[0], layers, there, by_name, how)
     owner = next((name for name in names if any(True for _ in adapters.saved_modules(name))), names[0])
     config = replace(config, modules_to_save=adapters.configs[owner].modules_to_save)
-    adapters.add(new_name, config)
+    adapters.add_given(new_name, config)
     for path, layer in adapters.layers(new_name):
         for suffix, tensor in layer.adapters[new_name].values_by_suffix().items():
             tensor.copy_(values[path][suffix])

@@ -194,6 +194,8 @@ def _untie(adapters: AdapterSet, name: str, own: dict[str, Tensor], state: Mappi
         copy = saved.modules_to_save[name]
         for suffix, value in copy.state_dict(keep_vars=True).items():
             key = key_of(path, suffix)
+            if key not in state:  # it stays as it is here
+                continue
             if first.setdefault(id(value), key) != key and not torch.equal(state[first[id(value)]], state[key]):
                 holder, _, leaf = suffix.rpartition(".")
                 own[key] = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ...errors import PeanutError, nearest
+from ...errors import PeanutError, nearest, warn
 from ..adapters.adapter_set import AdapterSet
 from .base_weights import WRAPPERS
 
@@ -37,15 +37,19 @@ def as_held(value: Tensor, own: Any) -> Tensor:
 
 
 def load_into_shards(
-    model: nn.Module, adapters: AdapterSet, name: str, state: Mapping[str, Tensor]
+    model: nn.Module, adapters: AdapterSet, name: str, state: Mapping[str, Tensor], strict: bool = True
 ) -> _IncompatibleKeys:
     """Loads adapter ``name`` of a model around which FSDP is, by ``load_state_dict`` of it; all processes call it.
 
     Raises:
-        PeanutError: a key is missing or unexpected.
+        PeanutError: a key is missing or unexpected (with ``strict``).
     """
     own = {key: id(value) for key, value in adapters.parameters(name)}
-    if own.keys() != state.keys():
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if not strict and (missing or unexpected):
+        warn(f"the state dict lacks {missing} and has unexpected {unexpected}: what it lacks stays as it is here")
+        state = {key: value for key, value in state.items() if key in own}
+    elif missing or unexpected:
         wrong = min(own.keys() ^ state.keys())
         raise PeanutError(
             f"a state dict that {'lacks' if wrong in own else 'has an unexpected'} '{wrong}'",
@@ -55,7 +59,7 @@ def load_into_shards(
     there = {id(value): _unwrapped(key) for key, value in model.named_parameters()}
     there |= {id(value): _unwrapped(key) for key, value in model.named_buffers()}
     model.load_state_dict({there[own[key]]: value for key, value in state.items()}, strict=False)
-    return _IncompatibleKeys([], [])
+    return _IncompatibleKeys(missing, unexpected)
 
 
 def _unwrapped(key: str) -> str:
