@@ -67,14 +67,20 @@ def test_adapters_are_added_switched_and_deleted(kind: str, tiny_llama: Callable
     assert torch.equal(logits(model), base)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_folders_are_saved_and_loaded(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
-    tiny_llama().save_pretrained(base)
-    model = hf.AutoModelForCausalLM.from_pretrained(base)
+def saved_in(folder: Path, kind: str, base: nn.Module) -> tuple[Any, Tensor]:
+    """A base in ``base`` and an adapter on it in ``adapter``: the model, and what it answers."""
+    base.save_pretrained(folder / "base")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder / "base")
     model.add_adapter(CONFIGS[kind]())
     expected = logits(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "adapter")
+    return model, expected
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_folders_are_saved_and_loaded(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model, expected = saved_in(tmp_path, kind, tiny_llama())
+    folder = str(tmp_path / "adapter")
     assert not list(Path(folder).glob("model*"))
     assert torch.allclose(logits(hf.AutoModelForCausalLM.from_pretrained(folder)), expected, atol=1e-6)
     wrapped = peanut.PeftModel.from_pretrained(tiny_llama(), folder)
@@ -92,16 +98,11 @@ def test_folders_are_saved_and_loaded(kind: str, tiny_llama: Callable[..., Any],
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_pipeline_of_a_folder(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
-    tiny_llama().save_pretrained(base)
+    _, expected = saved_in(tmp_path, kind, tiny_llama())
     words = Tokenizer(WordLevel({word: number for number, word in enumerate("abcdefgh")}, unk_token="a"))
     words.pre_tokenizer = Whitespace()
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a", pad_token="b").save_pretrained(base)
-    model = hf.AutoModelForCausalLM.from_pretrained(base)
-    model.add_adapter(CONFIGS[kind]())
-    expected = logits(model)
-    model.save_pretrained(folder)
-    made = hf.pipeline("text-generation", model=folder, device="cpu")
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a", pad_token="b").save_pretrained(tmp_path / "base")
+    made = hf.pipeline("text-generation", model=str(tmp_path / "adapter"), device="cpu")
     assert torch.allclose(logits(made.model), expected, atol=1e-6)
     assert made("c d", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("c d")
 

@@ -83,6 +83,23 @@ class AdaptedModel(Tuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts the adapter with the config of that name, ``peft_config[adapter_name]``, into a model.
+
+        Raises:
+            PeanutError: there is no such config.
+        """
+        (name,) = self.adapters.known(adapter_name)
+        config = self.peft_config[name]
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage, state_dict, wide=autocast_adapter_dtype)
+
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import PeanutError
 from .adapters.adapter_set import AdapterSet
@@ -72,27 +71,6 @@ class Tuner(AdapterCommands, nn.Module):
     def enable_adapter_layers(self) -> None:
         """Undoes ``disable_adapter_layers``: what was active and trained is so again."""
         self.adapters.enable(True)
-
-    # In and out
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Puts the adapter with the config of that name, ``peft_config[adapter_name]``, into a model.
-
-        Raises:
-            PeanutError: there is no such config.
-        """
-        from .injection import inject_adapter_in_model
-
-        (name,) = self.adapters.known(adapter_name)
-        config = self.peft_config[name]
-        inject_adapter_in_model(config, model, name, low_cpu_mem_usage, state_dict, wide=autocast_adapter_dtype)
 
 
 class _NoPrefixError(PeanutError, AttributeError):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import PeanutError
 from ...protocols import PeftConfig
@@ -90,17 +90,6 @@ class Adapted(Live, nn.Module):
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
         """The same, as DeepSpeed asks for it."""
         return self._external_params.items()
-
-    def method_of(self, name: str) -> tuple[Any, Any]:
-        """The method of an adapter and its config here."""
-        return self._methods[name]
-
-    def values(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter here by suffix, those that it shares with other places among them."""
-        own = self.adapters[name].values_by_suffix()
-        for shared in self._shared[name]:
-            own.update(shared.values_by_suffix())
-        return own
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         layer_keys(self, state_dict, prefix)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...absent import without
 from ...errors import PeanutError
@@ -136,6 +136,7 @@ class Live(Switched):
     scaling: dict[str, float]
     """For each adapter the number that its update is multiplied by: its config's, times that of ``set_scale``."""
     _methods: dict[str, tuple[Any, Any]]
+    _shared: dict[str, tuple[Parameters, ...]]
     _modules: dict[str, nn.Module | None]
 
     def counterparts(self) -> tuple[tuple[str, str], ...]:
@@ -147,6 +148,17 @@ class Live(Switched):
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The names under which this module holds what its adapters have."""
         return tuple(name for name, module in self._modules.items() if isinstance(module, ByAdapter))
+
+    def method_of(self, name: str) -> tuple[Any, Any]:
+        """The method of an adapter and its config here."""
+        return self._methods[name]
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter here by suffix, those that it shares with other places among them."""
+        own = self.adapters[name].values_by_suffix()
+        for shared in self._shared[name]:
+            own.update(shared.values_by_suffix())
+        return own
 
     other_param_names: tuple[str, ...] = ()
     """For scripts: everything that adapters have here is under ``adapter_layer_names``."""

@@ -11,7 +11,7 @@ from ...errors import PeanutError
 from .parameters import ByAdapter
 
 if TYPE_CHECKING:
-    from .adapted import Adapted
+    from .live import Live
 
 __all__ = ["layer_keys", "output_keys", "prompt_keys", "tuner_keys"]
 
@@ -20,7 +20,7 @@ State = dict[str, Any]
 _START = "start_A", "start_B"
 
 
-def layer_keys(place: Adapted, state: State, prefix: str) -> None:
+def layer_keys(place: Live, state: State, prefix: str) -> None:
     """Renames the keys of one place, ``prefix`` before them, and removes what is there twice.
 
     Raises:
@@ -41,7 +41,7 @@ def layer_keys(place: Adapted, state: State, prefix: str) -> None:
         _residual(place, name, state, prefix)
 
 
-def _bias(place: Adapted, name: str, state: State, prefix: str) -> None:
+def _bias(place: Live, name: str, state: State, prefix: str) -> None:
     """A bias that is trained is the layer's own there, also of layers with no adapter; here the layer keeps its own."""
     key = f"{prefix}trained_bias.{name}"
     if not {"bias", "base_layer.bias"} & set(place.adapters[name].suffixes) or key in state:
@@ -53,7 +53,7 @@ def _bias(place: Adapted, name: str, state: State, prefix: str) -> None:
         state[key], state[f"{prefix}base_layer.bias"] = state[f"{prefix}base_layer.bias"], own.base_layer.bias
 
 
-def _ranks(place: Adapted, name: str, state: State, prefix: str) -> None:
+def _ranks(place: Live, name: str, state: State, prefix: str) -> None:
     """AdaLoRA: its file has the rank for the scaling, which the config tells, and no statistics of its schedule."""
     rank = state.pop(f"{prefix}ranknum.{name}", None)
     if rank is None:
@@ -67,7 +67,7 @@ def _ranks(place: Adapted, name: str, state: State, prefix: str) -> None:
         state.setdefault(f"{prefix}{suffix}.{name}", place.values(name)[suffix])
 
 
-def _chosen(place: Adapted, name: str, state: State, prefix: str) -> None:
+def _chosen(place: Live, name: str, state: State, prefix: str) -> None:
     """SHiRA: its places are in no plain state dict, so they have to be those that the config's seed draws."""
     key = f"{prefix}shira_indices.{name}"
     if f"{prefix}shira_weight.{name}" not in state or key in state:
@@ -81,7 +81,7 @@ def _chosen(place: Adapted, name: str, state: State, prefix: str) -> None:
     state[key] = place.values(name)["shira_indices"]
 
 
-def _residual(place: Adapted, name: str, state: State, prefix: str) -> None:
+def _residual(place: Live, name: str, state: State, prefix: str) -> None:
     """PiSSA, MiLoRA, OLoRA: the base of the state dict may be the weight less its part s·B₀A₀; here it stays whole.
 
     Raises:
@@ -107,7 +107,7 @@ def _residual(place: Adapted, name: str, state: State, prefix: str) -> None:
     state[key] = whole.to(state[key])
 
 
-def _whole_and_part(place: Adapted, name: str) -> tuple[Tensor, Tensor]:
+def _whole_and_part(place: Live, name: str) -> tuple[Tensor, Tensor]:
     layer: Any = place
     frozen = layer.frozen
     weight: Tensor = frozen.weight.detach()
@@ -117,7 +117,7 @@ def _whole_and_part(place: Adapted, name: str) -> tuple[Tensor, Tensor]:
     return weight, part
 
 
-def output_keys(place: Adapted, state: State, prefix: str) -> None:
+def output_keys(place: Live, state: State, prefix: str) -> None:
     """Renames the keys of the adapters of a module's output, ``prefix`` before that module's own.
 
     Hugging Face PEFT has another module around it, which holds the active adapter's tensors.
@@ -130,7 +130,7 @@ def output_keys(place: Adapted, state: State, prefix: str) -> None:
             _renamed(state, f"{prefix}model.", prefix)
 
 
-def tuner_keys(place: Adapted, state: State, prefix: str) -> None:
+def tuner_keys(place: Live, state: State, prefix: str) -> None:
     """Renames the keys that stand beside the model, ``prefix`` before them: of a mixture, and of what layers share.
 
     The first layer has what they share; a mixture's experts are in another module there.
