@@ -23,7 +23,7 @@ from ..model.layers.parameters import Parameters
 from ..operators import LowRank
 from ..protocols import METHODS, PeftConfig, WeightMethod, method_of
 from ..protocols.arguments import checked
-from .lora import carried, exact_product, lora_values, moved_bias, shortest_targets
+from .lora import carried, lora_values, moved_bias, shortest_targets
 
 __all__ = [
     "check_hotswap_configs_compatible",
@@ -225,7 +225,7 @@ def _parts(layer: AdaptedLayer, name: str) -> tuple[LowRank, Tensor | None]:
     method, config = layer.method_of(name)
     if getattr(config, "use_dora", False):
         return low_rank(config, layer.values(name)), None
-    product = exact_product(layer, name) if layer.frozen.kind.name in METHODS["LORA"].kinds else None
+    product = layer.low_rank(name) if layer.frozen.kind.name in METHODS["LORA"].kinds else None
     if product is None:
         raise PeanutError(
             f"a hot swap of {method.name} at '{layer.path}', whose change is no product of thin factors",

@@ -26,7 +26,6 @@ from ..protocols.patterns import outer
 __all__ = [
     "LoraExport",
     "carried",
-    "exact_product",
     "from_lora",
     "lora_values",
     "moved_bias",
@@ -126,21 +125,13 @@ def to_lora(
 
 def _product(layer: AdaptedLayer, name: str, rank: int | None) -> LowRank:
     """The change of a layer as a product of thin factors: its own, or the best of rank ``rank``."""
-    own = exact_product(layer, name)
+    own = layer.low_rank(name)
     if own is not None and (rank is None or own.rank <= rank):
         return own
     U, S, Vh = torch.linalg.svd(layer.delta(name).double(), full_matrices=False)
     r = min(16 if rank is None else rank, len(S))
     root = S[:r].sqrt()
     return LowRank((U[:, :r] * root).float(), (root[:, None] * Vh[:r]).float())
-
-
-def exact_product(layer: AdaptedLayer, name: str) -> LowRank | None:
-    """The change of a layer as a product of thin factors, ``None`` if it is not given as one."""
-    change, factors = layer.change(name), layer.factors(name)
-    if factors is None:
-        return None
-    return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
 
 
 def lora_values(layer: AdaptedLayer, product: LowRank, shift: Tensor | None, config: LoraConfig) -> dict[str, Tensor]:

@@ -90,14 +90,14 @@ class Combination:
 
 def _factors(layer: AdaptedLayer, name: str, kind: str) -> LowRank:
     """The change of an adapter as a product of thin factors, which have to be exact."""
-    change, factors = layer.change(name), layer.factors(name)
-    if factors is None:
+    own = layer.low_rank(name)
+    if own is None:
         raise PeanutError(
             f"adapter {name!r} at '{layer.path}', which is no product of two thin factors, with {kind!r}",
             "adapters that LoRA can be exactly",
             "use a combination_type that ends in svd",
         )
-    return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
+    return own
 
 
 def _rank(layer: AdaptedLayer, name: str) -> int:

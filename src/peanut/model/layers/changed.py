@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from ...operators import Diagonal
+from ...operators import Diagonal, LowRank
 from ...protocols import METHODS, Change, PeftConfig, Values, WeightMethod
 from ...weights import FrozenLayer, kind_of
 from ...weights.emptied import is_emptied
@@ -115,6 +115,14 @@ class ChangedWeight(Adapted):
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(up, down) whose product is W' − W of adapter ``name`` alone, if it is given so."""
         return self.change(name).factors(self.frozen.matrix())
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The same product with its scaling, as LoRA has it; ``None`` if W' − W is not given as one."""
+        change = self.change(name)
+        factors = change.factors(self.frozen.matrix())
+        if factors is None:
+            return None
+        return change.delta if change.adds and isinstance(change.delta, LowRank) else LowRank(*factors)
 
     @torch.no_grad()
     def delta(self, name: str) -> Tensor:
