@@ -111,7 +111,7 @@ def test_merging_some_of_three_keeps_the_sum(tiny_llama: Build) -> None:
         assert distance(logits(model), expected) < 1e-5
     assert model.merged_adapters == ["b", "c", "a"]
     assert model.get_base_model().model.layers[0].self_attn.o_proj.merged_adapters == ["c"]
-    with pytest.warns(UserWarning, match="^adapter 'a' is merged already: the weights are written again, as it is now$"):
+    with pytest.warns(UserWarning, match="^adapter 'a' is merged already: it is written again, as it is now$"):
         model.merge_adapter()
     model.unmerge_adapter()
     assert same_bits(logits(model), expected)

@@ -68,7 +68,7 @@ class Merging(Surgery):
         wanted = self.mergeable(self.state.active if names is None else names)
         before = list(self.state.merged)
         if wanted and not alone and set(wanted) <= set(before):
-            warn(f"adapter {wanted[0]!r} is merged already: the weights are written again, as it is now")
+            warn(f"adapter {wanted[0]!r} is merged already: it is written again, as it is now")
         active = list(dict.fromkeys([*(() if alone else self.state.active), *before, *wanted]))
         merged = list(dict.fromkeys([*before, *wanted]))
         self.refuse_two_heads(active)
