@@ -94,6 +94,27 @@ def test_files_are_read_both_ways_and_mean_the_same(options: dict[str, Any], wri
                     assert distance(base(**options)(X, **how), expected) > 1e-2
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_slopes_are_the_peers_but_where_it_derives_half_of_what_it_computes(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(base(**options), peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(base(**options), tmp_path, is_trainable=True)
+    for how in CALLS:
+        slopes = []
+        for model in (theirs, ours):
+            model.zero_grad()
+            directed(model(X, **how)).backward()
+            slopes.append(gradients(model))
+        expected, found = slopes
+        assert len(expected) == 6
+        assert expected.keys() == found.keys()
+        for name, slope in expected.items():  # it adds the output projection's change twice, once without a gradient
+            assert distance(found[name], slope * (2 if "out_proj" in name else 1)) < 1e-9
+
+
 @pytest.mark.parametrize(
     "config",
     [
