@@ -41,9 +41,11 @@ class AbsentMeta(type):
         return super().__call__()
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name != "__dataclass_fields__":
             raise AttributeError(name)
         _USED.add(cls.__name__)
+        if name.startswith("__"):
+            raise AttributeError(name)
         return f"{cls.__name__}.{name}"
 
     def __contains__(cls, item: object) -> bool:

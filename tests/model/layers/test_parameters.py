@@ -42,8 +42,12 @@ def test_modules_by_names_that_torch_would_refuse() -> None:
     assert not modules.eval()["training"].training
     assert modules.train()["training"].training
     assert {key.partition(".")[0] for key in modules.state_dict()} == set(names)
+    assert list(modules.values()) == [modules[name] for name in names]
+    assert dict(modules.items()) == {name: modules[name] for name in names}
+    assert modules.keys is modules["keys"]
     del modules["keys"]
     assert "keys" not in modules
+    assert list(modules.keys()) == list(modules)
 
 
 @settings(deadline=None, max_examples=25)

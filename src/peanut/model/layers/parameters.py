@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -25,10 +26,14 @@ class _Places(dict[str, Place]):
     """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
 
 
+_VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
+
+
 class ByAdapter(nn.Module):
     """What adapters have of one name in a layer, by adapter: modules (``lora_A``) or tensors (``vera_lambda_d``).
 
-    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses.
+    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses;
+    where none has such a name, ``keys()``, ``values()`` and ``items()`` are those of a mapping.
     """
 
     def _held(self) -> Iterator[dict[str, Any]]:
@@ -39,6 +44,11 @@ class ByAdapter(nn.Module):
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
+
+    def __getattr__(self, name: str) -> Any:
+        if (view := _VIEWS.get(name)) is not None and name not in self:
+            return partial(view, self)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value).__name__ == "FullyShardedDataParallel":
