@@ -60,6 +60,8 @@ def to_peft(model: nn.Module) -> Any:
         raise PeanutError(f"{type(model).__name__} has no adapters", "a model with adapters", "call it on a PeftModel")
     if adapters.state.merged:
         raise PeanutError("adapters are merged into the weights", "an unmerged model", "call unmerge_adapter() first")
+    if not adapters.state.enabled or adapters.state.off:
+        raise PeanutError("adapters are disabled", "adapters that act", "call enable_adapter_layers() first")
     if not adapters.state.active:
         raise PeanutError("no adapter is active", "an active adapter", "call set_adapter(name)")
     for path, layer in adapters.layers():

@@ -187,13 +187,13 @@ def observe(config: AdaLoraConfig, values: Values) -> None:
 
 
 def share_out(layers: Sequence[Values], keep: int) -> None:
-    """Marks as left the ``keep`` most important triplets of all layers (more than the threshold, as ties go)."""
+    """Marks as left the ``keep`` most important triplets of all layers, of equal ones the first."""
     scores = []
     for values in layers:
         A, B, E = (values[f"ipt_{letter}"] * values[f"unc_{letter}"] for letter in "ABE")
         scores.append(E.flatten() + torch.stack([A.mean(1), B.mean(0)], dim=1).sum(1))
     every = torch.cat([score.cpu() for score in scores])
-    drop = len(every) - keep
-    threshold = torch.kthvalue(every, drop).values if drop > 0 else every.new_tensor(-1)
-    for values, score in zip(layers, scores, strict=True):
-        values["kept"].copy_((score > threshold.to(score.device)).unsqueeze(1))
+    left = torch.zeros_like(every)
+    left[every.argsort(descending=True, stable=True)[:keep]] = 1
+    for values, own in zip(layers, left.split([len(score) for score in scores]), strict=True):
+        values["kept"].copy_(own.unsqueeze(1))

@@ -107,7 +107,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=sum(value.numel() for value in known if value.requires_grad),
         total_params=sum(value.numel() for value in known),
         num_adapter_layers=len(layers),
-        enabled=layers[0].enabled,
+        enabled=_alike([layer.enabled for layer in layers]),
         active_adapters=layers[0].active_adapters,
         merged_adapters="irregular" if partly else merged,
         requires_grad={

@@ -53,15 +53,28 @@ class Acting(Merging):
     @changes
     def enable(self, enabled: bool) -> None:
         """Lets the model compute what its base does, with all adapters frozen, until it is called with ``True``."""
-        if enabled == self.state.enabled:
+        if enabled == self.state.enabled and not self.state.off:
             return
-        self.state.enabled = enabled
+        self.state.enabled, self.state.off = enabled, set()
         if not enabled:
             self._resting = self.trained
             self.freeze(())
-        elif self._resting is not None:
-            self.freeze(self._resting)
+        else:
+            self.freeze(self.trained if self._resting is None else self._resting)
             self._resting = None
+
+    @changes
+    def enable_in(self, path: str, enabled: bool) -> None:
+        """Switches the adapters of one place; of the model, where all places are then on or off alike."""
+        every = {place.path for place in self.places()} | {there for there, _ in self.saved_modules()}
+        off = set(self.state.off) if self.state.enabled else every
+        off = off - {path} if enabled else off | {path}
+        if off == every:
+            self.enable(False)
+        elif not self.state.enabled or off != self.state.off:
+            self.enable(True)
+            self.state.off = off
+            self.freeze(self.trained)
 
     def trains(self, names: Collection[str], trained: bool) -> None:
         """Notes that adapters are trained, or not."""
@@ -83,8 +96,10 @@ class Acting(Merging):
             self.freeze_in(saved)
 
     def freeze_in(self, module: Any) -> None:
-        """Freezes what is in one place but for the adapters that are trained."""
+        """Freezes what is in one place but for the adapters that are trained, all where they are switched off."""
         trainable = [*self.trained, *(expert for name in self.trained for expert in self._trained_with(name))]
+        if module.path in self.state.off:
+            trainable = []
         if isinstance(module, SavedModule):
             module.original_module.requires_grad_(False)
             for name in module.modules_to_save:

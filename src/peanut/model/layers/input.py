@@ -32,6 +32,10 @@ class AdaptedInput(Adapted):
 
     name = "adapted_input"
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches all adapters of the model on or off: what is before the input is in none of its layers."""
+        self.owner.enable(enabled)
+
     def acting(self, kind: str) -> list[str]:
         """The names of the adapters of a kind (``InputMethod.prepends``) that act on some sample of the batch now."""
         there = [name for name in self.state.acting() if name in self.adapters]

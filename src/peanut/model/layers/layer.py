@@ -71,7 +71,7 @@ class AdaptedLayer(AdaptedWeight):
         refuse_symbolic(x, self.path)
         call = self.state.call
         self.state.check(call)
-        if self.state.disabled:
+        if self.disable_adapters:
             return self.frozen.original(x, *args, **kwargs)  # type: ignore[no-any-return]
         if call.samples is not None:
             return self._per_sample(call, x, *args, **kwargs)

@@ -74,13 +74,14 @@ def _width(layer: Any, side: int) -> int:
 
 
 class Switched(Recognised):
-    """A module whose adapters are switched on and off. Which of them act is a state of the whole model.
+    """A module whose adapters are switched on and off. Which of them are active is a state of the whole model.
 
-    A call on one of its modules sets it for all; gradients and scales are those of the one module. So a loop over all
-    modules ends as in Hugging Face PEFT, where each has a state of its own.
+    Making some active in one of its modules does so in all; the switch, gradients and scales are those of the one
+    module. So a loop over all modules ends as in Hugging Face PEFT, where each has a state of its own.
     """
 
     state: AdapterState
+    path: str
 
     @property
     def owner(self) -> Any:
@@ -105,12 +106,12 @@ class Switched(Recognised):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the model computes what its base does."""
-        return self.state.disabled
+        """Whether this module computes what the base's does."""
+        return self.state.disabled or self.path in self.state.off
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches all adapters of the model on or off, until it is called again; those that are off are frozen."""
-        self.owner.enable(enabled)
+        """Switches the adapters of this module on or off, until it is called again; those that are off are frozen."""
+        self.owner.enable_in(self.path, enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active in the model, and trainable unless ``inference_mode``."""
@@ -132,7 +133,6 @@ class Live(Switched):
 
     adapters: dict[str, Parameters]
     banks: dict[str, Parameters]
-    path: str
     scaling: dict[str, float]
     """For each adapter the number that its update is multiplied by: its config's, times that of ``set_scale``."""
     _methods: dict[str, tuple[Any, Any]]

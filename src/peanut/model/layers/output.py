@@ -94,7 +94,7 @@ class AdaptedOutput(Adapted, Hooking):
     def change(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook after the module: its output, changed by the adapters that act."""
         self.called = True
-        changed = None if self.state.disabled else self._changed(module, args, kwargs, output)
+        changed = None if self.disable_adapters else self._changed(module, args, kwargs, output)
         for listener in self.listeners.values():
             listener.forget()
         return changed
@@ -104,7 +104,7 @@ class AdaptedOutput(Adapted, Hooking):
         # It stays, as another thread may be about to call it.
         if self.called or self.told or torch.compiler.is_compiling():
             return
-        if not self.state.disabled and self.acting_here():
+        if not self.disable_adapters and self.acting_here():
             self.told = True
             warnings.warn(
                 f"a {type(around).__name__} ran and did not call '{self.path}' (it may read its weight, or call its "

@@ -87,7 +87,7 @@ class SavedModule(Switched, nn.Module):
     def acting(self) -> nn.Module:
         """The module that runs now."""
         names = [name for name in self.state.active if name in self.modules_to_save]
-        if self.state.disabled or not names:
+        if self.disable_adapters or not names:
             return self.original_module
         own: nn.Module = self.modules_to_save[names[0]]
         if any(parameter.is_meta for parameter in own.parameters()):
@@ -100,7 +100,7 @@ class SavedModule(Switched, nn.Module):
         return self.acting() if dtype is None else self.acting().to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.disabled or self.state.call.samples is None:
+        if self.disable_adapters or self.state.call.samples is None:
             return self._answer(self.acting(), *args, **kwargs)
         return self._forward_per_sample(*args, **kwargs)
 

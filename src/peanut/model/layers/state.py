@@ -63,6 +63,7 @@ class AdapterState(Hooking):
         "caches",
         "enabled",
         "merged",
+        "off",
         "owner",
         "scales",
         "version",
@@ -72,6 +73,7 @@ class AdapterState(Hooking):
         self._active: list[str] = []
         self.merged: list[str] = []
         self.enabled = True
+        self.off: set[str] = set()  # paths of places that are switched off alone
         self.scales: dict[tuple[str, str], float] = {}
         self.owner: weakref.ref[Any] | None = None
         self.version = 0
@@ -160,7 +162,8 @@ class AdapterState(Hooking):
 
     def acting_now(self) -> tuple[Any, ...]:
         """What a block that is run again has to find as it was: which adapters are active, merged, enabled, scaled."""
-        return tuple(self._active), tuple(self.merged), self.enabled, tuple(self.scales.items())
+        off = tuple(sorted(self.off))
+        return tuple(self._active), tuple(self.merged), self.enabled, off, tuple(self.scales.items())
 
     def scale(self, path: str, name: str, scale: float | None) -> None:
         """Notes what scale an adapter has in a place, ``None`` for the first one; also that a forward changes it."""
@@ -295,8 +298,8 @@ class AdapterState(Hooking):
 
     def __getstate__(self) -> tuple[Any, ...]:
         """Copies and files take along what holds in the model, and no call."""
-        return self._active, self.merged, self.enabled, self.scales
+        return self._active, self.merged, self.enabled, self.off, self.scales
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__()  # type: ignore[misc]
-        self._active, self.merged, self.enabled, self.scales = state
+        self._active, self.merged, self.enabled, self.off, self.scales = state

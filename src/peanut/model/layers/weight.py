@@ -63,7 +63,7 @@ class AdaptedWeight(ChangedWeight):
         compiled = torch.compiler.is_compiling()
         if not (compiled or in_a_forward()):
             return getattr(self.frozen.module, name)
-        if name == "bias" or compiled or self.state.disabled or not self._read_with(self.state.call):
+        if name == "bias" or compiled or self.disable_adapters or not self._read_with(self.state.call):
             return self._effective(name)
         return Reading(self.frozen.module.weight, partial(self._effective, name), self.path)
 
@@ -71,7 +71,7 @@ class AdaptedWeight(ChangedWeight):
         """The weight or bias that the layer has in the call that is made now."""
         call = self.state.call
         self.state.check(call)
-        if self.state.disabled:
+        if self.disable_adapters:
             return self.frozen.weight if name == "weight" else self.frozen.bias()
         names = self._read_with(call)
         if not names:

@@ -1,0 +1,126 @@
+"""Adapters that are switched off in some layers: beside Hugging Face PEFT, and what a model makes of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peanut
+from peanut import LoraConfig, OFTConfig, PeanutConfig, PeanutError, PeftModel, get_peft_model, to_peft
+
+from ...support import PEER_WARNINGS, distance, randomised, same_bits
+
+pytestmark = PEER_WARNINGS
+X = torch.linspace(-1, 1, 24).reshape(4, 6).sin()
+
+
+def base() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "enable_adapters")]
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_one_layer_off_is_what_the_peer_makes_of_it() -> None:
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**settings))
+    ours = get_peft_model(base(), LoraConfig(**settings))
+    layers(theirs)[2].modules_to_save["default"].weight.data += 1
+    ours.load_state_dict(theirs.state_dict())
+    steps: list[list[bool | None]] = [
+        [False, None, None],
+        [None, False, None],
+        [None, None, False],
+        [None, True, None],
+        [True, None, True],
+        [False, False, False],
+        [True, True, True],
+    ]
+    seen = list[Tensor]()
+    for step in steps:
+        for model in (theirs, ours):
+            for layer, enabled in zip(layers(model), step, strict=True):
+                if enabled is not None:
+                    layer.enable_adapters(enabled)
+        states = [[layer.disable_adapters for layer in layers(model)] for model in (theirs, ours)]
+        assert states[0] == states[1]
+        assert distance(ours(X), theirs(X)) < 1e-6
+        assert ours.get_model_status().enabled == theirs.get_model_status().enabled
+        off = {f"base_model.model.{name}." for name, is_off in zip("024", states[1], strict=True) if is_off}
+        assert not any(name.startswith(tuple(off)) for name in trained(ours))
+        seen.append(ours(X))
+    assert len({tuple(outputs.flatten().tolist()) for outputs in seen}) == 5
+    assert same_bits(seen[2], base()(X))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PeanutConfig(r=2, depth=1), OFTConfig(oft_block_size=3), LoraConfig(r=2, use_dora=True)],
+    ids=lambda config: config.method,
+)
+def test_a_layer_off_stays_off_until_it_is_switched_on(config: Any) -> None:
+    config.target_modules = ["0", "2"]
+    model = randomised(get_peft_model(base(), config)).eval()
+    expected, trainable = model(X), trained(model)
+    first: Any = model.get_submodule("base_model.model.0")
+    first.enable_adapters(False)
+    off = model(X)
+    assert distance(off, expected) > 1e-3
+    assert trained(model) == {name for name in trainable if ".model.2." in name}
+    with model.disable_adapter():
+        assert same_bits(model(X), base()(X))
+    assert same_bits(model(X), off)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits(again(X), off)
+    model.merge_adapter()
+    assert distance(model(X), off) < 1e-5
+    model.unmerge_adapter()
+    with model.inference(), torch.no_grad():
+        assert distance(model(X), off) < 1e-5
+        first.enable_adapters(True)
+        assert distance(model(X), expected) < 1e-5
+    assert trained(model) == trainable
+    first.enable_adapters(False)
+    model.base_model.enable_adapter_layers()
+    assert same_bits(model(X), expected)
+
+
+def test_what_reads_the_weight_reads_the_bases() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+    model = randomised(get_peft_model(Reader(), LoraConfig(target_modules=["inner"])))
+    model.add_adapter("b", LoraConfig(target_modules=["inner"]))
+    inner: Any = model.get_submodule("base_model.model.inner")
+    changed = model(X)
+    inner.enable_adapters(False)
+    assert same_bits(model(X), inner.base_layer(X))
+    assert distance(model(X), changed) > 1e-3
+
+
+def test_it_does_not_go_over_to_the_peer_in_silence() -> None:
+    pytest.importorskip("peft")
+    model = get_peft_model(base(), LoraConfig(target_modules=["0", "2"]))
+    layers(model)[0].enable_adapters(False)
+    with pytest.raises(PeanutError, match=r"^adapters are disabled; expected adapters that act; call enable_adapter"):
+        to_peft(model)
+    assert isinstance(model, PeftModel)
+    assert peanut.get_model_status(model).enabled == "irregular"
