@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from ..operators import Between, Diagonal
+from ..operators import Between, Delta, Dense, Diagonal
 from ..operators.kronecker import Kronecker
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.values import Bound, Count, Probability, Scale
@@ -64,7 +64,8 @@ class LoKr(WeightMethod[LoKrConfig]):
     """ΔW = s · W₁ ⊗ W₂ with s = α/r, W₁ (a, c), W₂ (b, d), a·b = out, c·d = in, a and c the smaller divisors.
 
     W₂, and with ``decompose_both`` W₁, is a product of rank r where r is below half of its larger side. Of a
-    convolution, d counts a kernel's places too.
+    convolution, d counts a kernel's places too; of an ``nn.Conv1d`` with a whole W₂ the two change places,
+    ΔW[(j, i), (l, k), t] = s · W₁[i, k] · W₂[j, l, t], as in Hugging Face PEFT's files.
     """
 
     config_class = LoKrConfig
@@ -103,16 +104,18 @@ class LoKr(WeightMethod[LoKrConfig]):
             W2 = torch.einsum("ij...,ib,jd->bd...", core, a, b)
         elif W2 is None:
             W2, down = parameters["lokr_w2_a"], parameters["lokr_w2_b"]
-        delta = Kronecker(W1, W2.flatten(1), down, config.alpha / config.r)
-        return Change(delta=self._dropped(config, delta) if TRAINING in parameters else delta)
+        delta: Delta = Kronecker(W1, W2.flatten(1), down, config.alpha / config.r)
+        if "lokr_w2" in parameters and layer.kind.name == "conv" and W2.dim() == 3:
+            kernel = torch.einsum("ik,jlt->jilkt", W1, W2) * (config.alpha / config.r)
+            delta = Dense(kernel.reshape(layer.out_features, layer.in_features))
+        return Change(delta=self._dropped(config, delta, W1) if TRAINING in parameters else delta)
 
     def sampled(self, config: LoKrConfig, parameters: Values) -> Values:
         drops = config.rank_dropout or config.module_dropout
         return {**parameters, TRAINING: torch.ones(())} if drops else parameters
 
-    def _dropped(self, config: LoKrConfig, delta: Kronecker) -> Between:
+    def _dropped(self, config: LoKrConfig, delta: Delta, like: Tensor) -> Between:
         """The update with some of its outputs, or all of them, left out."""
-        like = delta.outer
         mask = (torch.rand(delta.shape[0], device=like.device) >= config.rank_dropout).to(like.dtype)
         if config.rank_dropout_scale:
             mask = mask / mask.mean().clamp_min(1 / len(mask))  # also where none is left

@@ -135,7 +135,10 @@ class Lora(WeightMethod[LoraConfig]):
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         if config.init_lora_weights is False:
-            nn.init.normal_(A if layer.kind.name == "embedding" else B, generator=generator)
+            if layer.kind.name == "embedding":
+                nn.init.normal_(A, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(B, a=math.sqrt(5), generator=generator)
         if config.lora_bias:
             values["lora_B.bias"] = torch.zeros(layer.out_features)
         if config.use_dora:

@@ -20,7 +20,7 @@ from ..weights import FrozenLayer
 
 __all__ = ["OFT", "OFTConfig", "nearest_divisors", "turning"]
 
-WEIGHT = "oft_R.weight"
+WEIGHT, OF_EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 _Terms = Annotated[int, Bound("a whole number between 1 and 1000", lambda value: 1 <= value <= 1000)]
@@ -82,7 +82,7 @@ class OFT(WeightMethod[OFTConfig]):
 
     ``oft_R.weight`` (n, b(b−1)/2) holds the upper triangles of the S_i row by row; (1, b(b−1)/2) if they are shared. On
     a convolution in = in_channels/groups·∏k, the features of a patch. An embedding has its output rotated, y = R W e_id
-    and n·b = out, which Hugging Face PEFT's does not.
+    and n·b = out, by ``oft_embedding_R.weight``.
     """
 
     config_class = OFTConfig
@@ -108,11 +108,12 @@ class OFT(WeightMethod[OFTConfig]):
         weight = torch.zeros(1 if config.block_share else width // b, b * (b - 1) // 2)
         if not config.init_weights:
             nn.init.normal_(weight, std=0.1, generator=generator)
-        return {WEIGHT: held(weight, config.eps) if config.coft else weight}
+        name = OF_EMBEDDING if layer.kind.name == "embedding" else WEIGHT
+        return {name: held(weight, config.eps) if config.coft else weight}
 
     def change(self, config: OFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
         _, width = layer.features
-        weight, b = parameters[WEIGHT], config.block_size(width)
+        (weight,), b = parameters.values(), config.block_size(width)
         if config.coft:
             # The gradient of the held point is handed on: a step from there, as in projected gradient descent.
             weight = held(weight, config.eps).detach() + (weight - weight.detach())
@@ -124,15 +125,16 @@ class OFT(WeightMethod[OFTConfig]):
         """Blocks dropped at random: with S = 0 a block is the identity."""
         if not config.module_dropout:
             return parameters
-        weight = parameters[WEIGHT]
+        ((name, weight),) = parameters.items()
         dropped = torch.rand(weight.shape[0], 1, device=weight.device) < config.module_dropout
-        return {**parameters, WEIGHT: torch.where(dropped, torch.zeros_like(weight), weight)}
+        return {name: torch.where(dropped, torch.zeros_like(weight), weight)}
 
     def after_step(self, config: OFTConfig, layers: Sequence[Values]) -> None:
         """Takes the parameters themselves back into the ball, so that an optimizer never runs away from it."""
         if config.coft:
             for values in layers:
-                values[WEIGHT].copy_(held(values[WEIGHT], config.eps))
+                for weight in values.values():
+                    weight.copy_(held(weight, config.eps))
 
 
 def turning(layer: FrozenLayer, rotation: Rotation) -> Change:

@@ -24,7 +24,7 @@ from .card import card_text
 from .embeddings import SaveEmbeddings, saved_embeddings
 from .fingerprint import FINGERPRINT, fingerprint
 from .integrity import CONFIG, SAVE, TRAINS, checksums, config_digest, file_text, save_id, without_label
-from .keys import PREFIX, KeyStyle, file_key, flat
+from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 from .stored_adapter import PICKLE_NAME, TRAINING_NAME, WEIGHTS_NAME
 from .tensor_files import refuse_not_finite, write_tensors
 
@@ -36,6 +36,7 @@ __all__ = [
     "in_parts",
     "keys_of",
     "parts_of",
+    "paths_in_model",
     "save_adapter",
 ]
 
@@ -45,19 +46,22 @@ def adapter_state(
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """The config of adapter ``name`` and its tensors by key, without the prefix, in the form that files hold.
 
-    Values are taken from ``state_dict``, a full one of the model as FSDP and DeepSpeed gather it, if it is given.
+    Values are taken from ``state_dict`` if it is given: a full one of the model as FSDP and DeepSpeed gather it, or one
+    with the keys of files.
 
     Raises:
-        PeanutError: this process holds a part of a tensor that is not given.
+        PeanutError: this process holds a part of a tensor that is not given, or some are given and others are not.
     """
     adapters.known(name)
     own, whole = {key: value.detach() for key, value in adapters.parameters(name)}, dict[str, Tensor]()
-    if state_dict is not None:
-        given, names = {_plain(key): value for key, value in state_dict.items()}, _names(adapters.model)
-        found = {key: (value, names.get(id(value), [])) for key, value in adapters.parameters(name)}
-        whole = {key: given[path] for key, (_, paths) in found.items() for path in paths if path in given}
+    parts = in_parts(adapters, name)
+    if state_dict:
+        given = {_plain(key): value for key, value in state_dict.items()}
+        found = paths_in_model(adapters, name)
+        whole = {key: given[path] for key, paths in found.items() for path in paths if path in given}
+        whole |= {key: given[key] for key in parts if key in given}
         own |= whole
-    if missing := sorted(in_parts(adapters, name) - whole.keys()):
+    if missing := sorted(parts - whole.keys()):
         raise PeanutError(
             f"adapter {name!r} with a part of '{missing[0]}' in each process (FSDP, or DeepSpeed's third stage)",
             "whole tensors",
@@ -69,7 +73,35 @@ def adapter_state(
         held, stored = method.stored(part, {path: grouped.pop(path, {}) for path in paths})
         config = held if part is adapters.configs[name] else config
         state |= flat(stored)
-    return config, state | flat(grouped)  # what no method knows: modules that are trained whole
+    state |= flat(grouped)  # what no method knows: modules that are trained whole
+    trained = {key for key, value in adapters.parameters(name) if isinstance(value, nn.Parameter)}
+    if state_dict and not trained <= whole.keys():
+        state = _by_file_keys(name, state, state_dict, KeyStyle.of(config))
+    return config, state
+
+
+def _by_file_keys(
+    name: str, state: Mapping[str, Tensor], given: Mapping[str, Tensor], style: KeyStyle
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, taken from those that are given by a file's keys.
+
+    Raises:
+        PeanutError: some are not given.
+    """
+    by_key = {plain_key(key, style): value for key, value in given.items()}
+    if lacking := sorted(state.keys() - by_key.keys()):
+        raise PeanutError(
+            f"a state_dict of {len(given)} tensors without '{file_key(lacking[0], style)}' of adapter {name!r}",
+            "all of the adapter's, by the keys of the model's state_dict() or of get_peft_model_state_dict()",
+            "pass them all, or leave state_dict out",
+        )
+    return {key: by_key[key] for key in state}
+
+
+def paths_in_model(adapters: AdapterSet, name: str) -> dict[str, list[str]]:
+    """For the key in files of each tensor of adapter ``name``, its keys in a state dict of the model."""
+    names = _names(adapters.model)
+    return {key: names.get(id(value), []) for key, value in adapters.parameters(name)}
 
 
 def in_parts(adapters: AdapterSet, name: str) -> set[str]:

@@ -1,7 +1,8 @@
-"""Keys of older layouts of a model (``language_model.model…``) become those of the model that is there."""
+"""Keys of other layouts become those of files: of older models (``language_model.model…``), of a model's own state."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..adapters.adapter_set import AdapterSet
 from ..adapters.surgery import SHARED
 from ..targets.paths import starts
 from .base_weights import embedding_paths, plain_path, saved_module_paths
+from .checkpoint import paths_in_model
 
 __all__ = ["renamed"]
 
@@ -19,8 +21,12 @@ def renamed(adapters: AdapterSet, name: str, state: Mapping[str, Tensor]) -> dic
     """The tensors of a file by the keys that the model gives them: only those that belong to no place in it change.
 
     transformers renames the keys of its models' own files, as their modules were moved; an adapter's have the same
-    paths. A key that has the wrapper of DistributedDataParallel in it (``module.``) loses that.
+    paths. A key that has the wrapper of DistributedDataParallel in it (``module.``) loses that, and one of the model's
+    ``state_dict()`` the adapter's name.
     """
+    if any(f".{name}" in key for key in state):
+        own = {path: key for key, paths in paths_in_model(adapters, name).items() for path in paths}
+        state = {own.get(re.sub(r"^(module|model)\.", "", key), own.get(key, key)): state[key] for key in state}
     places = {place.path for place in adapters.places(name)} | {SHARED}
     places |= {*saved_module_paths(adapters, name), *embedding_paths(adapters)}
     strange = [key for key in state if not _has_place(key, places)]

@@ -156,8 +156,8 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
     heads, modules = heads_of(config), modules_by_path(model)
     found = _trained_whole(model, config, modules)
     for name in [*(config.modules_to_save or []), *heads]:
-        # Of a task's heads the end of the name counts, as in Hugging Face PEFT: DistilBERT's has a pre_classifier too.
-        hits = [path for path in modules if path.endswith(name)] if name in heads else matched(modules, [name])
+        # The end of a path counts, as in Hugging Face PEFT's files: "classifier" is DistilBERT's pre_classifier too.
+        hits = [path for path in modules if path.endswith(name)]
         if not hits and name not in heads:
             raise unknown_name("modules_to_save", name, model, last_names(modules))
         found += hits
