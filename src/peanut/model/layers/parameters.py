@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place"]
+__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place", "Shared"]
 
 Place = tuple[dict[str, Any], str]
 """Where a module stores a tensor: its parameters or buffers, and the name there.
@@ -35,7 +35,10 @@ class ByAdapter(nn.Module):
         yield from (self._modules, self._parameters, self._buffers)
 
     def __getitem__(self, name: str) -> Any:
-        return next(held[name] for held in self._held() if name in held)
+        for held in self._held():
+            if name in held:
+                return held[name]
+        raise KeyError(name)
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -97,12 +100,15 @@ class Parameters:
                 bare[suffix] = own
                 self.places[suffix] = (bare, suffix)
                 continue
-            module = self._trees.setdefault(first, nn.Module())
+            numbered = branches[0].isdecimal()
+            module = self._trees.setdefault(first, nn.ModuleList() if numbered else nn.Module())
             *branches, leaf = branches
             for branch in branches:
                 if branch not in module._modules:
                     module.add_module(branch, nn.Module())
                 module = module._modules[branch]  # type: ignore[assignment]
+            if leaf == "weight":
+                module._parameters.setdefault("bias", None)  # as a linear layer without one
             if isinstance(own, nn.Parameter):
                 module.register_parameter(leaf, own)
             else:
@@ -169,6 +175,27 @@ class Parameters:
         owner, leaf = self.places[suffix]
         own, self.shapes[suffix] = owner[leaf], value.shape
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
+
+
+class Shared(Mapping[str, Tensor]):
+    """What layers share of one suffix, by adapter: ``base_model.vera_A["default"]``, as files call it."""
+
+    def __init__(self, banks: Mapping[str, Parameters], suffix: str) -> None:
+        self._banks = {name: bank for name, bank in banks.items() if suffix in bank.suffixes}
+        self._suffix = suffix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._banks[name].values_by_suffix()[self._suffix]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:  # ``+= 1`` does, with the tensor that is there
+        if self[name] is not value:
+            self._banks[name].assign(self._suffix, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._banks)
+
+    def __len__(self) -> int:
+        return len(self._banks)
 
 
 def _parts(suffix: str) -> list[str]:
