@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from ...errors import PeanutError
 
-__all__ = ["BASE", "PLAIN", "Cache", "CallState", "Context", "Running", "scattered", "share", "tensors_in"]
+__all__ = [
+    "BASE",
+    "EVERYWHERE",
+    "PLAIN",
+    "Cache",
+    "CallState",
+    "Context",
+    "Running",
+    "scattered",
+    "share",
+    "tensors_in",
+]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -52,6 +64,33 @@ class Cache:
     def close(self) -> None:
         """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
         self._values = None
+
+
+class Everywhere:
+    """What evaluation computes once for each layer of any model, in any thread, while that is switched on."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self._values: WeakKeyDictionary[Any, tuple[int, dict[Hashable, Any]]] = WeakKeyDictionary()
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+        if not on:
+            self._values.clear()
+
+    def of(self, layer: Any) -> dict[Hashable, Any]:
+        """The values of a layer, none once its adapters have changed."""
+        version, values = self._values.get(layer, (None, {}))
+        if version != layer.state.version:
+            version, values = self._values[layer] = layer.state.version, {}
+        return values
+
+    def forget(self, layer: object) -> None:
+        """Lets go of a layer's values: it is in training."""
+        self._values.pop(layer, None)
+
+
+EVERYWHERE = Everywhere()
 
 
 class Context:
