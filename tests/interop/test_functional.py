@@ -1,4 +1,4 @@
-"""``DoraCaching``: evaluation caches in every model while it is on; what is read stays right."""
+"""``DoraCaching``: evaluation caches in every model while it is on, and stays right; scales within a context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peanut import LoraConfig, OFTConfig, PeftConfig, get_peft_model
-from peanut.helpers import DoraCaching, disable_input_dtype_casting
+from peanut.helpers import DoraCaching, disable_input_dtype_casting, rescale_adapter_scale
 from peanut.methods.lora import Lora
 
 CONFIGS = [LoraConfig(r=2, use_dora=True, target_modules=["0", "1"]), OFTConfig(r=2, target_modules=["0", "1"])]
@@ -129,3 +129,12 @@ def test_inputs_are_never_cast(active: bool) -> None:
     with disable_input_dtype_casting(model, active=active):
         model(INPUT.bfloat16())
     assert seen == [torch.bfloat16]
+
+
+def test_scales_that_were_read_stay_what_they_were() -> None:
+    layer = adapted(LoraConfig(r=4, target_modules=["0"])).base_model.model[0]
+    before = layer.scaling
+    with rescale_adapter_scale(layer.owner.model, 0.5):
+        during = layer.scaling
+        assert (before, during) == ({"default": 2.0}, {"default": 1.0})
+    assert layer.scaling == before != during

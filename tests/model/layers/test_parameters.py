@@ -48,6 +48,9 @@ def test_modules_of_one_weight_have_no_bias_and_numbered_ones_are_a_list() -> No
     assert len(layer.state_dict()) == len(list(layer.parameters())) == 5
     with pytest.raises(KeyError, match="b"):
         layer.lora_A["b"]
+    fixed = Parameters({"gate.weight": torch.ones(2), "gate.bias": torch.ones(2)}, untrained=["gate.bias"])
+    fixed.put(layer, "a")
+    assert layer.gate["a"].state_dict().keys() == {"weight", "bias"}
 
 
 def test_modules_by_names_that_torch_would_refuse() -> None:

@@ -261,7 +261,7 @@ class Live(Switched):
         if wanted not in (initial, self.scaling[name]):
             self._check_scale(name)
         with self.state.changing():
-            self.scaling[name] = wanted
+            self.scaling = {**self.scaling, name: wanted}  # what somebody has read stays what it was
             self.state.scale(self.path, name, None if wanted == initial else wanted)
 
     def _check_scale(self, name: str) -> None:

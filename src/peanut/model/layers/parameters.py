@@ -107,8 +107,8 @@ class Parameters:
                 if branch not in module._modules:
                     module.add_module(branch, nn.Module())
                 module = module._modules[branch]  # type: ignore[assignment]
-            if leaf == "weight":
-                module._parameters.setdefault("bias", None)  # as a linear layer without one
+            if leaf == "weight" and f"{suffix[: -len(leaf)]}bias" not in values:
+                module.register_parameter("bias", None)  # as a linear layer without one
             if isinstance(own, nn.Parameter):
                 module.register_parameter(leaf, own)
             else:
