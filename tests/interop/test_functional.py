@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peanut import LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from peanut import LoraConfig, OFTConfig, PeftConfig, VBLoRAConfig, get_peft_model
 from peanut.helpers import DoraCaching, disable_input_dtype_casting, rescale_adapter_scale
 from peanut.methods.lora import Lora
 
@@ -94,6 +94,18 @@ def test_a_step_is_seen(training: bool) -> None:
         model.eval()
         after = answer(model)
     torch.testing.assert_close(after, answer(model))
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_a_step_of_what_layers_share_is_seen_in_layers_that_were_not_called() -> None:
+    model = adapted(VBLoRAConfig(r=2, vector_length=2, target_modules=["0", "1"]))
+    first, second = model.base_model.model
+    with DoraCaching():
+        before = answer(second)
+        first(INPUT).square().sum().backward()
+        torch.optim.SGD([model.vblora_vector_bank["default"]], lr=0.1).step()
+        after = answer(second)
+    torch.testing.assert_close(after, answer(second))
     assert (after - before).abs().max() > 1e-3
 
 

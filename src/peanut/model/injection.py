@@ -27,7 +27,7 @@ from .checkpoints.mixtures import add, name_for
 from .checkpoints.shards import load_into_shards, local_parts
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
-from .layers.parameters import Shared
+from .layers.shared import Shared
 from .targets.matching import target_paths
 from .targets.paths import bare, modules_by_path
 from .targets.reach import warn_of_unreached

@@ -67,11 +67,14 @@ class Cache:
 
 
 class Everywhere:
-    """What evaluation computes once for each layer of any model, in any thread, while that is switched on."""
+    """What evaluation computes once for each layer of any model, in any thread, while that is switched on.
+
+    By the state of a model: the version of its adapters, and the values by layer.
+    """
 
     def __init__(self) -> None:
         self.on = False
-        self._values: WeakKeyDictionary[Any, tuple[int, dict[Hashable, Any]]] = WeakKeyDictionary()
+        self._values: WeakKeyDictionary[Any, tuple[int, dict[int, dict[Hashable, Any]]]] = WeakKeyDictionary()
 
     def switch(self, on: bool) -> None:
         self.on = on
@@ -80,14 +83,14 @@ class Everywhere:
 
     def of(self, layer: Any) -> dict[Hashable, Any]:
         """The values of a layer, none once its adapters have changed."""
-        version, values = self._values.get(layer, (None, {}))
+        version, layers = self._values.get(layer.state, (None, {}))
         if version != layer.state.version:
-            version, values = self._values[layer] = layer.state.version, {}
-        return values
+            version, layers = self._values[layer.state] = layer.state.version, {}
+        return layers.setdefault(id(layer), {})
 
-    def forget(self, layer: object) -> None:
-        """Lets go of a layer's values: it is in training."""
-        self._values.pop(layer, None)
+    def forget(self, state: object) -> None:
+        """Lets go of a model's values: it is in training."""
+        self._values.pop(state, None)
 
 
 EVERYWHERE = Everywhere()

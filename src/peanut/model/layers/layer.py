@@ -100,7 +100,7 @@ class AdaptedLayer(AdaptedWeight):
         if not (call.contexts or EVERYWHERE.on) or captured():
             return None
         if self.training or call.sampling or torch.is_grad_enabled():
-            EVERYWHERE.forget(self)
+            EVERYWHERE.forget(self.state)
             return None
         cache = call.cache
         if cache is not None:

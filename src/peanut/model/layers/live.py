@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...absent import without
 from ...errors import PeanutError
 from ...identity import Recognised
-from .parameters import ByAdapter, Parameters, Shared
+from .parameters import ByAdapter, Parameters
+from .shared import Shared
 
 if TYPE_CHECKING:
     from .state import AdapterState

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place", "Shared"]
+__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place"]
 
 Place = tuple[dict[str, Any], str]
 """Where a module stores a tensor: its parameters or buffers, and the name there.
@@ -175,27 +175,6 @@ class Parameters:
         owner, leaf = self.places[suffix]
         own, self.shapes[suffix] = owner[leaf], value.shape
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
-
-
-class Shared(Mapping[str, Tensor]):
-    """What layers share of one suffix, by adapter: ``base_model.vera_A["default"]``, as files call it."""
-
-    def __init__(self, banks: Mapping[str, Parameters], suffix: str) -> None:
-        self._banks = {name: bank for name, bank in banks.items() if suffix in bank.suffixes}
-        self._suffix = suffix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._banks[name].values_by_suffix()[self._suffix]
-
-    def __setitem__(self, name: str, value: Tensor) -> None:  # ``+= 1`` does, with the tensor that is there
-        if self[name] is not value:
-            self._banks[name].assign(self._suffix, value)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._banks)
-
-    def __len__(self) -> int:
-        return len(self._banks)
 
 
 def _parts(suffix: str) -> list[str]:
