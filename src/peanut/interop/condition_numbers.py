@@ -1,4 +1,4 @@
-"""Chooses the layers to adapt by the condition numbers of their weights (Sinha et al. 2025, arXiv 2506.16289)."""
+"""Chooses the layers to adapt by the condition numbers of their weights (KappaTune, arXiv 2506.16289)."""
 
 from __future__ import annotations
 
