@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peanut import LoraConfig, PeftModel, get_peft_model
+import peanut
+from peanut import LoraConfig, PeanutError, PeftModel, PeftWarning, get_peft_model
 from peanut.model.layers.layer import AdaptedLayer
 
 from .support import Net, directed, distance, one_thread, randomised, refused, same_bits  # noqa: F401
@@ -124,3 +126,24 @@ def test_a_half_precision_base_keeps_its_bias_and_the_adapter_float32() -> None:
     assert y.dtype == net.layer.base_layer.bias.dtype == torch.bfloat16
     for _, value in model.adapters.parameters("default"):
         assert value.dtype == value.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5, bias=False), nn.Conv2d(2, 4, 3, bias=False), nn.Embedding(6, 5)])
+def test_a_bias_for_a_layer_without_one_is_said_not_to_merge(layer: nn.Module) -> None:
+    config = LoraConfig(target_modules=["layer"], lora_bias=True)
+    with pytest.warns(PeftWarning, match=f"lora_bias=True for {type(layer).__name__} layers without a bias"):
+        model = get_peft_model(Net(layer), config)
+    with pytest.raises(PeanutError, match="the adapter changes the bias of a layer that has none"):
+        model.merge_adapter()
+
+
+def test_biases_are_trained_in_the_places_where_the_peer_trains_them() -> None:
+    found = []
+    for library, leaf in ((peanut, "trained_bias.default"), (peft, "bias")):
+        for bias in ("none", "all", "lora_only"):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False))
+            model = library.get_peft_model(net, library.LoraConfig(target_modules=["0", "3"], bias=bias))
+            trained = [name for name, value in model.named_parameters() if value.requires_grad and name.endswith(leaf)]
+            found.append({name.removeprefix("base_model.model.")[0] for name in trained})
+    assert found[:3] == found[3:] == [set(), {"0", "1", "2"}, {"0"}]

@@ -9,11 +9,13 @@ from .export import convert_to_lora as convert_to_lora
 from .export import from_lora as from_lora
 from .export import save_as_lora as save_as_lora
 from .export import to_lora as to_lora
+from .interop.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
 from .interop.from_peft import from_peft as from_peft
 from .interop.install import install as install
 from .interop.install import uninstall as uninstall
 from .interop.names import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from .interop.names import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from .interop.names import PEFT_TYPE_TO_PREFIX_MAPPING as PEFT_TYPE_TO_PREFIX_MAPPING
 from .interop.names import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
 from .interop.names import PromptLearningConfig as PromptLearningConfig
 from .interop.to_peft import to_peft as to_peft

@@ -31,11 +31,8 @@ ABSENT = {
     r"TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _PROMPTS,
     r"TRANSFORMERS_MODELS_TO_\w+_MAPPING": _METHOD,
     r"get_gptqmodel_quant_linear|get_quantization_\w+|quantization_extra_repr|resolve_quantization_backend": _QUANTISED,
-    r"find_kappa_target_modules|KappaTuneSelector": "it chooses no layers; name them in target_modules",
-    r"DoraCaching": "it is not needed: within model.inference() evaluation computes DoRA's norms once",
-    r"disable_input_dtype_casting": "it is not needed: inputs are never cast up",
     r"register_peft_method": "use peanut.protocols.register on the method's class",
-    r"TrainableTokensWrapper|LoraLayer|_set_trainable|set_additional_trainable_modules": _INNER,
+    r"TrainableTokensWrapper|_set_trainable|set_additional_trainable_modules": _INNER,
 }
 """Patterns of names, each with the reason."""
 

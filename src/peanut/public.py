@@ -18,6 +18,7 @@ __all__ = ["find", "homes", "ours", "submodule", "tuners"]
 _WHERE = {
     "errors": ("NoMatchingPeftModuleError", "OutOfReachWarning", "PeanutError", "PeftError", "PeftWarning"),
     "export": ("convert_to_lora", "from_lora", "save_as_lora", "to_lora"),
+    "interop.condition_numbers": ("find_kappa_target_modules",),
     "interop.from_peft": ("from_peft",),
     "interop.install": ("install", "uninstall"),
     "interop.to_peft": ("to_peft",),
@@ -40,6 +41,7 @@ _WHERE = {
     "interop.names": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "PromptLearningConfig",
     ),
@@ -77,7 +79,9 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
         "model.injection": ("get_peft_model_state_dict", "inject_adapter_in_model", "set_peft_model_state_dict"),
     },
     "helpers": {
-        "interop.functional": ("rescale_adapter_scale",),
+        "layers": ("LoraLayer",),
+        "interop.condition_numbers": ("KappaTuneSelector", "find_kappa_target_modules"),
+        "interop.functional": ("DoraCaching", "disable_input_dtype_casting", "rescale_adapter_scale"),
         "interop.names": ("BaseTunerLayer",),
         "interop.utilities": (
             "check_if_peft_model",

@@ -121,6 +121,54 @@ def test_what_a_layer_says_is_what_hugging_face_peft_says() -> None:
         other.get_delta_weight("other")
 
 
+SHARED = {
+    "VeraConfig": ("vera_A", "vera_B"),
+    "RandLoraConfig": ("randlora_A", "randlora_B"),
+    "VBLoRAConfig": ("vblora_vector_bank",),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_what_layers_share_is_had_by_its_name_as_there(kind: str) -> None:
+    options = {"r": 2, "target_modules": ["0", "1"]} | ({"vector_length": 2} if kind == "VBLoRAConfig" else {})
+    theirs, ours = (library.get_peft_model(net(), getattr(library, kind)(**options)) for library in (peft, peanut))
+    for name in SHARED[kind]:
+        found = getattr(ours.base_model, name)
+        assert (list(found), len(found)) == (["default"], 1)
+        assert found["default"].shape == getattr(theirs.base_model, name)["default"].shape
+        for holder in (ours, *ours.base_model.model):
+            assert getattr(holder, name)["default"] is found["default"]
+        with pytest.raises(KeyError, match="other"):
+            found["other"]
+    assert not hasattr(ours, "vera_C")
+
+
+def test_what_layers_share_can_be_written_and_has_every_adapter() -> None:
+    model = peanut.get_peft_model(net(), peanut.VeraConfig(r=2, target_modules=["1"]))
+    model.add_adapter("b", peanut.VeraConfig(r=3, target_modules=["0", "1"]))
+    assert {name: value.shape for name, value in model.vera_A.items()} == {"default": (2, 6), "b": (3, 6)}
+    before, there = model.vera_A["default"].clone(), model.vera_A["default"]
+    model.vera_A["default"] += 1
+    assert model.vera_A["default"] is there
+    torch.testing.assert_close(there, before + 1)
+    model.vera_A["default"] = before
+    assert model.base_model.model[1].values("default")["vera_A"] is before
+    bank = peanut.get_peft_model(net(), peanut.VBLoRAConfig(r=2, vector_length=2, target_modules=["0"]))
+    bank.vblora_vector_bank["default"] = torch.ones(256, 2)
+    assert bank.vblora_vector_bank["default"].requires_grad
+    assert bank(torch.ones(1, 4)).isfinite().all()
+
+
+def test_a_peanut_layer_says_how_deep_it_is() -> None:
+    config = {"r": 2, "depth": 2, "target_modules": ["0"]}
+    theirs, ours = (library.get_peft_model(net(), library.PeanutConfig(**config)) for library in (peft, peanut))
+    one, other = theirs.base_model.model[0], ours.base_model.model[0]
+    assert dict(other.res_num) == dict(one.res_num) == {"default": 2}
+    for name in ("peanut_encoders", "peanut_decoders"):
+        found, wanted = getattr(other, name)["default"], getattr(one, name)["default"]
+        assert [each.weight.shape for each in found] == [each.weight.shape for each in wanted]
+
+
 def test_the_change_of_a_layer_has_the_shape_of_its_weight() -> None:
     convolution = nn.Sequential(nn.Conv2d(2, 4, 3))
     model = peanut.get_peft_model(convolution, peanut.LoraConfig(**LORA, init_lora_weights=False))

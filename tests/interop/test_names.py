@@ -20,7 +20,9 @@ from torch import nn
 
 import peanut
 from peanut import LoraConfig, get_peft_model
+from peanut.methods.lora import Lora
 from peanut.protocols.config import default_of
+from peanut.protocols.registry import METHODS
 
 from ..support import PEER_WARNINGS
 
@@ -89,11 +91,34 @@ def test_tables_are_those_of_hugging_face_peft() -> None:
     assert sorted(ours["llama"]) == sorted(theirs["llama"])
     ia3 = utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     assert ia3["llama"] == peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"]
+    prefixes = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    both = {kind for kind in peanut.PEFT_TYPE_TO_PREFIX_MAPPING if kind in prefixes}
+    assert len(both) > 20
+    assert {kind: peanut.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in both} == {kind: prefixes[kind] for kind in both}
     assert peanut.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig
     assert peanut.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is peanut.LoraModel
     assert "PROMPT_TUNING" not in peanut.PEFT_TYPE_TO_TUNER_MAPPING
     assert (utils.CONFIG_NAME, utils.WEIGHTS_NAME) == (peft.utils.CONFIG_NAME, peft.utils.WEIGHTS_NAME)
     assert utils.SAFETENSORS_WEIGHTS_NAME == peft.utils.SAFETENSORS_WEIGHTS_NAME
+
+
+def test_tables_have_methods_that_are_registered_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = ("CONFIG", "TUNER", "MIXED_MODEL", "PREFIX")
+    found = [getattr(peanut, f"PEFT_TYPE_TO_{name}_MAPPING") for name in tables]
+    before = [len(table) for table in found]
+
+    @dataclasses.dataclass(kw_only=True)
+    class LateConfig(LoraConfig):
+        method = "LATE"
+
+    class Late(Lora):
+        config_class = LateConfig
+
+    monkeypatch.setitem(METHODS, "LATE", Late())
+    assert [len(table) for table in found] == [length + 1 for length in before]
+    assert [found[0]["LATE"], found[3]["LATE"]] == [LateConfig, "late_"]
+    assert found[1]["LATE"].method == found[2]["LATE"].method == "LATE"
+    assert "NONE" not in found[0]
 
 
 def net() -> nn.Module:

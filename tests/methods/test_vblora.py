@@ -8,10 +8,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
+import peanut
 from peanut import PeanutError, PeftModel, get_peft_model
 from peanut.methods.variational_lora import VariationalLoraConfig
 from peanut.methods.vblora import VBLoRAConfig
@@ -118,6 +120,22 @@ def test_file_of_the_peer_of_what_was_chosen(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     assert distance(theirs(X.float()), Pair()(X.float())) > 0.05
     assert distance(PeftModel.from_pretrained(Pair(), tmp_path)(X.float()), theirs(X.float())) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"save_only_topk_weights": True}, {"num_vectors": 300}])
+def test_what_is_saved_is_counted_as_the_peer_counts(options: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    given = {"r": 4, "vector_length": 4, "topk": 2, "target_modules": ["a", "b"], "num_vectors": 20, **options}
+    found = []
+    for library in (peanut, peft):
+        model = library.get_peft_model(
+            nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"}), library.VBLoRAConfig(**given)
+        )
+        model.base_model.model["a"].base_layer.requires_grad_(True)
+        found.append(model.get_nb_savable_parameters())
+    assert found[0] == found[1]
+    assert found[0][1] > 0
+    model.print_savable_parameters()
+    assert f"{sum(found[0]):,d}" in capsys.readouterr().out
 
 
 def test_length_that_does_not_divide_is_refused_with_layer_and_size() -> None:

@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from ..errors import PeanutError
 from ..model.adapters.adapter_set import AdapterSet
+from ..model.layers.calls import EVERYWHERE
 from ..model.layers.layer import AdaptedLayer
 
-__all__ = ["cast_adapter_dtype", "delete_adapter", "rescale_adapter_scale", "set_adapter", "set_requires_grad"]
+__all__ = [
+    "DoraCaching",
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "disable_input_dtype_casting",
+    "rescale_adapter_scale",
+    "set_adapter",
+    "set_requires_grad",
+]
 
 
 def set_adapter(
@@ -53,6 +63,35 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for suffix, value in own.values_by_suffix().items():
                 if value.is_floating_point() and value.itemsize < 4:
                     own.assign(suffix, value.float())
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Accepted for scripts: inputs are never cast here, so there is nothing to switch off."""
+    yield
+
+
+class DoraCaching:
+    """Within the context, or for good by ``DoraCaching()(enabled=True)``, evaluation caches, in every model and thread.
+
+    In ``eval()`` and without gradients what adapters make of the weights is then computed once: DoRA's norms, and what
+    other methods have of that kind. A forward in training, or a change of the adapters, lets go of it; nothing else
+    may write to the weights meanwhile. ``model.inference()`` does the same for one model.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled, self._before = enabled, False
+
+    def __enter__(self) -> Self:
+        self._before = EVERYWHERE.on
+        EVERYWHERE.switch(self.enabled)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        EVERYWHERE.switch(self._before)
+
+    def __call__(self, enabled: bool = True) -> None:
+        EVERYWHERE.switch(enabled)
 
 
 @contextmanager

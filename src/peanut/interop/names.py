@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +14,7 @@ from ..model.layers.saved_modules import SavedModule
 from ..model.models import model_of
 from ..model.targets.architectures import ARCHITECTURES
 from ..model.tuner import Tuner
-from ..protocols import WeightMethod
+from ..protocols import PeftConfig, WeightMethod
 from ..protocols.input_method import PromptConfig
 from ..protocols.registry import PeftType, registered
 
@@ -22,6 +23,7 @@ __all__ = [
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "UPCAST_DTYPES",
     "WEIGHTS_NAME",
@@ -34,6 +36,8 @@ __all__ = [
     "layer_class",
     "targets_mapping",
 ]
+
+V = TypeVar("V")
 
 WEIGHTS_NAME = "adapter_model.bin"
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
@@ -50,14 +54,45 @@ BaseTuner = Tuner
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper = SavedModule
 MixedModel = AdaptedModel
 
-_METHODS = {PeftType(name): method for name, method in registered().items()}
-PEFT_TYPE_TO_CONFIG_MAPPING = {kind: method.config_class for kind, method in _METHODS.items()}
-PEFT_TYPE_TO_TUNER_MAPPING = {
-    kind: model_of(method) for kind, method in _METHODS.items() if not issubclass(method.config_class, PromptConfig)
+
+class _ByMethod(Mapping[PeftType, V]):
+    """A table of the methods that are registered when one looks, but for those for which a function has ``None``."""
+
+    def __init__(self, of: Callable[[Any], V | None]) -> None:
+        self._of = of
+
+    def __getitem__(self, name: object) -> V:
+        value = self._of(registered()[name]) if name in registered() else None
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return (PeftType(name) for name, method in registered().items() if self._of(method) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+_PREFIXES = {
+    **dict.fromkeys(("ADALORA", "VARIATIONAL_LORA"), "lora_"),
+    **dict.fromkeys(("LOREFT", "DIREFT"), "reft_"),
+    "BITFIT": "trained_bias",
+    "DIFF_PRUNING": "diff_",
+    "VERA": "vera_lambda_",
 }
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {
-    kind: model for kind, model in PEFT_TYPE_TO_TUNER_MAPPING.items() if isinstance(_METHODS[kind], WeightMethod)
-}
+
+PEFT_TYPE_TO_CONFIG_MAPPING: _ByMethod[type[PeftConfig]] = _ByMethod(lambda method: method.config_class)
+PEFT_TYPE_TO_PREFIX_MAPPING: _ByMethod[str] = _ByMethod(lambda own: _PREFIXES.get(own.name, f"{own.name.lower()}_"))
+PEFT_TYPE_TO_TUNER_MAPPING = _ByMethod(
+    lambda method: None if issubclass(method.config_class, PromptConfig) else model_of(method)
+)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _ByMethod(
+    lambda method: model_of(method) if isinstance(method, WeightMethod) else None
+)
 
 
 class _WithAdapter(type):

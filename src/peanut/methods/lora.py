@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, PeftWarning, warn
 from ..operators import LowRank
 from ..protocols import Change, PeftConfig, Values, WeightMethod, register
 from ..protocols.patterns import OUT_PROJECTION
@@ -188,6 +188,9 @@ class Lora(WeightMethod[LoraConfig]):
         return tensors
 
     def check(self, config: LoraConfig, layer: FrozenLayer, path: str) -> None:
+        if config.lora_bias and layer.bias() is None:  # the same words for all layers, so that it is told once
+            kind = type(layer.module).__name__
+            warn(f"lora_bias=True for {kind} layers without a bias: the adapter cannot be merged there", PeftWarning)
         least = min(layer.out_features, layer.in_features)
         if config.starts_in_weight and config.r > least:
             raise PeanutError(

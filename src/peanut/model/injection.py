@@ -27,6 +27,7 @@ from .checkpoints.mixtures import add, name_for
 from .checkpoints.shards import load_into_shards, local_parts
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
+from .layers.shared import Shared
 from .targets.matching import target_paths
 from .targets.paths import bare, modules_by_path
 from .targets.reach import warn_of_unreached
@@ -142,7 +143,13 @@ class AdaptedModel(Tuner):
                 raise
             if (missing := without(self, name)) is not None:
                 raise missing from None
-            return getattr(self.model, name)
+            try:
+                return getattr(self.model, name)
+            except AttributeError:
+                banks = {own: bank for place in self.adapters.places() for own, bank in place.banks.items()}
+                if shared := Shared(banks, name):
+                    return shared
+                raise
 
 
 @checked

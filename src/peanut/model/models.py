@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..protocols import METHODS, Method
-from .injection import AdaptedModel
+from .injection import AdaptedModel, get_peft_model_state_dict
 from .xlora_model import XLoraModel
 
 __all__ = ["AdaLoraModel", "VBLoRAModel", "XLoraModel", "model_of"]
@@ -25,6 +25,18 @@ class VBLoRAModel(AdaptedModel):
 
     method = "VBLORA"
     also = "VARIATIONAL_LORA"  # which VBLoRAConfig makes of vb_r, vb_pi, vb_beta
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """How many numbers of four bytes a file holds of the logits and the bank, and how many others are trained."""
+        saved = get_peft_model_state_dict(self, adapter_name=adapter)
+        own = sum(value.nbytes for key, value in saved.items() if "vblora_" in key)
+        others = (value for name, value in self.named_parameters() if "vblora_" not in name and value.requires_grad)
+        return own // 4, sum(value.numel() for value in others)
+
+    def print_savable_parameters(self) -> None:
+        """Prints them."""
+        own, others = self.get_nb_savable_parameters()
+        print(f"VB-LoRA: {own:,d} numbers of four bytes are saved; with others that are trained, {own + others:,d}")
 
 
 def model_of(method: Method[Any]) -> type[AdaptedModel]:

@@ -20,6 +20,7 @@ from ..hub import HUB_OPTIONS, locate, push
 from ..identity import Recognised
 from .arguments import checked
 from .known_fields import known_fields
+from .names import Names
 from .patterns import MOST_EXPRESSIONS, check_pattern, check_patterns, matching_pattern, outer
 from .registry import CONFIG_CLASSES, PeftType, method_of, name_of
 from .values import Whole, check_types
@@ -138,7 +139,7 @@ class PeftConfig(Recognised):
             elif value is not None:
                 if not all(value):
                     raise PeanutError(f"{name}={shown(value)}", "a list of names", "remove what is not a name")
-                setattr(self, name, sorted(set(value)))
+                setattr(self, name, Names(value))
         for _, patterns in self.by_layer:
             check_patterns(patterns, getattr(self, patterns) or {})
         if isinstance(self.layers_pattern, list) and len(self.layers_pattern) > MOST_EXPRESSIONS:
@@ -208,6 +209,7 @@ class PeftConfig(Recognised):
             value = getattr(self, field.name)
             if field.name in self.only_here and value == default_of(field):
                 continue
+            value = list(value) if isinstance(value, Names) else value
             plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,24 @@ def test_parameters_keep_their_suffixes_as_names() -> None:
     Parameters(values).put(layer, "b")
     parameters.take_out(layer, "a")
     assert layer.state_dict().keys() == {key.replace(".a", ".b") for key in keys}
+
+
+def test_modules_of_one_weight_have_no_bias_and_numbered_ones_are_a_list() -> None:
+    values = {"lora_A.weight": torch.ones(2, 3), "lora_B.bias": torch.ones(3), "lora_B.weight": torch.ones(3, 2)}
+    levels = {f"peanut_encoders.{level}.weight": torch.full((2, 2), float(level)) for level in range(2)}
+    layer: Any = nn.Module()
+    Parameters({**values, **levels}).put(layer, "a")
+    assert layer.lora_A["a"].bias is None
+    assert layer.lora_B["a"].bias.shape == (3,)
+    assert [each.weight[0, 0].item() for each in layer.peanut_encoders["a"]] == [0, 1]
+    assert len(layer.peanut_encoders["a"]) == 2
+    assert layer.peanut_encoders["a"][1].weight[0, 0].item() == 1
+    assert len(layer.state_dict()) == len(list(layer.parameters())) == 5
+    with pytest.raises(KeyError, match="b"):
+        layer.lora_A["b"]
+    fixed = Parameters({"gate.weight": torch.ones(2), "gate.bias": torch.ones(2)}, untrained=["gate.bias"])
+    fixed.put(layer, "a")
+    assert layer.gate["a"].state_dict().keys() == {"weight", "bias"}
 
 
 def test_modules_by_names_that_torch_would_refuse() -> None:

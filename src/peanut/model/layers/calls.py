@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from ...errors import PeanutError
 
-__all__ = ["BASE", "PLAIN", "Cache", "CallState", "Context", "Running", "scattered", "share", "tensors_in"]
+__all__ = [
+    "BASE",
+    "EVERYWHERE",
+    "PLAIN",
+    "Cache",
+    "CallState",
+    "Context",
+    "Running",
+    "scattered",
+    "share",
+    "tensors_in",
+]
 
 BASE = "__base__"
 """The name that stands for "no adapter" among per-sample names."""
@@ -52,6 +64,36 @@ class Cache:
     def close(self) -> None:
         """Lets go of all values; a task that was begun inside the context and outlives it caches nothing any more."""
         self._values = None
+
+
+class Everywhere:
+    """What evaluation computes once for each layer of any model, in any thread, while that is switched on.
+
+    By the state of a model: the version of its adapters, and the values by layer.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self._values: WeakKeyDictionary[Any, tuple[int, dict[int, dict[Hashable, Any]]]] = WeakKeyDictionary()
+
+    def switch(self, on: bool) -> None:
+        self.on = on
+        if not on:
+            self._values.clear()
+
+    def of(self, layer: Any) -> dict[Hashable, Any]:
+        """The values of a layer, none once its adapters have changed."""
+        version, layers = self._values.get(layer.state, (None, {}))
+        if version != layer.state.version:
+            version, layers = self._values[layer.state] = layer.state.version, {}
+        return layers.setdefault(id(layer), {})
+
+    def forget(self, state: object) -> None:
+        """Lets go of a model's values: it is in training."""
+        self._values.pop(state, None)
+
+
+EVERYWHERE = Everywhere()
 
 
 class Context:

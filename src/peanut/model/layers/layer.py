@@ -16,7 +16,7 @@ from ...operators.inference import few_tokens
 from ...protocols import METHODS, Change
 from ...weights.made import made_once
 from .adapted import refuse_symbolic
-from .calls import BASE, CallState, scattered
+from .calls import BASE, EVERYWHERE, CallState, scattered
 from .hooks import input_of
 from .plan import Plan, for_samples
 from .weight import AdaptedWeight
@@ -97,10 +97,15 @@ class AdaptedLayer(AdaptedWeight):
 
         It may where the caller has said so, and only in evaluation. After a change of the adapters it is empty.
         """
-        if not call.contexts or self.training or call.sampling or torch.is_grad_enabled():
+        if not (call.contexts or EVERYWHERE.on) or captured():
+            return None
+        if self.training or call.sampling or torch.is_grad_enabled():
+            EVERYWHERE.forget(self.state)
             return None
         cache = call.cache
-        return None if cache is None or captured() else cache.of(self)
+        if cache is not None:
+            return cache.of(self)
+        return EVERYWHERE.of(self) if EVERYWHERE.on else None
 
     def _acting(
         self,

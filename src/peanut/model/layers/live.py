@@ -12,6 +12,7 @@ from ...absent import without
 from ...errors import PeanutError
 from ...identity import Recognised
 from .parameters import ByAdapter, Parameters
+from .shared import Shared
 
 if TYPE_CHECKING:
     from .state import AdapterState
@@ -163,7 +164,7 @@ class Live(Switched):
     other_param_names: tuple[str, ...] = ()
     """For scripts: everything that adapters have here is under ``adapter_layer_names``."""
 
-    r, lora_alpha = map(_of_config, ("r", "lora_alpha"))
+    r, lora_alpha, res_num = map(_of_config, ("r", "lora_alpha", "depth"))
 
     @property
     def in_features(self) -> int:
@@ -217,6 +218,8 @@ class Live(Switched):
         except AttributeError as error:
             if name in _FACTORS:
                 return {}
+            if shared := Shared({own: bank for own, banks in self._shared.items() for bank in banks}, name):
+                return shared
             raise (without(self, name) or error) from None
 
     # Scales
@@ -259,7 +262,7 @@ class Live(Switched):
         if wanted not in (initial, self.scaling[name]):
             self._check_scale(name)
         with self.state.changing():
-            self.scaling[name] = wanted
+            self.scaling = {**self.scaling, name: wanted}  # what somebody has read stays what it was
             self.state.scale(self.path, name, None if wanted == initial else wanted)
 
     def _check_scale(self, name: str) -> None:

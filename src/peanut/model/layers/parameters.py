@@ -40,7 +40,10 @@ class ByAdapter(nn.Module):
         yield from (self._modules, self._parameters, self._buffers)
 
     def __getitem__(self, name: str) -> Any:
-        return next(held[name] for held in self._held() if name in held)
+        for held in self._held():
+            if name in held:
+                return held[name]
+        raise KeyError(name)
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -107,12 +110,15 @@ class Parameters:
                 bare[suffix] = own
                 self.places[suffix] = (bare, suffix)
                 continue
-            module = self._trees.setdefault(first, nn.Module())
+            numbered = branches[0].isdecimal()
+            module = self._trees.setdefault(first, nn.ModuleList() if numbered else nn.Module())
             *branches, leaf = branches
             for branch in branches:
                 if branch not in module._modules:
                     module.add_module(branch, nn.Module())
                 module = module._modules[branch]  # type: ignore[assignment]
+            if leaf == "weight" and f"{suffix[: -len(leaf)]}bias" not in values:
+                module.register_parameter("bias", None)  # as a linear layer without one
             if isinstance(own, nn.Parameter):
                 module.register_parameter(leaf, own)
             else:

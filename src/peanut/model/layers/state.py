@@ -55,6 +55,7 @@ class AdapterState(Hooking):
     """
 
     __slots__ = (
+        "__weakref__",
         "_active",
         "_changer",
         "_graphs",

@@ -1,0 +1,55 @@
+"""Makes modules whose parameters have no storage, to be filled by loading."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+__all__ = ["init_empty_weights", "skip_init_on_device"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FILLED: ContextVar[bool] = ContextVar("peanut_filled", default=False)
+"""Whether a function runs for which the context is as if it were not there."""
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Within the context the parameters that modules are given, and their buffers if asked, are on the meta device."""
+
+    def parameter(module: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter | None:
+        return None if _FILLED.get() else nn.Parameter(value.to("meta"), value.requires_grad)
+
+    def buffer(module: nn.Module, name: str, value: Tensor | None) -> Tensor | None:
+        return None if value is None or _FILLED.get() else value.to("meta")
+
+    registrars: list[tuple[Any, Any]] = [(hooks.register_module_parameter_registration_hook, parameter)]
+    if include_buffers:
+        registrars.append((hooks.register_module_buffer_registration_hook, buffer))
+    held = [register(hook) for register, hook in registrars]
+    try:
+        yield
+    finally:
+        for each in held:
+            each.remove()
+
+
+def skip_init_on_device(func: Callable[P, R]) -> Callable[P, R]:
+    """A function that makes modules with storage also within ``init_empty_weights``."""
+
+    @functools.wraps(func)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _FILLED.set(True)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _FILLED.reset(token)
+
+    return called
