@@ -63,8 +63,8 @@ def _before_loss_leaves(model: nn.Module, args: Any, output: Any) -> Any:
         output = (output[0] + penalty.to(output[0].device), *output[1:])
     else:
         warnings.warn(
-            f"{type(model).__name__} returned no loss, so the penalty of adapter {adapters.state.active[0]!r} is not "
-            "in it: give the model labels, or add peanut.penalty(model) to your loss",
+            f"{type(model).__name__} returned no loss, so the penalty of its adapters is not in it: give the model "
+            "labels, or add peanut.penalty(model) to your loss",
             stacklevel=2,
         )
     return output

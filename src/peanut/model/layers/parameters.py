@@ -7,6 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -24,6 +25,31 @@ This lookup takes a tenth of the time of a module's attribute, and finds a tenso
 
 class _Places(dict[str, Place]):
     """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
+
+
+class Factor(nn.Module):
+    """A factor of an adapter's change, ``lora_A["default"]``; for scripts it can be called as a linear layer can.
+
+    Layers read its tensors and never call it, so hooks on it do not run: they belong on the layer.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() != 2:
+            raise PeanutError(
+                "a call of one factor of a convolution", "a call of the layer", "call the layer around it"
+            )
+        return F.linear(x, self.weight, self.bias)
 
 
 _VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
@@ -111,11 +137,11 @@ class Parameters:
                 self.places[suffix] = (bare, suffix)
                 continue
             numbered = branches[0].isdecimal()
-            module = self._trees.setdefault(first, nn.ModuleList() if numbered else nn.Module())
+            module = self._trees.setdefault(first, nn.ModuleList() if numbered else Factor())
             *branches, leaf = branches
             for branch in branches:
                 if branch not in module._modules:
-                    module.add_module(branch, nn.Module())
+                    module.add_module(branch, Factor())
                 module = module._modules[branch]  # type: ignore[assignment]
             if leaf == "weight" and f"{suffix[: -len(leaf)]}bias" not in values:
                 module.register_parameter("bias", None)  # as a linear layer without one
