@@ -62,6 +62,22 @@ def test_the_base_is_found_and_adapted(task: str, tmp_path: Path) -> None:
     assert trained.dtype == torch.bfloat16
 
 
+def test_another_task_than_the_adapters_is_refused_and_the_fifth_argument_is_the_revision(tmp_path: Path) -> None:
+    base = hf.LlamaForCausalLM(LLAMA)
+    base.save_pretrained(tmp_path / "base")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = randomised(get_peft_model(base, PeanutConfig(r=4, task_type="CAUSAL_LM"))).eval()
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        PeanutError,
+        match=r"^AutoPeftModelForSequenceClassification for '.*', an adapter for CAUSAL_LM; expected one for SEQ_CLS; ",
+    ):
+        peanut.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    auto = peanut.AutoPeftModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "a", "default", False, None, None, import_allowlist=["transformers"])
+    assert same_bits(answer(loaded), answer(model))
+
+
 def test_an_adapter_that_names_no_base_or_task_is_refused(
     tiny_llama: Callable[..., hf.PreTrainedModel], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PeanutError
 from ..hub import locate
-from ..protocols import PeftConfig
+from ..protocols import PeftConfig, TaskType
 from ..protocols.arguments import checked
 from .checkpoints.base_weights import plain_path
 from .checkpoints.fingerprint import FINGERPRINT, recorded_rows
@@ -32,7 +32,7 @@ __all__ = [
     "rows_for",
 ]
 
-_ADAPTER = ("subfolder", "revision")
+_ADAPTER = ("subfolder",)
 _OWN = ("autocast_adapter_dtype", "check_base", "strict")
 _HUB = ("token", "cache_dir", "force_download", "local_files_only")
 _BASES = {
@@ -62,6 +62,7 @@ class AutoPeftModel:
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """The adapted model; arguments as for ``PeftModel.from_pretrained``, others go to the base's (``dtype``, …).
@@ -70,10 +71,12 @@ class AutoPeftModel:
         tokens, the base is resized first.
 
         Raises:
-            PeanutError: the adapter names no base or no task, or does not fit.
+            PeanutError: the adapter names no base or no task, was trained for another one, or does not fit.
             TypeError: from transformers, a keyword is unknown.
         """
         hub = {name: kwargs.pop(name) for name in _ADAPTER if name in kwargs}
+        hub |= {} if revision is None else {"revision": revision}
+        kwargs.pop("import_allowlist", None)  # nothing that a config names is imported
         hub |= {name: kwargs[name] for name in _HUB if name in kwargs}  # these are for the base's files too
         own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
         given = config
@@ -90,6 +93,12 @@ class AutoPeftModel:
                 f"the config of '{pretrained_model_name_or_path}' names no task",
                 f"one of {', '.join(_BASES)}",
                 "use AutoPeftModelForCausalLM or another of its kind",
+            )
+        if config.task_type not in (None, task):
+            raise PeanutError(
+                f"{cls.__name__} for '{pretrained_model_name_or_path}', an adapter for {TaskType(config.task_type).value}",
+                f"one for {task}",
+                "use AutoPeftModel, which takes the adapter's own task, or load the base yourself",
             )
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
