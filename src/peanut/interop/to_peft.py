@@ -60,6 +60,7 @@ def to_peft(model: nn.Module) -> Any:
         raise PeanutError(f"{type(model).__name__} has no adapters", "a model with adapters", "call it on a PeftModel")
     if adapters.state.merged:
         raise PeanutError("adapters are merged into the weights", "an unmerged model", "call unmerge_adapter() first")
+    adapters.refuse_differing()
     if not adapters.state.enabled or adapters.state.off:
         raise PeanutError("adapters are disabled", "adapters that act", "call enable_adapter_layers() first")
     if not adapters.state.active:

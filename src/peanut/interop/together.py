@@ -37,8 +37,8 @@ def check_together(place: Wrapped, acting: Acting) -> None:
     order, beneath = list(acting), list[tuple[str, int]]()
     for number, layer in enumerate(reversed(place.layers)):
         own = [name for name in order if place.holds(layer, name)]
-        if own and acting[own[0]][0].peft_type == PeftType.OFT:  # there the last turns what the first has turned
-            own.reverse()
+        if own and acting[own[0]][0].peft_type == PeftType.OFT and acting[own[0]][1].left is None:
+            own.reverse()  # there the last turns what the first has turned
         for name in own:
             for other, inside in beneath:
                 ordered = order.index(other) < order.index(name)

@@ -113,7 +113,7 @@ class OFT(WeightMethod[OFTConfig]):
 
     def change(self, config: OFTConfig, parameters: Values, layer: FrozenLayer) -> Change:
         _, width = layer.features
-        (weight,), b = parameters.values(), config.block_size(width)
+        weight, b = parameters[name_in(parameters)], config.block_size(width)
         if config.coft:
             # The gradient of the held point is handed on: a step from there, as in projected gradient descent.
             weight = held(weight, config.eps).detach() + (weight - weight.detach())
@@ -125,16 +125,22 @@ class OFT(WeightMethod[OFTConfig]):
         """Blocks dropped at random: with S = 0 a block is the identity."""
         if not config.module_dropout:
             return parameters
-        ((name, weight),) = parameters.items()
+        name = name_in(parameters)
+        weight = parameters[name]
         dropped = torch.rand(weight.shape[0], 1, device=weight.device) < config.module_dropout
-        return {name: torch.where(dropped, torch.zeros_like(weight), weight)}
+        return {**parameters, name: torch.where(dropped, torch.zeros_like(weight), weight)}
 
     def after_step(self, config: OFTConfig, layers: Sequence[Values]) -> None:
         """Takes the parameters themselves back into the ball, so that an optimizer never runs away from it."""
         if config.coft:
             for values in layers:
-                for weight in values.values():
-                    weight.copy_(held(weight, config.eps))
+                weight = values[name_in(values)]
+                weight.copy_(held(weight, config.eps))
+
+
+def name_in(values: Values) -> str:
+    """The name of a layer's upper triangles."""
+    return OF_EMBEDDING if OF_EMBEDDING in values else WEIGHT
 
 
 def turning(layer: FrozenLayer, rotation: Rotation) -> Change:

@@ -96,7 +96,8 @@ class AutoPeftModel:
             )
         if config.task_type not in (None, task):
             raise PeanutError(
-                f"{cls.__name__} for '{pretrained_model_name_or_path}', an adapter for {TaskType(config.task_type).value}",
+                f"{cls.__name__} for '{pretrained_model_name_or_path}', "
+                f"an adapter for {TaskType(config.task_type).value}",
                 f"one for {task}",
                 "use AutoPeftModel, which takes the adapter's own task, or load the base yourself",
             )

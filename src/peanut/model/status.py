@@ -108,7 +108,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=sum(value.numel() for value in known),
         num_adapter_layers=len(layers),
         enabled=_alike([layer.enabled for layer in layers]),
-        active_adapters=layers[0].active_adapters,
+        active_adapters=layers[0].active_adapters
+        if len({tuple(layer.active_adapters) for layer in layers}) == 1
+        else "irregular",
         merged_adapters="irregular" if partly else merged,
         requires_grad={
             name: _alike([layer.requires_grad[name] for layer in layers if name in layer.requires_grad])

@@ -124,3 +124,38 @@ def test_it_does_not_go_over_to_the_peer_in_silence() -> None:
         to_peft(model)
     assert isinstance(model, PeftModel)
     assert peanut.get_model_status(model).enabled == "irregular"
+
+
+def test_other_active_adapters_in_one_layer_are_what_the_peer_makes_of_it() -> None:
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**settings))
+    ours = get_peft_model(base(), LoraConfig(**settings))
+    for model, library in ((theirs, peft), (ours, peanut)):
+        model.add_adapter("b", library.LoraConfig(**settings))
+    for index, name in enumerate(("default", "b")):
+        layers(theirs)[2].modules_to_save[name].weight.data += index + 1
+    ours.load_state_dict(theirs.state_dict())
+    expected = trained(ours)
+    seen = list[Tensor]()
+    steps = [(0, "b"), (1, ["b", "default"]), (2, "b"), (1, "b"), (0, ["default"]), (1, ["default"]), (2, ["default"])]
+    for index, names in steps:
+        for model in (theirs, ours):
+            layers(model)[index].set_adapter(names)
+        assert distance(ours(X), theirs(X)) < 1e-6
+        assert [layer.active_adapters for layer in layers(ours)] == [
+            [layer.active_adapters] if isinstance(layer.active_adapters, str) else list(layer.active_adapters)
+            for layer in layers(theirs)
+        ]
+        assert trained(ours) == trained(theirs)
+        seen.append(ours(X))
+    assert len({tuple(outputs.flatten().tolist()) for outputs in seen}) == len(steps)
+    assert trained(ours) == expected
+    layers(ours)[0].set_adapter("b")
+    assert peanut.get_model_status(ours).active_adapters == "irregular"
+    with pytest.raises(
+        PeanutError, match=r"^'0' with other active adapters \(\['b'\]\) than the model; expected the sa"
+    ):
+        ours.merge_adapter()
+    ours.set_adapter("default")
+    assert same_bits(ours(X), seen[-1])

@@ -11,6 +11,7 @@ from ...errors import PeanutError, warn
 from ...protocols import MixtureMethod, PeftConfig, method_of
 from ..layers.saved_modules import SavedModule
 from .merging import Merging, changes
+from .surgery import SHARED
 
 __all__ = ["Acting", "experts_of"]
 
@@ -37,7 +38,7 @@ class Acting(Merging):
         if (merged := self.state.merged) and not self._stays_merged(wanted):
             warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {wanted} can be active")
             self.unmerge()
-        self.state.active = wanted
+        self.state.active, self.state.local = wanted, {}
         self._resting = None
         self.freeze(trainable=wanted if trainable else ())
 
@@ -64,9 +65,27 @@ class Acting(Merging):
             self._resting = None
 
     @changes
+    def activate_in(self, path: str, names: list[str], *, trainable: bool) -> None:
+        """Makes exactly ``names`` active in one place; in the model, where all places then agree."""
+        model = self.state.active, self.trained == self.state.active
+        there = {each: self.state.local.get(each, model) for each in self._paths()}
+        there[path] = names, trainable
+        if all(own == (names, trainable) for own in there.values()):
+            self.activate(names, trainable=trainable)
+        else:
+            self.state.local = {each: own for each, own in there.items() if own != model}
+            self.freeze(self.trained)
+
+    def _paths(self) -> set[str]:
+        """The paths of all places with adapters in the model."""
+        return {place.path for place in self.places() if place.path != SHARED} | {
+            path for path, _ in self.saved_modules()
+        }
+
+    @changes
     def enable_in(self, path: str, enabled: bool) -> None:
         """Switches the adapters of one place; of the model, where all places are then on or off alike."""
-        every = {place.path for place in self.places()} | {there for there, _ in self.saved_modules()}
+        every = self._paths()
         off = set(self.state.off) if self.state.enabled else every
         off = off - {path} if enabled else off | {path}
         if off == every:
@@ -98,6 +117,9 @@ class Acting(Merging):
     def freeze_in(self, module: Any) -> None:
         """Freezes what is in one place but for the adapters that are trained, all where they are switched off."""
         trainable = [*self.trained, *(expert for name in self.trained for expert in self._trained_with(name))]
+        if module.path in self.state.local:
+            names, trained = self.state.local[module.path]
+            trainable = names if trained else []
         if module.path in self.state.off:
             trainable = []
         if isinstance(module, SavedModule):

@@ -65,6 +65,7 @@ class Merging(Surgery):
             PeanutError: a merged weight would not be finite, a bias has nowhere to go, two adapters have a copy of one
                 head, or the unmerged ones could not do the rest exactly. Nothing is then merged.
         """
+        self.refuse_differing()
         wanted = self.mergeable(self.state.active if names is None else names)
         before = list(self.state.merged)
         if wanted and not alone and set(wanted) <= set(before):
@@ -91,6 +92,15 @@ class Merging(Surgery):
                 layer.write([name for name in active if name in written], shared=shared(layer))
             raise
         self.state.merged, self.state.active = merged, active
+
+    def refuse_differing(self) -> None:
+        """Refuses what is of the whole model while adapters are active in some of its layers alone."""
+        for path in self.state.local:
+            raise PeanutError(
+                f"'{path}' with other active adapters ({self.state.active_at(path)}) than the model",
+                "the same in all layers",
+                "call set_adapter of the model",
+            )
 
     @changes
     def unmerge(self) -> None:

@@ -79,7 +79,7 @@ class Adapted(Live, nn.Module):
 
     def acting_here(self) -> list[str]:
         """Names of the active adapters that are here."""
-        return [name for name in self.state.active if name in self.adapters]
+        return [name for name in self.state.active_at(self.path) if name in self.adapters]
 
     @property
     def _external_params(self) -> dict[int, nn.Parameter]:

@@ -80,7 +80,7 @@ class AdaptedLayer(AdaptedWeight):
     def _plan(self, call: CallState, x: Tensor) -> Plan:
         """The computation of the adapters that act on a whole batch."""
         tasks = None if call.tasks is None else self.state.tasks_of(x.shape[0] if x.dim() else 1)
-        names, cached = self.state.active, self._cached(call)
+        names, cached = self.state.active_at(self.path), self._cached(call)
         different = () if cached is None or tasks is None else tuple(set(tasks.tolist()))
         if cached is None or len(different) > 1 or any(name in call.running.gates for name in names):
             # With factors of each row, or gates of each token, there is nothing to keep.

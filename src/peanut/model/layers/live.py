@@ -75,11 +75,7 @@ def _width(layer: Any, side: int) -> int:
 
 
 class Switched(Recognised):
-    """A module whose adapters are switched on and off. Which of them are active is a state of the whole model.
-
-    Making some active in one of its modules does so in all; the switch, gradients and scales are those of the one
-    module. So a loop over all modules ends as in Hugging Face PEFT, where each has a state of its own.
-    """
+    """A module whose adapters are switched on and off, and made active: what all modules agree on is the model's."""
 
     state: AdapterState
     path: str
@@ -98,8 +94,8 @@ class Switched(Recognised):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the model's active adapters, also of those that are not in this module."""
-        return list(self.state.active)
+        """Names of the adapters that are active here, also of those that are not in this module."""
+        return list(self.state.active_at(self.path))
 
     @property
     def active_adapter(self) -> list[str]:
@@ -115,13 +111,8 @@ class Switched(Recognised):
         self.owner.enable_in(self.path, enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes exactly these adapters active in the model, and trainable unless ``inference_mode``."""
-        owner = self.owner
-        wanted = owner.known(adapter_names)
-        if (self.state.active, owner.trained) == (wanted, [] if inference_mode else wanted):
-            owner.freeze_in(self)
-        else:
-            owner.activate(wanted, trainable=not inference_mode)
+        """Makes exactly these adapters active in this module, and trainable unless ``inference_mode``."""
+        self.owner.activate_in(self.path, self.owner.known(adapter_names), trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Takes an adapter out of the model; its modules stay wrapped. Without effect where it is gone already."""
@@ -243,13 +234,13 @@ class Live(Switched):
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of each active adapter here by ``scale``; errors: see ``set_scale``."""
-        for name in self.state.active:
+        for name in self.active_adapters:
             if name in self.adapters and scale != 1:
                 self.rescale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of each active adapter here by ``scale``; without one, it is what it was at first."""
-        for name in self.state.active:
+        for name in self.active_adapters:
             if name in self.adapters:
                 self.rescale(name, self.scaling[name] / scale if scale else initial_scale(self._methods[name][1]))
 

@@ -60,7 +60,7 @@ class SavedModule(Switched, nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters that have a copy here."""
-        return [name for name in self.state.active if name in self.modules_to_save]
+        return [name for name in self.state.active_at(self.path) if name in self.modules_to_save]
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class SavedModule(Switched, nn.Module):
 
     def acting(self) -> nn.Module:
         """The module that runs now."""
-        names = [name for name in self.state.active if name in self.modules_to_save]
+        names = [name for name in self.state.active_at(self.path) if name in self.modules_to_save]
         if self.disable_adapters or not names:
             return self.original_module
         own: nn.Module = self.modules_to_save[names[0]]

@@ -63,6 +63,7 @@ class AdapterState(Hooking):
         "_thread",
         "caches",
         "enabled",
+        "local",
         "merged",
         "off",
         "owner",
@@ -75,6 +76,7 @@ class AdapterState(Hooking):
         self.merged: list[str] = []
         self.enabled = True
         self.off: set[str] = set()  # paths of places that are switched off alone
+        self.local: dict[str, tuple[list[str], bool]] = {}  # by path, what is active there alone, and whether trained
         self.scales: dict[tuple[str, str], float] = {}
         self.owner: weakref.ref[Any] | None = None
         self.version = 0
@@ -94,6 +96,10 @@ class AdapterState(Hooking):
     @active.setter
     def active(self, names: list[str]) -> None:
         self._active = names
+
+    def active_at(self, path: str) -> list[str]:
+        """Names of the adapters that are active in one place."""
+        return self.local[path][0] if path in self.local and self.call.active is None else self.active
 
     @property
     def disabled(self) -> bool:
@@ -163,8 +169,8 @@ class AdapterState(Hooking):
 
     def acting_now(self) -> tuple[Any, ...]:
         """What a block that is run again has to find as it was: which adapters are active, merged, enabled, scaled."""
-        off = tuple(sorted(self.off))
-        return tuple(self._active), tuple(self.merged), self.enabled, off, tuple(self.scales.items())
+        own = tuple(sorted(self.off)), tuple((path, *names) for path, (names, _) in self.local.items())
+        return tuple(self._active), tuple(self.merged), self.enabled, own, tuple(self.scales.items())
 
     def scale(self, path: str, name: str, scale: float | None) -> None:
         """Notes what scale an adapter has in a place, ``None`` for the first one; also that a forward changes it."""
@@ -299,8 +305,8 @@ class AdapterState(Hooking):
 
     def __getstate__(self) -> tuple[Any, ...]:
         """Copies and files take along what holds in the model, and no call."""
-        return self._active, self.merged, self.enabled, self.off, self.scales
+        return self._active, self.merged, self.enabled, self.off, self.local, self.scales
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__()  # type: ignore[misc]
-        self._active, self.merged, self.enabled, self.off, self.scales = state
+        self._active, self.merged, self.enabled, self.off, self.local, self.scales = state
