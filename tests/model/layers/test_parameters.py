@@ -53,9 +53,11 @@ def test_what_adapters_have_is_read_as_a_dictionary() -> None:
     model.add_adapter("b", ShiraConfig(target_modules=["0"], r=1))
     layer = model.base_model.model[0]
     assert isinstance(layer.lora_A, nn.ModuleDict)
-    assert list(layer.lora_A.keys()) == ["keys"]
+    assert list(layer.shira_weight.keys()) == ["b"]
     assert [*layer.lora_A.values()] == [layer.lora_A["keys"]]
     assert dict(layer.shira_weight.items()) == {"b": layer.shira_weight["b"]}
+    assert not hasattr(layer.lora_A, "pop")
+    assert model.get_submodule("base_model.model.0.lora_A.keys") is layer.lora_A["keys"]
 
 
 def test_a_tensor_is_put_in_the_place_of_another() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -25,20 +26,30 @@ class _Places(dict[str, Place]):
     """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
 
 
+_VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
+
+
+def _or_adapter(name: str) -> Any:
+    """What a mapping has of a name, where no adapter is called so."""
+
+    def get(held: ByAdapter) -> Any:
+        if name in held:
+            return held[name]
+        if name not in _VIEWS:
+            raise AttributeError(name)  # adapters come and go with their model's add_adapter and delete_adapter
+        return partial(_VIEWS[name], held)
+
+    return property(get)
+
+
 class ByAdapter(nn.ModuleDict):
     """What adapters have of one name in a layer, by adapter: modules (``lora_A``) or tensors (``vera_lambda_d``).
 
-    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses.
+    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses;
+    where none has such a name, ``keys()``, ``values()`` and ``items()`` are those of a mapping.
     """
 
-    def keys(self) -> Any:
-        return KeysView(self)
-
-    def values(self) -> Any:
-        return ValuesView(self)
-
-    def items(self) -> Any:
-        return ItemsView(self)
+    keys, values, items, clear, pop, update = map(_or_adapter, (*_VIEWS, "clear", "pop", "update"))
 
     def _held(self) -> Iterator[dict[str, Any]]:
         yield from (self._modules, self._parameters, self._buffers)
