@@ -170,8 +170,11 @@ def test_a_model_of_images_is_refused(form: Form) -> None:
 @BOTH
 def test_a_plain_module_is_refused(form: Form) -> None:
     base = torch.nn.Linear(3, 3)
-    with refused(base, "nothing tells where it reads tokens"):
+    with refused(base, "nothing tells where it reads tokens.*weights or outputs$"):
         get_peft_model(base, form.config(LLAMA, task_type=None))
+    around = torch.nn.ModuleDict({"inner": LLAMA.base()})
+    with refused(around, "a ModuleDict, of which nothing tells where it reads tokens.*or adapt its part 'inner'"):
+        get_peft_model(around, form.config(LLAMA, task_type=None))
 
 
 def test_a_cache_begun_without_the_adapter_is_refused() -> None:

@@ -44,7 +44,6 @@ _FIELD = "it is in the adapter's config: model.peft_config[name]"
 _CASTS = "inputs are never cast up, so there is nothing to switch off"
 _ATTRIBUTES = {
     "base_model_prepare_inputs_for_generation": "call prepare_inputs_for_generation, which is the base model's",
-    "prompt_encoder": _HOOKS,
     "prompt_tokens": _HOOKS,
     "transformer_backbone_name": "the base model is get_base_model(), and its decoder get_base_model().get_decoder()",
     "set_modules_to_save": "name them in the config's modules_to_save, before get_peft_model",

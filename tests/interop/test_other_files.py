@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -127,6 +127,26 @@ LAYOUTS = {
 def outputs(model: Any) -> Tensor:
     found: Tensor = model(input_ids=torch.arange(1, 9)[None]).logits
     return found.detach()
+
+
+def test_keys_are_renamed_as_a_model_of_ones_own_says(tmp_path: Path) -> None:
+    class Moved(nn.Module):
+        _checkpoint_conversion_mapping: ClassVar = {r"^body(?!\.inner)": "body.inner"}
+
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.body = nn.ModuleDict({"inner": layers})
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(2, 2))
+    old = nn.Module()
+    old.body = layers
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(old, config)
+    theirs.save_pretrained(tmp_path)
+    wanted = theirs.base_model.model.body[0].lora_A["default"].weight
+    ours = peanut.PeftModel.from_pretrained(Moved(nn.Sequential(nn.Linear(2, 2))), tmp_path)
+    assert torch.equal(ours.base_model.model.body["inner"][0].lora_A["default"].weight, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -167,6 +167,19 @@ def test_goes_on_from_a_file_around_the_same_context(tmp_path: Path) -> None:
     assert float(away.detach().max()) < 0.1 * (32 / 2048) ** 0.5 * 1.001
 
 
+def test_a_trained_state_dict_fits_an_adapter_that_is_loaded(tmp_path: Path) -> None:
+    model = new()
+    model.save_pretrained(tmp_path)
+    far(model)
+    loaded = PeftModel.from_pretrained(LLAMA.base(), tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.load_state_dict(model.state_dict())
+    assert distance(loaded.get_prompt(1), model.get_prompt(1)) == 0
+    theirs = peer_model(LLAMA.base(), config())
+    loaded.load_state_dict(theirs.state_dict())
+    assert distance(loaded.get_prompt(1), theirs.get_prompt(1)) == 0
+
+
 def test_labels_beside_another_prompt() -> None:
     from peanut.methods.prompt_tuning import PromptTuningConfig
 

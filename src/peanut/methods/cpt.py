@@ -111,7 +111,10 @@ class CPT(InputMethod[CPTConfig]):
             )
         return config.fitted(shape)
 
-    def rebuilt(self, config: CPTConfig) -> frozenset[str]:
+    def fixed(self, config: CPTConfig) -> frozenset[str]:
+        return frozenset({CONTEXT}) if config.inference_mode else frozenset()
+
+    def passing(self, config: CPTConfig) -> frozenset[str]:
         return frozenset() if config.inference_mode else frozenset({CONTEXT})
 
     def scaffold(self, config: CPTConfig) -> frozenset[str]:
@@ -122,14 +125,12 @@ class CPT(InputMethod[CPTConfig]):
 
     def start(self, config: CPTConfig, shape: ModelShape, generator: torch.Generator) -> dict[str, Tensor]:
         if config.inference_mode:
-            return {WRITTEN: torch.zeros(config.rows, shape.width)}
+            return {suffix: torch.zeros(config.rows, shape.width) for suffix in (CONTEXT, DELTA)}
         context = shape.embed(torch.tensor(config.cpt_token_ids)).float().clone()
         trained = {WRITTEN: context.clone()} if config.without_delta else {DELTA: torch.zeros_like(context)}
         return {CONTEXT: context, **trained}
 
     def prepended(self, config: CPTConfig, parameters: Values, training: bool) -> Tensor:
-        if CONTEXT not in parameters:
-            return parameters[WRITTEN]
         context = parameters[CONTEXT]
         delta = parameters[DELTA] if DELTA in parameters else parameters[WRITTEN] - context
         # The gradient is that of the delta itself: moving it back into its ball is a step of the optimizer, not of
@@ -147,6 +148,14 @@ class CPT(InputMethod[CPTConfig]):
     def stored(self, config: CPTConfig, layers: Mapping[str, Values]) -> tuple[CPTConfig, dict[str, dict[str, Tensor]]]:
         with torch.no_grad():
             return config, {path: {WRITTEN: self.prepended(config, values, False)} for path, values in layers.items()}
+
+    def restored(self, config: CPTConfig, layers: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
+        found = super().restored(config, layers)
+        for values in found.values():
+            if config.inference_mode and WRITTEN in values:  # it stands in the place of C, as in Hugging Face PEFT
+                values[CONTEXT] = values.pop(WRITTEN)
+                values[DELTA] = torch.zeros_like(values[CONTEXT])
+        return found
 
     def loss(self, config: CPTConfig, logits: Tensor, labels: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         own = labels.new_tensor(config.cpt_tokens_type_mask or ())

@@ -22,8 +22,10 @@ from .injection import AdaptedModel
 from .kbit import prepare_model_for_gradient_checkpointing
 from .layers.adapted import Adapted
 from .layers.calls import Context
+from .layers.parameters import ByAdapter
 from .layers.plain_keys import prompt_keys
 from .layers.saved_modules import SavedModule
+from .prompts.encoders import encoders_of
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .targets.paths import bare
 from .targets.reach import reach_of
@@ -106,6 +108,14 @@ class AdapterControls(AdapterCommands, AsBase):
         if front is None:
             raise PeanutError("no active adapter puts virtual tokens before the input", "prompt tuning, or its like")
         return front.values  # type: ignore[no-any-return]
+
+    @property
+    def prompt_encoder(self) -> ByAdapter:
+        """What makes the prompts, as modules by adapter with the tensors of the model; else the base's of that name."""
+        held: Any = self.adapters.model._modules.get("adapted_input")
+        if held is None:
+            raise AttributeError("no adapter has a prompt")  # so that the base is asked
+        return encoders_of(held)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """What files hold of the prompt of an adapter.

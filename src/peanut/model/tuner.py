@@ -11,6 +11,7 @@ from ..errors import PeanutError
 from .adapters.adapter_set import AdapterSet
 from .commands import AdapterCommands
 from .layers.adapted import Adapted
+from .layers.input import AdaptedInput
 from .layers.output import AdaptedOutput
 from .layers.plain_keys import output_keys, tuner_keys
 
@@ -86,9 +87,9 @@ def prefix_of(adapters: AdapterSet) -> str:
     parts = {
         part
         for place in adapters.places()
-        for part in place.adapter_layer_names
+        for part, held in _parts_of(place)
         if part != "token_adapter"  # rows of an embedding, beside any method
-        and any(True for _ in place.get_submodule(part).parameters())  # no buffer is among a model's parameters
+        and any(True for _ in held.parameters())  # no buffer is among a model's parameters
     }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]
@@ -101,3 +102,10 @@ def prefix_of(adapters: AdapterSet) -> str:
             "give the model adapters of one method, without trained biases",
         )
     return found
+
+
+def _parts_of(place: Adapted) -> list[tuple[str, nn.Module]]:
+    """What adapters have in a place, by the name that it has there; of prompts the place as a whole."""
+    if isinstance(place, AdaptedInput):
+        return [(place.name, place)]
+    return [(part, place.get_submodule(part)) for part in place.adapter_layer_names]

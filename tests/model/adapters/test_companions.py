@@ -189,6 +189,10 @@ def test_tokens_are_trained_beside_lora(named: bool, tied: bool, tiny_llama: Bui
     assert distance(logits(model), expected) > 0.05
     model.save_pretrained(tmp_path / "ours")
     theirs = peer_model(tiny_llama(tie_word_embeddings=tied), config)
+    held, there = (each.get_input_embeddings().token_adapter for each in (model, theirs))
+    assert held.trainable_tokens_delta["default"].shape == there.trainable_tokens_delta["default"].shape
+    assert held.trainable_tokens_delta.default.requires_grad
+    assert held.token_indices == there.token_indices
     scattered([p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(tmp_path / "theirs")
     ours, peers = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from peanut import PeanutError
-from peanut.model.layers.parameters import ByAdapter, Parameters
+from peanut import LoraConfig, PeanutError, ShiraConfig, get_peft_model
+from peanut.model.layers.parameters import ByAdapter, Parameters, View
 from peanut.model.layers.state import AdapterState
 
 
@@ -70,6 +70,40 @@ def test_modules_by_names_that_torch_would_refuse() -> None:
     del modules["keys"]
     assert "keys" not in modules
     assert list(modules.keys()) == list(modules)
+
+
+def test_what_adapters_have_is_read_as_a_dictionary() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "keys")
+    model.add_adapter("b", ShiraConfig(target_modules=["0"], r=1))
+    layer = model.base_model.model[0]
+    assert isinstance(layer.lora_A, nn.ModuleDict)
+    assert list(layer.shira_weight.keys()) == ["b"]
+    assert [*layer.lora_A.values()] == [layer.lora_A["keys"]]
+    assert dict(layer.shira_weight.items()) == {"b": layer.shira_weight["b"]}
+    assert not hasattr(layer.lora_A, "pop")
+    assert model.get_submodule("base_model.model.0.lora_A.keys") is layer.lora_A["keys"]
+
+
+def test_a_tensor_is_put_in_the_place_of_another() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), ShiraConfig(target_modules=["0"], r=1))
+    layer, x = model.base_model.model[0], torch.ones(1, 4)
+    before = model(x)
+    layer.shira_weight["default"] = torch.ones_like(layer.shira_weight["default"])
+    assert layer.shira_weight["default"].requires_grad
+    assert not torch.equal(model(x), before)
+    assert model.base_model.model.state_dict()["0.shira_weight.default"].sum() == layer.shira_weight["default"].numel()
+    with pytest.raises(PeanutError, match="of shape \\(3,\\) put in the place of adapter 'default'"):
+        layer.shira_weight["default"] = torch.ones(3)
+
+
+def test_a_view_writes_where_the_tensor_is() -> None:
+    owner: dict[str, Any] = {"leaf": nn.Parameter(torch.zeros(2))}
+    view = View({"weight": (owner, "leaf")})
+    assert view.weight is owner["leaf"]
+    view.weight = nn.Parameter(torch.ones(2))
+    assert owner["leaf"] is view.weight
+    view["weight"] = torch.full((2,), 2.0)
+    assert owner["leaf"].tolist() == [2, 2]
 
 
 @settings(deadline=None, max_examples=25)

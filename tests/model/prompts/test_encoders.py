@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import peanut
@@ -37,6 +38,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "cpt": ("CPTEmbedding", "CPTConfig", CPT),
 }
+BOTH: tuple[Any, Any] = (peft, peanut)
+IDS = torch.tensor([[3, 1, 4, 1]])
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)).eval()
 
 
 def made(library: Any, case: str, embeddings: nn.Module) -> Any:
@@ -81,3 +90,38 @@ def test_a_config_of_another_method_or_without_sizes_is_refused() -> None:
         peanut.PromptEmbedding(peanut.PrefixTuningConfig(**SIZES))
     with pytest.raises(PeanutError, match="token_dim=None"):
         peanut.PrefixEncoder(peanut.PrefixTuningConfig(num_virtual_tokens=3))
+
+
+OF_A_MODEL = {case: own for case, own in CASES.items() if case not in ("prompt, two stacks", "prompt, for use")}
+
+
+@pytest.mark.parametrize("case", OF_A_MODEL)
+def test_those_of_a_model_are_its_own_tensors(case: str) -> None:
+    name, config_class, options = OF_A_MODEL[case]
+    theirs, ours = (library.get_peft_model(llama(), getattr(library, config_class)(**options)) for library in BOTH)
+    held, there = ours.prompt_encoder, theirs.prompt_encoder
+    assert isinstance(held["default"], getattr(peanut, name))
+    assert held.state_dict().keys() == there.state_dict().keys()
+    held.load_state_dict(there.state_dict())
+    indices = torch.arange(3)
+    torch.testing.assert_close(held.default(indices), there.default(indices))
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+    theirs(IDS, labels=IDS).loss.backward()
+    ours(IDS, labels=IDS).loss.backward()
+    trained = {key: value for key, value in there.named_parameters() if value.requires_grad}
+    for key, value in trained.items():
+        torch.testing.assert_close(held.get_parameter(key).grad, value.grad)
+    assert ours.prefix == "adapted_input"
+    before = ours(IDS).logits
+    leaf = held.default.delta_embedding if case == "cpt" else held.default.embedding
+    leaf.weight = nn.Parameter(torch.full_like(leaf.weight, 0.001))
+    assert not torch.equal(ours(IDS).logits, before)
+
+
+def test_a_base_keeps_a_part_of_that_name() -> None:
+    base = nn.Sequential(nn.Linear(2, 2))
+    base.prompt_encoder = nn.Linear(2, 2)
+    model = peanut.get_peft_model(base, peanut.LoraConfig(target_modules=["0"]))
+    assert model.prompt_encoder is base.prompt_encoder
+    del base.prompt_encoder
+    assert not hasattr(model, "prompt_encoder")

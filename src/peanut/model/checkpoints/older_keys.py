@@ -50,11 +50,12 @@ def _has_place(key: str, places: Collection[str]) -> bool:
 
 
 def _moves(model: nn.Module) -> list[Any]:
-    """How transformers renames the keys of a model's older files; nothing where it is not one of its models."""
+    """How the keys of a model's older files are renamed: as transformers does its models', or as the model says."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     if not isinstance(model, PreTrainedModel):
-        return []
+        own: Any = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        return [WeightRenaming(old, new) for old, new in own.items()]
     return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]

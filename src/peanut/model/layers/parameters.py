@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place"]
+__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place", "View"]
 
 Place = tuple[dict[str, Any], str]
 """Where a module stores a tensor: its parameters or buffers, and the name there.
@@ -55,12 +55,27 @@ class Factor(nn.Module):
 _VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 
 
-class ByAdapter(nn.Module):
+def _or_adapter(name: str) -> Any:
+    """What a mapping has of a name, where no adapter is called so."""
+
+    def get(held: ByAdapter) -> Any:
+        if name in held:
+            return held[name]
+        if name not in _VIEWS:
+            raise AttributeError(name)  # adapters come and go with their model's add_adapter and delete_adapter
+        return partial(_VIEWS[name], held)
+
+    return property(get)
+
+
+class ByAdapter(nn.ModuleDict):
     """What adapters have of one name in a layer, by adapter: modules (``lora_A``) or tensors (``vera_lambda_d``).
 
     An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses;
     where none has such a name, ``keys()``, ``values()`` and ``items()`` are those of a mapping.
     """
+
+    keys, values, items, clear, pop, update = map(_or_adapter, (*_VIEWS, "clear", "pop", "update"))
 
     def _held(self) -> Iterator[dict[str, Any]]:
         yield from (self._modules, self._parameters, self._buffers)
@@ -71,13 +86,20 @@ class ByAdapter(nn.Module):
                 return held[name]
         raise KeyError(name)
 
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
-
-    def __getattr__(self, name: str) -> Any:
-        if (view := _VIEWS.get(name)) is not None and name not in self:
-            return partial(view, self)
-        return super().__getattr__(name)
+    def __setitem__(self, name: str, module: Any) -> None:
+        if not isinstance(module, Tensor):
+            self._modules[name] = module
+            return
+        held: dict[str, Any] = self._buffers if name in self._buffers else self._parameters
+        if getattr(held.get(name), "shape", None) != module.shape:
+            raise PeanutError(
+                f"a tensor of shape {tuple(module.shape)} put in the place of adapter {name!r}",
+                "one of the shape that is there",
+                "add the adapter first, and keep its shape",
+            )
+        if held is self._parameters and not isinstance(module, nn.Parameter):
+            module = nn.Parameter(module, requires_grad=held[name].requires_grad)
+        held[name] = module
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value).__name__ == "FullyShardedDataParallel":
@@ -105,8 +127,47 @@ class ByAdapter(nn.Module):
     def train(self, mode: bool = True) -> Self:
         self.__dict__["training"] = mode  # past a module of that name
         for module in self._modules.values():
-            module.train(mode)  # type: ignore[union-attr]
+            module.train(mode)
         return self
+
+
+class View(ByAdapter):
+    """Tensors under other names than those by which they are stored; one that is put here is put there."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        super().__init__()
+        self.__dict__["_places"] = places
+        for name, (owner, leaf) in places.items():
+            held: dict[str, Any] = self._parameters if isinstance(owner[leaf], nn.Parameter) else self._buffers
+            held[name] = owner[leaf]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._write(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._write(name)
+
+    def _write(self, name: str) -> None:
+        if name in self.__dict__.get("_places", ()):
+            owner, leaf = self.__dict__["_places"][name]
+            owner[leaf] = self[name]
+
+
+class ByToken(ByAdapter):
+    """What adapters have of single tokens beside another method, also as Hugging Face PEFT names it."""
+
+    @property
+    def trainable_tokens_delta(self) -> View:
+        """The trained vectors, by adapter."""
+        return View({name: (module._parameters, "trainable_tokens_delta") for name, module in self._modules.items()})
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """The ids of the tokens, by adapter."""
+        held: dict[str, Any] = self._modules
+        return {name: module.trainable_tokens_ids.tolist() for name, module in held.items()}
 
 
 class Parameters:
@@ -222,7 +283,7 @@ def _parts(suffix: str) -> list[str]:
 
 def _by_adapter(layer: nn.Module, name: str) -> ByAdapter:
     """What adapters have of a name in a layer."""
-    home = layer._modules.setdefault(name, ByAdapter())
+    home = layer._modules.setdefault(name, ByToken() if name == "token_adapter" else ByAdapter())
     assert isinstance(home, ByAdapter)
     return home
 

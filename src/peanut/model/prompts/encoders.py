@@ -1,4 +1,4 @@
-"""What a prompt method trains as one module, as Hugging Face PEFT names and builds it; models here need none."""
+"""What a prompt method trains as one module, as Hugging Face PEFT names and builds it, alone or of a model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from ...methods import p_tuning, prefix_tuning
 from ...protocols import ModelShape, PromptConfig, method_of
-from ..layers.parameters import Parameters
+from ..layers.input import AdaptedInput
+from ..layers.parameters import ByAdapter, Parameters, View
 
-__all__ = ["CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
+__all__ = ["CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "encoders_of"]
 
 _ROWS, _WRITTEN = "embedding.weight", "prompt_embeddings"
 
@@ -30,6 +31,8 @@ class _Encoder(nn.Module):
     """
 
     method: ClassVar[str]
+    _held: Parameters | None = None
+    """Those of an adapter in a model, if it is of one."""
 
     def __init__(self, config: PromptConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
@@ -56,12 +59,27 @@ class _Encoder(nn.Module):
         self._stored = _WRITTEN in values
         parameters = Parameters(
             {_ROWS if suffix == _WRITTEN else suffix: value for suffix, value in values.items()},
-            kind.rebuilt(self.config),
+            kind.fixed(self.config) | kind.passing(self.config) | kind.rebuilt(self.config),
         )
         for name, tree in parameters._trees.items():
             self.add_module(name, tree)
 
+    @classmethod
+    def of(cls, place: AdaptedInput, name: str) -> _Encoder:
+        """That of an adapter in a model, with the tensors that it has there."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.train(place.training)
+        self._held, self.config = place.adapters[name], place.method_of(name)[1]
+        for own, tree in self._held._trees.items():
+            self.add_module(own, tree)
+        if _WRITTEN in self._held.places:
+            self.add_module("embedding", View({"weight": self._held.places[_WRITTEN]}))
+        return self
+
     def forward(self, indices: Tensor) -> Tensor:
+        if self._held is not None:
+            return self._made(self._held.values_by_suffix())[indices]
         values: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         if self._stored:
             values[_WRITTEN] = values.pop(_ROWS)
@@ -115,3 +133,12 @@ class CPTEmbedding(_Encoder):
 
     def _made(self, values: dict[str, Tensor]) -> Tensor:
         return method_of("CPT").prepended(self.config, values, self.training)  # type: ignore[no-any-return]
+
+
+def encoders_of(place: AdaptedInput) -> ByAdapter:
+    """The modules of all adapters of a model's input, by adapter."""
+    kinds = {kind.method: kind for kind in _Encoder.__subclasses__()}
+    found = ByAdapter()
+    for name in place.adapters:
+        found[name] = kinds.get(place.method_of(name)[0].name, _Encoder).of(place, name)
+    return found

@@ -31,10 +31,11 @@ def reading_stack(model: nn.Module) -> PreTrainedModel:
         PeanutError: it is no transformers model, or reads no tokens.
     """
     if not is_pretrained(model):
+        inside = next((path for path, part in model.named_modules() if is_pretrained(part)), None)
         raise PeanutError(
             f"a {type(model).__name__}, of which nothing tells where it reads tokens",
             "a model of transformers (a PreTrainedModel)",
-            "use a method that changes weights or outputs",
+            "use a method that changes weights or outputs" + (f", or adapt its part '{inside}'" if inside else ""),
         )
     stack = model.get_encoder() if model.config.is_encoder_decoder else model
     try:
