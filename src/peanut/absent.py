@@ -35,7 +35,7 @@ ABSENT = {
     r"DoraCaching": "it is not needed: within model.inference() evaluation computes DoRA's norms once",
     r"disable_input_dtype_casting": "it is not needed: inputs are never cast up",
     r"register_peft_method": "use peanut.protocols.register on the method's class",
-    r"TrainableTokensWrapper|LoraLayer|_set_trainable|set_additional_trainable_modules": _INNER,
+    r"LoraLayer|_set_trainable|set_additional_trainable_modules": _INNER,
 }
 """Patterns of names, each with the reason."""
 

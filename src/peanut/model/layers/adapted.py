@@ -11,7 +11,7 @@ from torch import nn
 from ...errors import PeanutError
 from ...protocols import PeftConfig
 from .live import Live, initial_scale
-from .parameters import ByAdapter, Parameters
+from .parameters import ByAdapter, Parameters, TokenHolder
 from .plain_keys import layer_keys
 from .state import AdapterState
 
@@ -152,5 +152,5 @@ def walk(model: nn.Module) -> Iterator[nn.Module]:
         yield module
         inside = module._modules
         if isinstance(module, Adapted):
-            inside = {name: child for name, child in inside.items() if not isinstance(child, ByAdapter)}
+            inside = {name: child for name, child in inside.items() if not isinstance(child, (ByAdapter, TokenHolder))}
         waiting += [child for child in reversed(inside.values()) if child is not None]

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ...errors import PeanutError
 from ...weights.stored import onload
 
-__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place"]
+__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place", "TokenHolder", "parts_of"]
 
 Place = tuple[dict[str, Any], str]
 """Where a module stores a tensor: its parameters or buffers, and the name there.
@@ -70,6 +70,25 @@ class ByAdapter(nn.Module):
         return self
 
 
+class TokenHolder(nn.Module):
+    """What Hugging Face PEFT has in a layer of its own where tokens are trained beside another method.
+
+    It holds their tensors by adapter; what else is asked of it is the layer's.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_layer" not in self.__dict__:  # how this is copied
+                raise
+            return getattr(self._layer, name)
+
+
 class Parameters:
     """The tensors of an adapter in one place, by the suffix under which files store them: ``lora_A.weight``.
 
@@ -79,7 +98,8 @@ class Parameters:
         untrained: suffixes of those that are buffers.
         rebuilt: suffixes of buffers that a state dict leaves out.
 
-    ``places`` tells where each tensor is stored, by suffix.
+    ``places`` tells where each tensor is stored, by suffix; ``homes`` the modules of the first layer that hold the bare
+    ones, by name.
     """
 
     def __init__(
@@ -89,10 +109,11 @@ class Parameters:
         self.places = _Places()
         self._rebuilt = frozenset(rebuilt)
         self._trees: dict[str, nn.Module] = {}
+        self.homes: dict[str, nn.Module] = {}
         bare: dict[str, Tensor] = {}
         for suffix, value in values.items():
             own = value if suffix in untrained else nn.Parameter(value)
-            first, *branches = _parts(suffix)
+            first, *branches = parts_of(suffix)
             if not branches:
                 bare[suffix] = own
                 self.places[suffix] = (bare, suffix)
@@ -124,8 +145,10 @@ class Parameters:
         for first, tree in self._trees.items():
             _by_adapter(layer, first)[name] = tree
         for suffix, value in self._loose.items():
-            (first,) = _parts(suffix)
-            home = _by_adapter(layer, first)
+            (first,) = parts_of(suffix)
+            outer = _holder(layer, suffix)
+            home = _by_adapter(outer, first)
+            self.homes |= {first: home} if outer is layer else {_TOKENS: outer}
             held: dict[str, Any] = home._parameters if isinstance(value, nn.Parameter) else home._buffers
             held[name] = value
             if suffix in self._rebuilt:
@@ -137,12 +160,15 @@ class Parameters:
     def take_out(self, layer: nn.Module, name: str) -> None:
         """Takes the tensors out of a layer."""
         for suffix in self.suffixes:
-            first, *_ = _parts(suffix)
-            home = layer._modules.get(first)
-            if isinstance(home, ByAdapter):
+            first, *_ = parts_of(suffix)
+            outer = layer._modules.get(_TOKENS) if suffix.startswith(_TOKENS) else layer
+            home = None if outer is None else outer._modules.get(first)
+            if outer is not None and isinstance(home, ByAdapter):
                 del home[name]
                 if not len(home):
-                    del layer._modules[first]
+                    del outer._modules[first]
+        if (tokens := layer._modules.get(_TOKENS)) is not None and not tokens._modules:
+            del layer._modules[_TOKENS]
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tensors as they are, offloaded ones too."""
@@ -171,8 +197,22 @@ class Parameters:
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
 
 
-def _parts(suffix: str) -> list[str]:
+_TOKENS = "token_adapter"
+"""What the suffixes of tokens trained beside another method begin with."""
+
+
+def _holder(layer: nn.Module, suffix: str) -> nn.Module:
+    """What holds a bare tensor, by adapter: the layer, or what is in it for the sake of tokens."""
+    if not suffix.startswith(_TOKENS):
+        return layer
+    if _TOKENS not in layer._modules:
+        layer.add_module(_TOKENS, TokenHolder(layer))
+    return layer._modules[_TOKENS]  # type: ignore[return-value]
+
+
+def parts_of(suffix: str) -> list[str]:
     """The names on the way to a tensor; that of a trained bias does not hide the base layer or its bias."""
+    suffix = suffix.removeprefix(f"{_TOKENS}.")
     if suffix == "lora_magnitude_vector":  # which files call so, and there is the weight of a module
         return [suffix, "weight"]
     return ["trained_bias"] if suffix in ("bias", "base_layer.bias") else suffix.split(".")
