@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from ...errors import warn
 from ...protocols import PeftConfig
 from ...weights import kind_of
-from ...weights.stored import same_tensor
+from ...weights.stored import offload_hook, same_tensor
 from ..layers.saved_modules import SavedModule
 from .paths import Modules, bare, each_once, kind_name, modules_by_path, starts
 
@@ -19,12 +18,19 @@ __all__ = ["are_to_be_tied", "one_weight", "tied_to", "warn_of_ties", "with_tied
 
 
 def one_weight(modules: Modules, path: str) -> list[str]:
-    """The paths of the other layers that have the weight of the layer at ``path``."""
+    """The paths of the other layers that have the weight of the layer at ``path``.
+
+    Offloaded weights are compared number by number, so only where one of them is an embedding's.
+    """
     own = _base(modules[path])
+    reads = kind_name(own) == "embedding" or offload_hook(own) is None
     return [
         other
         for other in each_once(modules, modules)
-        if (there := _base(modules[other])) is not own and same_tensor(own, there) and kind_of(there) is not None
+        if (there := _base(modules[other])) is not own
+        and (reads or kind_name(there) == "embedding")
+        and same_tensor(own, there)
+        and kind_of(there) is not None
     ]
 
 
@@ -48,21 +54,19 @@ def with_tied(model: nn.Module, modules: Modules, paths: Sequence[str]) -> list[
     return [*paths, *(other for other in others if taken.isdisjoint(starts(other)))]
 
 
-def warn_of_ties(model: nn.Module, config: PeftConfig, adapted: Sequence[str]) -> None:
+def warn_of_ties(model: nn.Module, config: PeftConfig, adapted: Collection[str]) -> None:
     """Says to a user who asks for ties that there are none, or none of what is adapted."""
     if not are_to_be_tied(config):
         return
     modules = modules_by_path(model)
-    layers = [path for path in each_once(modules, modules) if _has_weight(modules[path])]
-    weights: dict[str, Any] = {path: _base(modules[path])._parameters["weight"] for path in layers}
+    weights = {path: _base(modules[path])._parameters.get("weight") for path in each_once(modules, modules)}
     held = Counter(map(id, weights.values()))
-    tied = [
-        path for path, own in weights.items() if (held[id(own)] > 1 or own.is_meta) and tied_to(model, modules, path)
-    ]
+    twice = [path for path, own in weights.items() if own is not None and (held[id(own)] > 1 or own.is_meta)]
+    tied = {path: each for path in twice if kind_name(_base(modules[path])) and (each := tied_to(model, modules, path))}
     if not tied:
         warn(f"ensure_weight_tying=True, and no two layers of this {type(model).__name__} are tied")
-    elif not set(tied) & {path for path in layers if set(adapted) & set(starts(path))}:
-        names = ", ".join(f"'{path}'" for path in tied[:3])
+    elif not any(start in adapted for path in tied for start in starts(path)):
+        names = ", ".join(f"'{path}'" for path in list(tied)[:3])
         warn(f"ensure_weight_tying=True, and the adapter changes none of the layers that are tied ({names})")
 
 
