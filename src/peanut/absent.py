@@ -66,7 +66,6 @@ _ATTRIBUTES = {
     "ephemeral_gpu_offload": "tensors follow the base's device",
     "frozen_peft_weight_names": "the requires_grad of a parameter tells whether it is trained",
     "kwargs": _FIELD,
-    "other_param_names": "adapter_layer_names has every name",
     "quantization_backend": _QUANTISED,
     "set_base_weight": "write into base_layer.weight",
     "update_layer": "call add_adapter of the model",

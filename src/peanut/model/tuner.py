@@ -88,7 +88,6 @@ def prefix_of(adapters: AdapterSet) -> str:
         for place in adapters.places()
         for part in place.adapter_layer_names
         if not part.startswith("token_adapter.")  # rows of an embedding, beside any method
-        and any(True for _ in place.get_submodule(part).parameters())  # no buffer is among a model's parameters
     }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
     found = common if common in parts else common[: common.rfind("_") + 1]

@@ -49,6 +49,7 @@ def test_tied_layers_have_one_adapter(what: str, tiny_llama: Build, tmp_path: Pa
     assert distance(logits(model), expected) < 1e-5
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(gradients(model))
+    assert set(peanut.get_model_status(model).requires_grad.values()) == {True}
     randomised(model.eval())
     inner, rows = model.get_base_model(), torch.arange(101)
     changed = inner.model.embed_tokens(rows)
@@ -216,10 +217,8 @@ def test_what_scripts_of_the_peer_ask_of_trained_tokens() -> None:
     assert isinstance(beside.emb, TrainableTokensWrapper)
     assert not hasattr(beside.out, "token_adapter")
     assert beside.emb.original_module is beside.emb.base_layer
-    assert beside.emb.adapter_layer_names == (
-        "token_adapter.trainable_tokens_delta",
-        "token_adapter.trainable_tokens_ids",
-    )
+    assert beside.emb.adapter_layer_names == ("token_adapter.trainable_tokens_delta",)
+    assert beside.emb.other_param_names == ("token_adapter.trainable_tokens_ids",)
     for layer in (alone.emb, beside.emb.token_adapter):
         rows = layer.base_layer.weight[[1, 3]]
         assert same_bits(layer.trainable_tokens_delta["default"], rows)

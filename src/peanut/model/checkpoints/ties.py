@@ -64,7 +64,7 @@ def _heads(adapters: AdapterSet, name: str) -> Iterator[tuple[Adapted, list[tupl
 def _untie(place: Adapted, name: str) -> str:
     """Gives a layer tensors of its own; returns its path."""
     shared = place.adapters[name]
-    trained = any(value.requires_grad for value in shared.values_by_suffix().values())
+    trained = any(value.requires_grad for value in shared)
     method, config = place.method_of(name)
     rebuilt = method.rebuilt(config)
     own = Parameters(

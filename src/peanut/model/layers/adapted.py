@@ -84,7 +84,8 @@ class Adapted(Live, nn.Module):
     @property
     def _external_params(self) -> dict[int, nn.Parameter]:
         """What DeepSpeed's third stage gathers for a call beside the module's own parameters, by ``id``."""
-        own = (value for name in self.adapters for value in self.values(name).values())
+        held = (*self.adapters.values(), *(shared for each in self._shared.values() for shared in each))
+        own = (value for each in held for value in each)
         return {id(value): value for value in own if isinstance(value, nn.Parameter)}
 
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:

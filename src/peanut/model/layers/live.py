@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -125,10 +125,18 @@ class Live(Switched):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """The names under which this module holds what its adapters have."""
+        """The names under which this module holds what its adapters train."""
+        return tuple(name for name, module in self._by_adapter() if next(module.parameters(), None) is not None)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The names under which it holds what its adapters have beside that."""
+        return tuple(name for name, module in self._by_adapter() if next(module.parameters(), None) is None)
+
+    def _by_adapter(self) -> Iterator[tuple[str, nn.Module]]:
         inside = self._modules.get("token_adapter")
-        rows = () if inside is None else (f"token_adapter.{name}" for name in inside._modules)
-        return (*(name for name, module in self._modules.items() if isinstance(module, ByAdapter)), *rows)
+        for before, held in (("", self._modules), ("token_adapter.", {} if inside is None else inside._modules)):
+            yield from ((before + name, module) for name, module in held.items() if isinstance(module, ByAdapter))
 
     def method_of(self, name: str) -> tuple[Any, Any]:
         """The method of an adapter and its config here."""
@@ -140,9 +148,6 @@ class Live(Switched):
         for shared in self._shared[name]:
             own.update(shared.values_by_suffix())
         return own
-
-    other_param_names: tuple[str, ...] = ()
-    """For scripts: everything that adapters have here is under ``adapter_layer_names``."""
 
     r, lora_alpha, token_indices = map(_of_config, ("r", "lora_alpha", "token_indices"))
 

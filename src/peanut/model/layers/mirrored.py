@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class Mirrored(Parameters):
             first, *branches = parts_of(suffix)
             if branches:
                 self._trees[first] = _Leaf(turned, suffix)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The embedding's own, not transposed."""
+        return iter(self.source)
 
     def in_parts(self) -> list[str]:
         return []

@@ -263,7 +263,7 @@ def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modu
     else:
         hits = matched(modules, architecture_of(model).attention)
     if not hits:
-        all_linear = ", or use 'all-linear'" if "linear" in method.kinds else ""
+        all_linear = ", or use 'all-linear'" if "linear" in method.kinds and method.targets != "embedding" else ""
         raise PeanutError(
             f"no default target_modules of {method.name} for {type(model).__name__} "
             f"(model_type {model_type_of(model)!r})",
