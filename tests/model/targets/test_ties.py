@@ -98,6 +98,24 @@ def test_a_file_whose_tied_tensors_went_apart_is_read_as_it_is(
     assert all(same_bits(after[key], value) for key, value in before.items())
 
 
+def test_a_live_model_of_the_peer_and_back(tiny_llama: Build) -> None:
+    theirs = peer_model(tiny_llama(tie_word_embeddings=True), config_of("head"))
+    scattered([p for p in theirs.parameters() if p.requires_grad])
+    expected = theirs(IDS).logits.detach()
+    model = peanut.from_peft(theirs)
+    assert same_bits(logits(model), expected)
+    assert model.get_nb_trainable_parameters()[0] == 4 * (101 + 32)
+    assert same_bits(logits(peanut.to_peft(model)), expected)
+
+
+def test_a_plain_state_dict_of_the_peer(tiny_llama: Build) -> None:
+    theirs = peer_model(tiny_llama(tie_word_embeddings=True), config_of("head"))
+    scattered([p for p in theirs.parameters() if p.requires_grad])
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config_of("head")).eval()
+    assert not any(model.load_state_dict(theirs.state_dict()))
+    assert distance(logits(model), theirs(IDS).logits) < 1e-5
+
+
 def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     def tiny_t5(**options: Any) -> Any:
         torch.manual_seed(0)
