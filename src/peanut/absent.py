@@ -32,7 +32,7 @@ ABSENT = {
     r"TRANSFORMERS_MODELS_TO_\w+_MAPPING": _METHOD,
     r"get_gptqmodel_quant_linear|get_quantization_\w+|quantization_extra_repr|resolve_quantization_backend": _QUANTISED,
     r"register_peft_method": "use peanut.protocols.register on the method's class",
-    r"TrainableTokensWrapper|_set_trainable|set_additional_trainable_modules": _INNER,
+    r"_set_trainable|set_additional_trainable_modules": _INNER,
 }
 """Patterns of names, each with the reason."""
 
@@ -62,7 +62,6 @@ _ATTRIBUTES = {
     "ephemeral_gpu_offload": "tensors follow the base's device",
     "frozen_peft_weight_names": "the requires_grad of a parameter tells whether it is trained",
     "kwargs": _FIELD,
-    "other_param_names": "adapter_layer_names has every name",
     "quantization_backend": _QUANTISED,
     "set_base_weight": "write into base_layer.weight",
     "update_layer": "call add_adapter of the model",

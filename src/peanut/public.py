@@ -111,6 +111,7 @@ _SUBMODULES: dict[str, dict[str, tuple[str, ...]]] = {
             "WEIGHTS_NAME",
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
+            "TrainableTokensWrapper",
         ),
         "interop.utilities": (
             "_freeze_adapter",

@@ -253,7 +253,6 @@ ASKED = {
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1e-4},
-    "ensure_weight_tying": True,
 }
 
 

@@ -88,11 +88,28 @@ def test_an_adapter_that_names_no_base_or_task_is_refused(
     ):
         peanut.AutoPeftModel.from_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "some/base"}))
-    with pytest.raises(
-        PeanutError, match=r"names no task; expected one of SEQ_CLS, .*; use AutoPeftModelForCausalLM or an"
-    ):
-        peanut.AutoPeftModel.from_pretrained(tmp_path)
+    written = json.loads(path.read_text()) | {"base_model_name_or_path": "some/base"}
+    elsewhere = {"base_model_class": "LlamaForCausalLM", "parent_library": "other"}
+    for named, found in ((None, "no task"), (elsewhere, "LlamaForCausalLM as its base's class")):
+        path.write_text(json.dumps(written | {"auto_mapping": named}))
+        with pytest.raises(
+            PeanutError, match=rf"names {found}; expected one of SEQ_CLS, .*; use AutoPeftModelForCausalLM or an"
+        ):
+            peanut.AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_without_a_task_the_class_of_the_base_is_in_the_file(
+    tiny_llama: Callable[..., hf.PreTrainedModel], tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = randomised(get_peft_model(base, PeanutConfig(r=2))).eval()
+    model.save_pretrained(tmp_path / "a")
+    loaded = peanut.AutoPeftModel.from_pretrained(tmp_path / "a")
+    assert isinstance(loaded.get_base_model(), hf.LlamaForCausalLM)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert same_bits(loaded(ids).logits, model(ids).logits)
 
 
 def test_the_base_is_resized_by_the_tokenizer_in_the_folder(smollm2: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ..errors import PeanutError, warn
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.checkpoints.checkpoint import by_place, parts_of
 from ..model.checkpoints.keys import flat
+from ..model.checkpoints.ties import without_mirrored
 from ..model.layers.hooks import move_hooks
 from ..model.peft_model import PeftModel
 from ..model.targets.matching import target_paths
@@ -252,13 +253,13 @@ def _take_over(
     adapters: AdapterSet, name: str, held: Mapping[str, Mapping[str, Slot]], apart: Mapping[str, Slot]
 ) -> None:
     """Puts PEFT's tensors in the place of ours."""
-    own = our_slots(adapters, name)
-    theirs = by_our_keys(held, apart, own)
+    theirs = by_our_keys(held, apart, our_slots(adapters, name))
     grouped = by_place(adapters, name, {key: owner[leaf] for key, (owner, leaf) in theirs.items()})
     values: dict[str, Tensor] = {}
     for method, config, paths in parts_of(adapters, name):
         values |= flat(method.restored(config, {path: grouped.pop(path) for path in paths if path in grouped}))
-    values |= flat(grouped)
+    values = without_mirrored(adapters, name, values | flat(grouped), f"adapter {name}")
+    own = our_slots(adapters, name)
     if getattr(adapters.configs[name], "bias", "none") != "none":
         for key in [key for key in own.keys() - values.keys() if key.endswith(".bias")]:
             layer = bare(adapters.at(key.removesuffix(".bias").removesuffix(".base_layer")))

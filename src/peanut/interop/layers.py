@@ -16,6 +16,7 @@ from ..identity import Recognised
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.adapters.surgery import SHARED, key_of
 from ..model.checkpoints.checkpoint import parts_of
+from ..model.layers.mirrored import Mirrored
 from ..protocols import PeftConfig, PeftType, method_of
 
 __all__ = [
@@ -186,6 +187,7 @@ def by_our_keys(
 def our_slots(adapters: AdapterSet, name: str) -> dict[str, Slot]:
     """Where we keep the tensors of an adapter, by key: all but those of modules that are trained whole."""
     holders = [(place.path, place.adapters[name]) for place in adapters.places(name)]
+    holders = [(path, own) for path, own in holders if not isinstance(own, Mirrored)]
     bank = adapters.bank(name)
     return {
         key_of(path, suffix): slot

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..methods.trainable_tokens import TokenAdapter
 from ..model.injection import AdaptedModel
 from ..model.layers.adapted import Adapted
 from ..model.layers.saved_modules import SavedModule
@@ -33,6 +34,7 @@ __all__ = [
     "MixedModel",
     "ModulesToSaveWrapper",
     "PromptLearningConfig",
+    "TrainableTokensWrapper",
     "layer_class",
     "targets_mapping",
 ]
@@ -118,6 +120,17 @@ def layer_class(name: str) -> type:
     ]
     doc = f"A layer that has an adapter with a ``{config.__name__}``."
     return _WithAdapter(name, (), {"__module__": __name__, "__doc__": doc, "config_class": config})
+
+
+class _BesideTokens(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Adapted) and any(
+            isinstance(instance.method_of(name)[0], TokenAdapter) for name in instance.adapters
+        )
+
+
+class TrainableTokensWrapper(metaclass=_BesideTokens):
+    """A layer of which tokens are trained beside another method, to be asked for with ``isinstance``."""
 
 
 def targets_mapping(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,12 @@ class Lora(WeightMethod[LoraConfig]):
     kinds = ("linear", "conv1d", "conv", "embedding")
     size = "r * (d_in + d_out)"
     styles = (("DORA", "use_dora", True),)
+    mirrored: ClassVar[dict[str, str]] = {
+        "lora_A.weight": "lora_embedding_B",
+        "lora_B.weight": "lora_embedding_A",
+        "start_A": "start_B",
+        "start_B": "start_A",
+    }
 
     def start(self, config: LoraConfig, layer: FrozenLayer, generator: torch.Generator) -> dict[str, Tensor]:
         a, b = suffixes(layer)

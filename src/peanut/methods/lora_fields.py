@@ -23,6 +23,7 @@ class LoraFields(PeftConfig):
         fan_in_fan_out: accepted and ignored: how a layer stores its weight is read off the layer.
         bias: biases trained beside the method: ``"none"``, the adapted layers' (``"lora_only"``), or ``"all"``.
         trainable_token_indices: rows of the input embedding to train beside the method, or rows by embedding.
+        ensure_weight_tying: layers that are tied to one that is adapted, or trained whole, get the same tensors.
 
     The other fields are Hugging Face PEFT's; each is accepted as long as it has no effect.
     """
@@ -71,14 +72,18 @@ class LoraFields(PeftConfig):
             )
 
     def token_adapters(self) -> list[tuple[WeightMethod[Any], PeftConfig]]:
-        """What trains the tokens' rows: of the input embedding, or of each embedding named."""
+        """What trains the tokens' rows: of the input embedding, or of each embedding named, equal rows together."""
         tokens = self.trainable_token_indices
         if not tokens:
             return []
-        places: dict[Any, list[int]] = tokens if isinstance(tokens, dict) else {None: tokens}
+        places: dict[tuple[int, ...], list[str] | None] = {}
+        for name, own in tokens.items() if isinstance(tokens, dict) else ():
+            places[tuple(own)] = [*(places.get(tuple(own)) or []), name]
+        if not isinstance(tokens, dict):
+            places = {tuple(tokens): None}
         return [
-            (_TOKENS, TrainableTokensConfig(target_modules=None if name is None else [name], token_indices=own))
-            for name, own in places.items()
+            (_TOKENS, TrainableTokensConfig(target_modules=names, token_indices=list(own)))
+            for own, names in places.items()
         ]
 
 
@@ -100,5 +105,4 @@ _NOT_HERE = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )

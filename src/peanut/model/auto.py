@@ -88,12 +88,6 @@ class AutoPeftModel:
                 "load the base yourself and use PeftModel.from_pretrained",
             )
         task = cls.task or config.task_type
-        if task is None:
-            raise PeanutError(
-                f"the config of '{pretrained_model_name_or_path}' names no task",
-                f"one of {', '.join(_BASES)}",
-                "use AutoPeftModelForCausalLM or another of its kind",
-            )
         if config.task_type not in (None, task):
             raise PeanutError(
                 f"{cls.__name__} for '{pretrained_model_name_or_path}', "
@@ -101,15 +95,40 @@ class AutoPeftModel:
                 f"one for {task}",
                 "use AutoPeftModel, which takes the adapter's own task, or load the base yourself",
             )
+        base = _base_class(task, config, pretrained_model_name_or_path)
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
-        model = getattr(transformers, _BASES[task]).from_pretrained(config.base_model_name_or_path, **kwargs)
+        model = base.from_pretrained(config.base_model_name_or_path, **kwargs)
         tokenizer = _tokenizer(pretrained_model_name_or_path, kwargs.get("trust_remote_code", False), **hub)
         if tokenizer is not None:
             resize_to(model, rows_for(model, pretrained_model_name_or_path, len(tokenizer), **hub))
         return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, given, **own, **hub
         )
+
+
+def _base_class(task: Any, config: PeftConfig, adapter: str | os.PathLike[str]) -> Any:
+    """The class of transformers that makes the base: for a task, or else the one that the config names.
+
+    Raises:
+        PeanutError: it names neither, or a class of another library, which is not imported for a file's word.
+    """
+    if task is not None:
+        return getattr(transformers, _BASES[task])
+    named = config.auto_mapping or {}
+    found = getattr(transformers, str(named.get("base_model_class")), None)
+    if found is None or not str(named.get("parent_library")).startswith("transformers.") or not _makes_models(found):
+        what = f"{named['base_model_class']} as its base's class" if named.get("base_model_class") else "no task"
+        raise PeanutError(
+            f"the config of '{adapter}' names {what}",
+            f"one of {', '.join(_BASES)}, or a class of transformers",
+            "use AutoPeftModelForCausalLM or another of its kind, or load the base yourself",
+        )
+    return found
+
+
+def _makes_models(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
 
 
 def resize_to(model: nn.Module, rows: int) -> None:

@@ -21,8 +21,8 @@ from .commands import AdapterCommands
 from .injection import AdaptedModel
 from .kbit import prepare_model_for_gradient_checkpointing
 from .layers.adapted import Adapted
+from .layers.by_adapter import ByAdapter
 from .layers.calls import Context
-from .layers.parameters import ByAdapter
 from .layers.plain_keys import prompt_keys
 from .layers.saved_modules import SavedModule
 from .prompts.encoders import encoders_of

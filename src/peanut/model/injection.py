@@ -27,6 +27,7 @@ from .checkpoints.mixtures import add, name_for
 from .checkpoints.shards import load_into_shards, local_parts
 from .checkpoints.stored_adapter import StoredAdapter
 from .checkpoints.tensor_files import refuse_not_finite
+from .checkpoints.ties import without_mirrored
 from .layers.shared import Shared
 from .targets.matching import target_paths
 from .targets.paths import bare, modules_by_path
@@ -290,6 +291,7 @@ def set_peft_model_state_dict(
     if is_sharded(model):
         if ignore_mismatched_sizes:
             raise PeanutError("ignore_mismatched_sizes=True for a model in FSDP", "sizes that fit", "load before FSDP")
+        state = without_mirrored(adapters, adapter_name, state, "the state dict")
         return load_into_shards(model, adapters, adapter_name, state, strict)
     stored = StoredAdapter(adapters.configs[adapter_name], state, None, "the state dict")
     return load_state(

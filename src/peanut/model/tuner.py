@@ -88,7 +88,7 @@ def prefix_of(adapters: AdapterSet) -> str:
         part
         for place in adapters.places()
         for part, held in _parts_of(place)
-        if part != "token_adapter"  # rows of an embedding, beside any method
+        if not part.startswith("token_adapter.")  # rows of an embedding, beside any method
         and any(True for _ in held.parameters())  # no buffer is among a model's parameters
     }
     common = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))

@@ -160,6 +160,11 @@ class WeightMethod(Method[C]):
     """Which layers it changes where the config names none: see ``model/targets/architectures.py``."""
     follows_ties: ClassVar[bool] = False
     """Whether a layer that shares its weight with a target (a tied head) is changed with it."""
+    mirrored: ClassVar[Mapping[str, str]] = {}
+    """Suffixes on a head that is tied to an embedding, each with that of the same tensor, transposed, on the embedding.
+
+    Where they are all that an adapter has there, ``ensure_weight_tying`` gives both one set of tensors.
+    """
     mixes: ClassVar[bool] = False
     """Whether each sample has a change of its own, by its task (``routed``)."""
 

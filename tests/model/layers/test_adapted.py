@@ -9,7 +9,7 @@ import transformers as hf
 from peanut import LoraConfig, get_peft_model
 from peanut.methods.bottleneck import BottleneckConfig
 from peanut.model.layers.adapted import Adapted, walk
-from peanut.model.layers.parameters import ByAdapter
+from peanut.model.layers.by_adapter import ByAdapter
 
 from ...support import one_thread  # noqa: F401
 

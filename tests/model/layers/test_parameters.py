@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peanut import LoraConfig, PeanutError, ShiraConfig, get_peft_model
-from peanut.model.layers.parameters import ByAdapter, Parameters, View
+from peanut.model.layers.by_adapter import ByAdapter, View
+from peanut.model.layers.parameters import Parameters
 from peanut.model.layers.state import AdapterState
 
 

@@ -13,12 +13,14 @@ from ...protocols import Method, PeftConfig, method_of
 from ...weights import fix_storage
 from ..layers.adapted import Adapted, walk
 from ..layers.hooks import hook, unhook
+from ..layers.mirrored import Mirrored
 from ..layers.parameters import Parameters
 from ..layers.saved_modules import SavedModule
 from ..layers.state import AdapterState
 from ..prompts.running import Runner
 from ..targets.architectures import architecture_of
 from ..targets.matching import saved_paths
+from ..targets.ties import warn_of_ties
 from .acting import Acting, experts_of
 from .adding import put
 from .aliases import warn_of_aliases
@@ -54,7 +56,8 @@ class AdapterSet(Acting):
         whole: list[SavedModule] = []
         for module in walk(self.model):
             if isinstance(module, Adapted) and name in module.adapters:
-                for suffix, value in module.adapters[name].values_by_suffix().items():
+                own = module.adapters[name]
+                for suffix, value in () if isinstance(own, Mirrored) else own.values_by_suffix().items():
                     yield key_of(module.path, suffix), value
                 if name in module.banks:
                     shared = module.banks[name].values_by_suffix()
@@ -100,7 +103,11 @@ class AdapterSet(Acting):
 
     def _values(self, name: str, method: Method[Any]) -> list[dict[str, Tensor]]:
         """The tensors of adapter ``name`` in each place where ``method``, not a companion of it, acts."""
-        return [place.values(name) for place in self.places(name) if place.method_of(name)[0] == method]
+        return [
+            place.values(name)
+            for place in self.places(name)
+            if place.method_of(name)[0] == method and not isinstance(place.adapters[name], Mirrored)
+        ]
 
     # In and out
 
@@ -145,6 +152,7 @@ class AdapterSet(Acting):
             seed = str(int(torch.randint(2**62, (), device="cpu").item()))
             new = New(name, seed, meta, wide, limit_for(self.model, name))
             config = put(self, new, method, config, given)
+            warn_of_ties(self.model, config, [*heads, *(place.path for place in self.places(name))])
             memo: dict[int, Any] = {}
             if heads:
                 warn_of_aliases(self.model, self.inside(heads))

@@ -11,20 +11,21 @@ from torch import nn
 from ...errors import PeanutError, nearest
 from ...protocols import InputMethod, Method, MixtureMethod, OutputMethod, PeftConfig, WeightMethod, method_of
 from ...protocols.patterns import OUT_PROJECTION, pattern_of_none
-from ...weights import kind_of
 from ...weights.readable import check_layer
-from ...weights.stored import check_by_layer, same_tensor, some_tensor, stored
+from ...weights.stored import check_by_layer, some_tensor, stored
 from ..layers.input import AdaptedInput, AdaptedMixture
 from ..layers.layer import AdaptedLayer
 from ..layers.parameters import Parameters
 from ..prompts.prefix import takes_prefix
-from ..targets.matching import biased_paths, target_paths
-from ..targets.paths import bare, each_once, modules_by_path
+from ..targets.matching import biased_paths, saved_paths, target_paths
+from ..targets.paths import bare, modules_by_path, starts
 from ..targets.places import sites
 from ..targets.shape import reading_stack, shape_of
+from ..targets.ties import are_to_be_tied, one_weight, tied_to
 from .aliases import warn_of_aliases
 from .starting import New, Target, naming
 from .surgery import Surgery
+from .tying import named_apart, seen_from, source_of
 
 __all__ = ["put"]
 
@@ -54,24 +55,24 @@ def _add_changes(on: Surgery, new: New, method: WeightMethod[Any], config: PeftC
         bank = new.tensors(method, config, "", frozen[0].beside, partial(method.shared, config, frozen))
     # Tied layers that follow each other have one set of tensors, others, tied or not, each their own. All are made
     # before the first layer is touched.
-    following = [target for target in targets if target.method.follows_ties]
-    keys = [
-        id(next((other for other in following if target.method.follows_ties and _tied(other, target)), target))
-        for target in targets
-    ]
+    sources = [source_of(target, targets) for target in targets]
     made: dict[int, Parameters] = {}
     by_signature: dict[Any, dict[str, torch.Tensor]] = {}
-    for key, target in zip(keys, targets, strict=True):
-        if key not in made:
-            made[key] = new.in_layer(target, by_signature)
-    for key, target in zip(keys, targets, strict=True):
-        _check_reads(target, {**made[key].values_by_suffix(), **bank.values_by_suffix()})
+    for source in sources:
+        if id(source) not in made:
+            made[id(source)] = new.in_layer(source, by_signature)
+    given_to = {
+        target.path: seen_from(target, source, made[id(source)])
+        for target, source in zip(targets, sources, strict=True)
+    }
+    for target in targets:
+        _check_reads(target, {**given_to[target.path].values_by_suffix(), **bank.values_by_suffix()})
     warn_of_aliases(on.model, {_found(target.path): target.frozen.module for target in targets})
     holder = next((target for target in targets if target.method == method), None)
-    for key, target in zip(keys, targets, strict=True):
+    for target in targets:
         shared = bank if bank.suffixes and target.method == method else None
         layer = on.wrapped(target.path)
-        layer.add(new.name, target.method, target.config, made[key], shared, holds=target is holder)
+        layer.add(new.name, target.method, target.config, given_to[target.path], shared, holds=target is holder)
 
 
 def _found(path: str) -> str:
@@ -99,11 +100,26 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
     """
     planned: dict[str, Target] = {}
     wanted_by: dict[str, PeftConfig] = {}
-    for part, own in [(method, config), *method.companions(config)]:
-        for path in target_paths(on.model, own, part):
+    modules = modules_by_path(on.model)
+    parts = [(method, config), *method.companions(config)]
+    named = [target_paths(on.model, own, part) for part, own in parts]
+    apart = named_apart(on.model, config, parts, named)
+    whole = frozenset(saved_paths(on.model, config) if len(parts) > 1 else ())
+    for (part, own), paths in zip(parts, named, strict=True):
+        for path in paths:
             attention = isinstance(bare(on.at(path)), nn.MultiheadAttention)
-            tied = _tied_to(on, path) if part.follows_ties else ()
+            tied: list[str] = []
+            if part.follows_ties:
+                tied = [each for each in one_weight(modules, path) if path not in apart or apart.get(each) is own]
+            elif part is method and are_to_be_tied(config) and not attention:
+                tied = tied_to(on.model, modules, path)
             for place in [path, *([path + OUT_PROJECTION] if attention else ()), *tied]:
+                if not whole.isdisjoint(starts(place)):
+                    raise PeanutError(
+                        f"'{place}' is trained whole (modules_to_save) and by {part.name} in one adapter",
+                        "one of the two",
+                        "take it out of one of them",
+                    )
                 if wanted_by.setdefault(place, own) is not own:
                     raise PeanutError(
                         f"'{place}' is a target of {planned[place].method.name} and of {part.name} in one adapter",
@@ -115,7 +131,7 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
                 with naming(f"'{place}'"):
                     check_layer(frozen.module)
                 part.check(resolved, frozen, place)
-                planned[place] = Target(place, frozen, part, resolved)
+                planned[place] = Target(place, frozen, part, resolved, bool(tied))
     if getattr(config, "bias", "none") == "all":
         biases = method_of("BITFIT")
         assert isinstance(biases, WeightMethod)
@@ -123,21 +139,6 @@ def _planned(on: Surgery, config: PeftConfig, method: WeightMethod[Any]) -> list
             if path not in planned:
                 planned[path] = Target(path, on.frozen(path), biases, biases.config_class(target_modules=[path]))
     return list(planned.values())
-
-
-def _tied_to(on: Surgery, path: str) -> list[str]:
-    """The paths of the other layers that share the weight of the layer at ``path``."""
-    own = on.frozen(path).module
-    modules = modules_by_path(on.model)
-    return [
-        other
-        for other in each_once(modules, modules)
-        if (there := bare(modules[other])) is not own and same_tensor(own, there) and kind_of(there) is not None
-    ]
-
-
-def _tied(one: Target, other: Target) -> bool:
-    return same_tensor(one.frozen.module, other.frozen.module)
 
 
 def _check_patterns(config: PeftConfig, paths: list[str]) -> None:

@@ -136,7 +136,10 @@ class Merging(Surgery):
         ]
 
     def _tie_again(self) -> None:
-        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit."""
+        """Gives merged layers that had shared one weight one weight again, if they still agree in every bit.
+
+        Or but for rounding, as the tensors of their adapters are the same.
+        """
         apart: dict[int, list[AdaptedLayer]] = {}
         for _, layer in self.layers():
             if layer.frozen.untied_from is not None:
@@ -144,7 +147,7 @@ class Merging(Surgery):
         for first, *others in apart.values():
             left = any(p is first.frozen.untied_from for p in self.model.parameters())
             weight = first.frozen.module.weight
-            if others and not left and all(torch.equal(weight, layer.frozen.module.weight) for layer in others):
+            if others and not left and all(_agree(first, layer, weight) for layer in others):
                 for layer in others:
                     layer.frozen.module.weight = weight
 
@@ -182,6 +185,15 @@ class Merging(Surgery):
                     "one such adapter at a time",
                     "activate one of them",
                 )
+
+
+def _agree(first: AdaptedLayer, layer: AdaptedLayer, weight: Tensor) -> bool:
+    """Whether two merged layers have one weight."""
+    sets = [
+        {name: id(getattr(own, "source", own)) for name, own in each.adapters.items() if name in each.written}
+        for each in (first, layer)
+    ]
+    return sets[0] == sets[1] or torch.equal(weight, layer.frozen.module.weight)
 
 
 def _warn_of_hooks(layers: Sequence[AdaptedLayer]) -> None:

@@ -39,12 +39,17 @@ def naming(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that an adapter is to change, the method that does, and its config there."""
+    """A layer that an adapter is to change, the method that does, and its config there.
+
+    Args:
+        tied: whether it is to have one set of tensors with the layers that have its weight.
+    """
 
     path: str
     frozen: FrozenLayer
     method: WeightMethod[Any]
     config: PeftConfig
+    tied: bool = False
 
 
 @dataclass(frozen=True)

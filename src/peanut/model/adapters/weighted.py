@@ -208,6 +208,7 @@ def _factored(
         layers_to_transform=None,
         layers_pattern=None,
         trainable_token_indices=None,
+        ensure_weight_tying=False,
         fan_in_fan_out=any(layer.frozen.kind.name == "conv1d" for layer in layers.values()),
     )
     values = {}

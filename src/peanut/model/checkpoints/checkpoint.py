@@ -27,6 +27,7 @@ from .integrity import CONFIG, SAVE, TRAINS, checksums, config_digest, file_text
 from .keys import PREFIX, KeyStyle, file_key, flat, plain_key
 from .stored_adapter import PICKLE_NAME, TRAINING_NAME, WEIGHTS_NAME
 from .tensor_files import refuse_not_finite, write_tensors
+from .ties import mirrored
 
 __all__ = [
     "adapter_state",
@@ -73,6 +74,7 @@ def adapter_state(
         held, stored = method.stored(part, {path: grouped.pop(path, {}) for path in paths})
         config = held if part is adapters.configs[name] else config
         state |= flat(stored)
+    state |= mirrored(adapters, name, state)
     state |= flat(grouped)  # what no method knows: modules that are trained whole
     trained = {key for key, value in adapters.parameters(name) if isinstance(value, nn.Parameter)}
     if state_dict and not trained <= whole.keys():
@@ -235,9 +237,13 @@ def save_adapter(
 def file_config(adapters: AdapterSet, name: str, held: PeftConfig) -> PeftConfig:
     """The config of adapter ``name`` as files hold it, from what ``adapter_state`` says of it."""
     config, model_config = adapters.configs[name], getattr(adapters.model, "config", None)
+    base = type(adapters.model)
+    known = config.task_type is None and base.__module__.startswith("transformers.")
+    made_by = {"base_model_class": base.__name__, "parent_library": base.__module__} if known else None
     return replace(
         held,
         inference_mode=True,
+        auto_mapping=config.auto_mapping or made_by,
         base_model_name_or_path=config.base_model_name_or_path or getattr(model_config, "_name_or_path", None) or None,
         modules_to_save=sorted({*(config.modules_to_save or []), *heads_of(config)}) or None,
         target_modules=_target_modules(adapters, name, held),

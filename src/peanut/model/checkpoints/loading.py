@@ -28,6 +28,7 @@ from .older_keys import renamed
 from .shards import as_held
 from .stored_adapter import TRAINING_NAME, StoredAdapter
 from .tensor_files import check_kind
+from .ties import without_mirrored
 
 __all__ = ["all_or_none", "load_state", "same_form"]
 
@@ -91,6 +92,7 @@ def load_state(
             "files that were saved together",
             "delete it or load with is_trainable=False, or save the adapter again",
         )
+    stored = replace(stored, state=without_mirrored(adapters, name, stored.state, stored.source))
     there = dict(adapters.parameters(name))
     left_out = keys_of(adapters, name, lambda method, config: method.unsaved(config))
     own = {key: value for key, value in there.items() if key not in left_out}

@@ -10,8 +10,9 @@ from torch import nn
 
 from ...errors import PeanutError
 from ...protocols import PeftConfig
+from .by_adapter import ByAdapter, TokenHolder
 from .live import Live, initial_scale
-from .parameters import ByAdapter, Parameters
+from .parameters import Parameters
 from .plain_keys import layer_keys
 from .state import AdapterState
 
@@ -84,7 +85,8 @@ class Adapted(Live, nn.Module):
     @property
     def _external_params(self) -> dict[int, nn.Parameter]:
         """What DeepSpeed's third stage gathers for a call beside the module's own parameters, by ``id``."""
-        own = (value for name in self.adapters for value in self.values(name).values())
+        held = (*self.adapters.values(), *(shared for each in self._shared.values() for shared in each))
+        own = (value for each in held for value in each)
         return {id(value): value for value in own if isinstance(value, nn.Parameter)}
 
     def ds_external_parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
@@ -152,5 +154,5 @@ def walk(model: nn.Module) -> Iterator[nn.Module]:
         yield module
         inside = module._modules
         if isinstance(module, Adapted):
-            inside = {name: child for name, child in inside.items() if not isinstance(child, ByAdapter)}
+            inside = {name: child for name, child in inside.items() if not isinstance(child, (ByAdapter, TokenHolder))}
         waiting += [child for child in reversed(inside.values()) if child is not None]

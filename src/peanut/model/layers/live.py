@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ...absent import without
 from ...errors import PeanutError
 from ...identity import Recognised
-from .parameters import ByAdapter, Parameters
+from .by_adapter import ByAdapter, TokenHolder
+from .of_configs import OfConfigs, TokenRows
+from .parameters import Parameters
 from .shared import Shared
 
 if TYPE_CHECKING:
@@ -31,31 +33,9 @@ def initial_scale(config: Any) -> float:
     return alpha / r if isinstance(alpha, (int, float)) and r else 1.0
 
 
-class _OfConfigs(Mapping[str, Any]):
-    """A field of the configs of the adapters in a layer, by adapter, as they are when one looks."""
-
-    def __init__(self, methods: Mapping[str, tuple[Any, Any]], field: str) -> None:
-        self._methods, self._field = methods, field
-
-    def __getitem__(self, name: str) -> Any:
-        value = getattr(self._methods[name][1], self._field, None)
-        if value is None:
-            raise KeyError(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, (_, config) in self._methods.items() if getattr(config, self._field, None) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
 def _of_config(field: str) -> Any:
     def read(self: Live) -> Mapping[str, Any]:
-        return _OfConfigs(self._methods, field)
+        return OfConfigs(self._methods, field)
 
     return property(read, doc=f"``{field}`` of each adapter here whose config has it.")
 
@@ -138,8 +118,18 @@ class Live(Switched):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """The names under which this module holds what its adapters have."""
-        return tuple(name for name, module in self._modules.items() if isinstance(module, ByAdapter))
+        """The names under which this module holds what its adapters train."""
+        return tuple(name for name, module in self._by_adapter() if next(module.parameters(), None) is not None)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The names under which it holds what its adapters have beside that."""
+        return tuple(name for name, module in self._by_adapter() if next(module.parameters(), None) is None)
+
+    def _by_adapter(self) -> Iterator[tuple[str, nn.Module]]:
+        inside = self._modules.get("token_adapter")
+        for before, held in (("", self._modules), ("token_adapter.", {} if inside is None else inside._modules)):
+            yield from ((before + name, module) for name, module in held.items() if isinstance(module, ByAdapter))
 
     def method_of(self, name: str) -> tuple[Any, Any]:
         """The method of an adapter and its config here."""
@@ -152,10 +142,7 @@ class Live(Switched):
             own.update(shared.values_by_suffix())
         return own
 
-    other_param_names: tuple[str, ...] = ()
-    """For scripts: everything that adapters have here is under ``adapter_layer_names``."""
-
-    r, lora_alpha, res_num = map(_of_config, ("r", "lora_alpha", "depth"))
+    r, lora_alpha, res_num, token_indices = map(_of_config, ("r", "lora_alpha", "depth", "token_indices"))
 
     @property
     def in_features(self) -> int:
@@ -204,6 +191,13 @@ class Live(Switched):
 
     def _fallen(self, name: str) -> Any:
         """An attribute of the base's layer; else, as Hugging Face PEFT has it, one of adapters that are not there."""
+        for own in self.adapters.values():  # tensors of tied layers are in the first of them
+            if name in own.homes:
+                return own.homes[name]
+        if isinstance(self._modules.get("token_adapter"), TokenHolder) and name == "original_module":
+            return self.get_base_layer()
+        if name == "trainable_tokens_original" and len(self.token_indices):
+            return TokenRows(self)
         try:
             return getattr(self.get_base_layer(), name)
         except AttributeError as error:

@@ -1,173 +1,22 @@
-"""The tensors of an adapter in one layer, and the containers that hold those of all adapters there, by name."""
+"""The tensors of an adapter in one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from functools import partial
-from itertools import chain
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ...errors import PeanutError
 from ...weights.stored import onload
+from .by_adapter import ByAdapter, Factor, Place, TokenHolder
 
-__all__ = ["ByAdapter", "NoParameters", "Parameters", "Place", "View"]
-
-Place = tuple[dict[str, Any], str]
-"""Where a module stores a tensor: its parameters or buffers, and the name there.
-
-This lookup takes a tenth of the time of a module's attribute, and finds a tensor that replaced the first one.
-"""
+__all__ = ["NoParameters", "Parameters", "parts_of"]
 
 
 class _Places(dict[str, Place]):
     """Where tensors are stored, by suffix; no plain dictionary, of which torch.export puts copies in its place."""
-
-
-class Factor(nn.Module):
-    """A factor of an adapter's change, ``lora_A["default"]``; for scripts it can be called as a linear layer can.
-
-    Layers read its tensors and never call it, so hooks on it do not run: they belong on the layer.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() != 2:
-            raise PeanutError(
-                "a call of one factor of a convolution", "a call of the layer", "call the layer around it"
-            )
-        return F.linear(x, self.weight, self.bias)
-
-
-_VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
-
-
-def _or_adapter(name: str) -> Any:
-    """What a mapping has of a name, where no adapter is called so."""
-
-    def get(held: ByAdapter) -> Any:
-        if name in held:
-            return held[name]
-        if name not in _VIEWS:
-            raise AttributeError(name)  # adapters come and go with their model's add_adapter and delete_adapter
-        return partial(_VIEWS[name], held)
-
-    return property(get)
-
-
-class ByAdapter(nn.ModuleDict):
-    """What adapters have of one name in a layer, by adapter: modules (``lora_A``) or tensors (``vera_lambda_d``).
-
-    An adapter may have any name without a dot: also ``0``, ``layers``, and ``keys``, which ``nn.ModuleDict`` refuses;
-    where none has such a name, ``keys()``, ``values()`` and ``items()`` are those of a mapping.
-    """
-
-    keys, values, items, clear, pop, update = map(_or_adapter, (*_VIEWS, "clear", "pop", "update"))
-
-    def _held(self) -> Iterator[dict[str, Any]]:
-        yield from (self._modules, self._parameters, self._buffers)
-
-    def __getitem__(self, name: str) -> Any:
-        for held in self._held():
-            if name in held:
-                return held[name]
-        raise KeyError(name)
-
-    def __setitem__(self, name: str, module: Any) -> None:
-        if not isinstance(module, Tensor):
-            self._modules[name] = module
-            return
-        held: dict[str, Any] = self._buffers if name in self._buffers else self._parameters
-        if getattr(held.get(name), "shape", None) != module.shape:
-            raise PeanutError(
-                f"a tensor of shape {tuple(module.shape)} put in the place of adapter {name!r}",
-                "one of the shape that is there",
-                "add the adapter first, and keep its shape",
-            )
-        if held is self._parameters and not isinstance(module, nn.Parameter):
-            module = nn.Parameter(module, requires_grad=held[name].requires_grad)
-        held[name] = module
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if type(value).__name__ == "FullyShardedDataParallel":
-            raise PeanutError(
-                f"FSDP around the tensors of adapter {name!r} alone, which the layer around them reads",
-                "FSDP around the whole layer",
-                "wrap by peanut.utils.fsdp_auto_wrap_policy(model), with use_orig_params=True",
-            )
-        super().__setattr__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        for held in self._held():
-            held.pop(name, None)
-        self._non_persistent_buffers_set.discard(name)
-
-    def __contains__(self, name: object) -> bool:
-        return any(name in held for held in self._held())
-
-    def __iter__(self) -> Iterator[str]:
-        return chain.from_iterable(self._held())
-
-    def __len__(self) -> int:
-        return sum(map(len, self._held()))
-
-    def train(self, mode: bool = True) -> Self:
-        self.__dict__["training"] = mode  # past a module of that name
-        for module in self._modules.values():
-            module.train(mode)
-        return self
-
-
-class View(ByAdapter):
-    """Tensors under other names than those by which they are stored; one that is put here is put there."""
-
-    def __init__(self, places: Mapping[str, Place]) -> None:
-        super().__init__()
-        self.__dict__["_places"] = places
-        for name, (owner, leaf) in places.items():
-            held: dict[str, Any] = self._parameters if isinstance(owner[leaf], nn.Parameter) else self._buffers
-            held[name] = owner[leaf]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        self._write(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        self._write(name)
-
-    def _write(self, name: str) -> None:
-        if name in self.__dict__.get("_places", ()):
-            owner, leaf = self.__dict__["_places"][name]
-            owner[leaf] = self[name]
-
-
-class ByToken(ByAdapter):
-    """What adapters have of single tokens beside another method, also as Hugging Face PEFT names it."""
-
-    @property
-    def trainable_tokens_delta(self) -> View:
-        """The trained vectors, by adapter."""
-        return View({name: (module._parameters, "trainable_tokens_delta") for name, module in self._modules.items()})
-
-    @property
-    def token_indices(self) -> dict[str, list[int]]:
-        """The ids of the tokens, by adapter."""
-        held: dict[str, Any] = self._modules
-        return {name: module.trainable_tokens_ids.tolist() for name, module in held.items()}
 
 
 class Parameters:
@@ -179,7 +28,8 @@ class Parameters:
         untrained: suffixes of those that are buffers.
         rebuilt: suffixes of buffers that a state dict leaves out.
 
-    ``places`` tells where each tensor is stored, by suffix.
+    ``places`` tells where each tensor is stored, by suffix; ``homes`` the modules of the first layer that hold the bare
+    ones, by name.
     """
 
     def __init__(
@@ -189,10 +39,11 @@ class Parameters:
         self.places = _Places()
         self._rebuilt = frozenset(rebuilt)
         self._trees: dict[str, nn.Module] = {}
+        self.homes: dict[str, nn.Module] = {}
         bare: dict[str, Tensor] = {}
         for suffix, value in values.items():
             own = value if suffix in untrained else nn.Parameter(value)
-            first, *branches = _parts(suffix)
+            first, *branches = parts_of(suffix)
             if not branches:
                 bare[suffix] = own
                 self.places[suffix] = (bare, suffix)
@@ -227,8 +78,10 @@ class Parameters:
         for first, tree in self._trees.items():
             _by_adapter(layer, first)[name] = tree
         for suffix, value in self._loose.items():
-            (first,) = _parts(suffix)
-            home = _by_adapter(layer, first)
+            (first,) = parts_of(suffix)
+            outer = _holder(layer, suffix)
+            home = _by_adapter(outer, first)
+            self.homes |= {first: home} if outer is layer else {_TOKENS: outer}
             held: dict[str, Any] = home._parameters if isinstance(value, nn.Parameter) else home._buffers
             held[name] = value
             if suffix in self._rebuilt:
@@ -240,12 +93,15 @@ class Parameters:
     def take_out(self, layer: nn.Module, name: str) -> None:
         """Takes the tensors out of a layer."""
         for suffix in self.suffixes:
-            first, *_ = _parts(suffix)
-            home = layer._modules.get(first)
-            if isinstance(home, ByAdapter):
+            first, *_ = parts_of(suffix)
+            outer = layer._modules.get(_TOKENS) if suffix.startswith(_TOKENS) else layer
+            home = None if outer is None else outer._modules.get(first)
+            if outer is not None and isinstance(home, ByAdapter):
                 del home[name]
                 if not len(home):
-                    del layer._modules[first]
+                    del outer._modules[first]
+        if (tokens := layer._modules.get(_TOKENS)) is not None and not tokens._modules:
+            del layer._modules[_TOKENS]
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tensors as they are, offloaded ones too."""
@@ -274,8 +130,22 @@ class Parameters:
         owner[leaf] = nn.Parameter(value, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else value
 
 
-def _parts(suffix: str) -> list[str]:
+_TOKENS = "token_adapter"
+"""What the suffixes of tokens trained beside another method begin with."""
+
+
+def _holder(layer: nn.Module, suffix: str) -> nn.Module:
+    """What holds a bare tensor, by adapter: the layer, or what is in it for the sake of tokens."""
+    if not suffix.startswith(_TOKENS):
+        return layer
+    if _TOKENS not in layer._modules:
+        layer.add_module(_TOKENS, TokenHolder(layer))
+    return layer._modules[_TOKENS]  # type: ignore[return-value]
+
+
+def parts_of(suffix: str) -> list[str]:
     """The names on the way to a tensor; that of a trained bias does not hide the base layer or its bias."""
+    suffix = suffix.removeprefix(f"{_TOKENS}.")
     if suffix == "lora_magnitude_vector":  # which files call so, and there is the weight of a module
         return [suffix, "weight"]
     return ["trained_bias"] if suffix in ("bias", "base_layer.bias") else suffix.split(".")
@@ -283,7 +153,7 @@ def _parts(suffix: str) -> list[str]:
 
 def _by_adapter(layer: nn.Module, name: str) -> ByAdapter:
     """What adapters have of a name in a layer."""
-    home = layer._modules.setdefault(name, ByToken() if name == "token_adapter" else ByAdapter())
+    home = layer._modules.setdefault(name, ByAdapter())
     assert isinstance(home, ByAdapter)
     return home
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PeanutError
-from .parameters import ByAdapter
+from .by_adapter import ByAdapter
+from .mirrored import Mirrored
 
 if TYPE_CHECKING:
     from .live import Live
@@ -29,12 +30,15 @@ def layer_keys(place: Live, state: State, prefix: str) -> None:
     tokens = f"{prefix}token_adapter."
     _renamed(state, f"{tokens}base_layer.", f"{prefix}base_layer.")
     for name, own in place.adapters.items():
-        _renamed(state, f"{tokens}trainable_tokens_delta.{name}", f"{tokens}{name}.trainable_tokens_delta")
         held = [*own.suffixes, *(suffix for shared in place._shared[name] for suffix in shared.suffixes)]
         for suffix in held:  # what several places share is in the first alone
-            home = place._modules.get(suffix)
+            *outer, last = suffix.split(".")
+            holder: Any = place._modules.get("token_adapter") if outer == ["token_adapter"] else place
+            home = None if holder is None else holder._modules.get(last)
             if not (isinstance(home, ByAdapter) and name in home):
                 state.pop(f"{prefix}{suffix}.{name}", None)
+            if isinstance(own, Mirrored):  # a head's, which are its embedding's
+                state.pop(f"{prefix}{'.'.join([*outer, name, last])}", None)
         _bias(place, name, state, prefix)
         _ranks(place, name, state, prefix)
         _chosen(place, name, state, prefix)

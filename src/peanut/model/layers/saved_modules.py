@@ -14,10 +14,10 @@ from ...errors import PeanutError
 from ...stack import in_a_forward
 from ...weights.emptied import whole
 from ...weights.stored import copied, onload
+from .by_adapter import ByAdapter
 from .calls import scattered
 from .hooks import input_of
 from .live import Switched
-from .parameters import ByAdapter
 from .reading import Reading
 from .state import AdapterState
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ...errors import PeanutError
 from ...methods import p_tuning, prefix_tuning
 from ...protocols import ModelShape, PromptConfig, method_of
+from ..layers.by_adapter import ByAdapter, View
 from ..layers.input import AdaptedInput
-from ..layers.parameters import ByAdapter, Parameters, View
+from ..layers.parameters import Parameters
 
 __all__ = ["CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder", "encoders_of"]
 

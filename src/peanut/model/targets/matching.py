@@ -29,6 +29,7 @@ from .paths import (
 )
 from .selection import selected
 from .shape import is_pretrained
+from .ties import are_to_be_tied, with_tied
 from .tree import module_tree
 
 __all__ = [
@@ -148,7 +149,7 @@ def narrowed(model: nn.Module, paths: list[str], config: PeftConfig, modules: Mo
 
 
 def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
-    """The paths of the modules that are trained whole: ``modules_to_save`` and the task's heads.
+    """The paths of the modules that are trained whole: ``modules_to_save``, the task's heads, and what is tied to them.
 
     Raises:
         PeanutError: a name in ``modules_to_save`` names nothing.
@@ -162,6 +163,8 @@ def saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
             raise unknown_name("modules_to_save", name, model, last_names(modules))
         found += hits
     found = each_once(found, modules)
+    if found and are_to_be_tied(config):
+        found = with_tied(model, modules, found)
     taken = frozenset(found)
     return [path for path in found if taken.isdisjoint(starts(path)[:-1])]
 
@@ -253,14 +256,14 @@ def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modu
     elif method.targets == "biases":
         hits = biased_paths(model, config, method)
     elif method.targets == "embedding":
-        embedding = model.get_input_embeddings() if is_pretrained(model) else None
+        embedding = _input_embeddings(model)
         hits = [path for path, module in modules.items() if embedding is not None and bare(module) is bare(embedding)]
     elif method.targets == "outputs":
         hits = matched(modules, architecture_of(model).feed_forward_outputs)
     else:
         hits = matched(modules, architecture_of(model).attention)
     if not hits:
-        all_linear = ", or use 'all-linear'" if "linear" in method.kinds else ""
+        all_linear = ", or use 'all-linear'" if "linear" in method.kinds and method.targets != "embedding" else ""
         raise PeanutError(
             f"no default target_modules of {method.name} for {type(model).__name__} "
             f"(model_type {model_type_of(model)!r})",
@@ -269,6 +272,16 @@ def _named(model: nn.Module, config: PeftConfig, method: WeightMethod[Any], modu
             detail=module_tree(model),
         )
     return hits
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What a model, of transformers or written like one, says that its input embeddings are."""
+    asked = getattr(model, "get_input_embeddings", None)
+    try:
+        found = asked() if callable(asked) else None
+    except (AttributeError, NotImplementedError):  # of transformers' models without any
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _all_linear(model: nn.Module, config: PeftConfig, modules: Modules) -> list[str]:
