@@ -63,6 +63,11 @@ class ByAdapter(nn.Module):
     def __len__(self) -> int:
         return sum(map(len, self._held()))
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values", "items") and not any(name in held for held in self._held()):
+            return getattr({own: self[own] for own in self}, name)  # as of a dict, unless an adapter is called so
+        return super().__getattr__(name)
+
     def train(self, mode: bool = True) -> Self:
         self.__dict__["training"] = mode  # past a module of that name
         for module in self._modules.values():
