@@ -92,7 +92,7 @@ def to_lora(
     Raises:
         PeanutError: there is no such adapter, it changes nothing, or it changes a layer that LoRA cannot change.
     """
-    from tqdm.auto import tqdm
+    from transformers.utils.logging import tqdm
 
     adapters = AdapterSet.of(model)
     adapters.known(name)
