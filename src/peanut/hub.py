@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import PeanutError, check_keywords
 
-__all__ = ["CARD_NAME", "HUB_OPTIONS", "locate", "push"]
+__all__ = ["CARD_NAME", "HUB_OPTIONS", "HUB_WITHOUT_EFFECT", "locate", "push"]
 
 CARD_NAME = "README.md"
 """The model card."""
@@ -31,6 +31,22 @@ HUB_OPTIONS = (
     "headers",
 )
 """Where on the hub an adapter is, and how it is fetched: keywords of every function that reads one."""
+HUB_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    "_commit_hash": None,
+    "_from_auto": None,
+    "_from_pipeline": None,
+    "force_filename": None,
+    "library_name": None,
+    "library_version": None,
+    "local_dir_use_symlinks": None,
+    "mirror": None,
+    "proxies": None,
+    "repo_type": ("model", None),
+    "resume_download": None,
+    "use_auth_token": (False, None),
+    "user_agent": None,
+}
+"""What scripts and transformers also give for it, of no effect, each with the values of which that is so (all)."""
 
 
 def locate(source: str | os.PathLike[str], file_name: str, *, subfolder: str | None = None, **options: Any) -> Path:

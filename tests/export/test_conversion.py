@@ -18,6 +18,7 @@ from peanut import (
     PeftModel,
     convert_to_lora,
     get_peft_model,
+    inject_adapter_in_model,
     save_as_lora,
     set_peft_model_state_dict,
 )
@@ -57,6 +58,44 @@ def test_a_share_of_the_change_decides_the_rank() -> None:
     ranks = {share: convert_to_lora(model, share)[0].r for share in (0.5, 0.9, 0.999)}
     assert len(set(ranks.values())) > 1
     assert all(energy[:r].sum() >= share * energy.sum() > energy[: r - 1].sum() for share, r in ranks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_has_the_dtype_of_the_adapter(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+    base = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+    config = PeanutConfig(r=2, target_modules=["0"])
+    narrow = randomised(get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False))
+    lora, state = convert_to_lora(narrow, 2, progressbar=True)
+    assert {value.dtype for value in state.values()} == {dtype}
+    assert "Converting to LoRA" in capsys.readouterr().err
+    ours = get_peft_model(copy.deepcopy(base), lora, autocast_adapter_dtype=False)
+    set_peft_model_state_dict(ours, state)
+    assert distance(ours(X.to(dtype)), narrow(X.to(dtype))) < 0.05
+    wide = get_peft_model(base, config)
+    assert {value.dtype for value in convert_to_lora(wide, 2)[1].values()} == {torch.float32}
+
+
+def test_a_lora_is_told_to_be_one_already() -> None:
+    _, model = _model(LoraConfig(r=2, target_modules=["0"]))
+    delta = model.get_base_model()[0].delta("default")
+    with pytest.warns(UserWarning, match=r"^adapter 'default' is a LoRA already"):
+        lora, state = convert_to_lora(model, 2)
+    factors = [value for _, value in sorted(state.items())]
+    assert lora.r == 2
+    assert distance(factors[1] @ factors[0], delta) < 1e-6
+
+
+def test_what_is_trained_and_the_configs_stay() -> None:
+    model = inject_adapter_in_model(PeanutConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(8, 8)))
+    model[0].peanut_A["default"].requires_grad_(False)
+    trained = [name for name, own in model.named_parameters() if own.requires_grad]
+    del model.peft_config  # what the peer's scripts may do
+    assert convert_to_lora(model, 2)[0].r == 2
+    assert (
+        [name for name, own in model.named_parameters() if own.requires_grad]
+        == trained
+        == ["0.peanut_B.default.weight"]
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 0.0, 1.5, -2])

@@ -182,6 +182,39 @@ def test_a_scale_stays_while_preparing_and_ends_with_a_swap(
     assert distance(model(X), saved["small"][1]) < 1e-6
 
 
+@pytest.mark.parametrize("first", ["lora", "peanut"])
+def test_what_is_trained_stays_so(first: str, base: nn.Module, saved: dict[str, tuple[Path, Tensor]]) -> None:
+    model = get_peft_model(copy.deepcopy(base), CONFIGS[first])
+    factors = [name for name, own in model.named_parameters() if own.requires_grad]
+    model.get_parameter(factors[0]).requires_grad_(False)
+    hotswap_adapter(model, saved[first][0], "default")
+    assert [name for name, own in model.named_parameters() if own.requires_grad] == factors[1:]
+    model.requires_grad_(False)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, saved["one"][0], "default")
+    assert not any(own.requires_grad for own in model.parameters())
+    assert all(torch.is_tensor(own) for own in model.parameters())
+
+
+def test_an_adapter_beside_that_is_merged_stays_so(
+    loaded: Callable[[str], Any], saved: dict[str, tuple[Path, Tensor]]
+) -> None:
+    model = loaded("small")
+    model.load_adapter(saved["peanut"][0], "other")
+    model.base_model.set_adapter(["default", "other"])
+    hotswap_adapter(model, saved["lora"][0], "default")
+    expected = model(X)
+    model = loaded("small")
+    model.load_adapter(saved["peanut"][0], "other")
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["other"])
+    hotswap_adapter(model, saved["lora"][0], "default")
+    assert model.adapters.state.merged == ["other"]
+    assert distance(model(X), expected) < 1e-6
+    with pytest.raises(PeanutError, match=r"^adapter 'other' is merged"):
+        hotswap_adapter(model, saved["lora"][0], "other")
+
+
 def test_from_a_state_dict_of_a_model_without_a_wrapper(base: nn.Module, saved: dict[str, tuple[Path, Tensor]]) -> None:
     model = peanut.inject_adapter_in_model(CONFIGS["lora"], copy.deepcopy(base)).eval()
     prepare_model_for_compiled_hotswap(model, target_rank=8)

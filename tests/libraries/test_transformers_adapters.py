@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.utils.hotswap
 import pytest
 import torch
 import transformers as hf
@@ -217,3 +218,21 @@ def test_the_state_of_a_model_is_told(tiny_llama: Callable[..., Any]) -> None:
     for one, two in zip(own.get_layer_status(), theirs.get_layer_status(), strict=True):
         assert vars(one).keys() == vars(two).keys()
         assert {key for key in vars(one) if vars(one)[key] != vars(two)[key]} <= {"module_type"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "peanut"])
+def test_hot_swaps(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    """By transformers' own ``load_adapter``: LoRAs of one rank and α; by ``hotswap_adapter``: of any, as everywhere."""
+    other = peanut.get_peft_model(tiny_llama(), CONFIGS[kind]())
+    other.save_pretrained(tmp_path)
+    expected, model = logits(other), tiny_llama()
+    model.add_adapter(CONFIGS[kind](), "a")
+    assert not torch.allclose(logits(model), expected, atol=1e-4)
+    if kind == "lora":
+        model.load_adapter(str(tmp_path), adapter_name="a", hotswap=True)
+    else:
+        with pytest.raises(ValueError, match="only supported for LoRA"):
+            model.load_adapter(str(tmp_path), adapter_name="a", hotswap=True)
+        peft.utils.hotswap.hotswap_adapter(model, tmp_path, "a")
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert list(model.peft_config) == ["a"]

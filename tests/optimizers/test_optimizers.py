@@ -40,6 +40,7 @@ MAKERS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "riemannian": ("riemannian", (torch.optim.AdamW,), {"lr": 0.01, "weight_decay": 0.1}),
     "riemannian sgd": ("riemannian", (torch.optim.SGD,), {"lr": 1e-4, "reg": 1e-1}),
     "fa": ("lorafa", (4, 6, 0.01), {"weight_decay": 0.1}),
+    "fa of an embedding too": ("lorafa", (4, 6, 0.01), {}),
 }
 OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "loraplus": create_loraplus_optimizer,
@@ -53,7 +54,7 @@ def test_steps_equal_those_of_the_peer(case: str, monkeypatch: pytest.MonkeyPatc
     # It would round LoRA-FA's projection to bfloat16.
     monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)
     kind, given, named = MAKERS[case]
-    settings = dict(SETTINGS, target_modules=["first", "second"]) if kind == "lorafa" else SETTINGS
+    settings = dict(SETTINGS, target_modules=["first", "second"]) if case == "fa" else SETTINGS
     base = Mixed()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
     ours = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
@@ -74,7 +75,49 @@ def test_steps_equal_those_of_the_peer(case: str, monkeypatch: pytest.MonkeyPatc
     assert after.keys() == expected.keys()
     assert max((after[key] - expected[key]).abs().max().item() for key in after) < 1e-6
     moved = {key for key in after if not torch.equal(after[key], before[key])}
-    assert len(moved) == (2 if kind == "lorafa" else 6)
+    assert len(moved) == {"fa": 2, "fa of an embedding too": 3}.get(case, 6)
+
+
+def test_lorafa_takes_groups_as_the_peer_makes_them() -> None:
+    import peft.optimizers.lorafa as theirs
+
+    from peanut.optimizers.lorafa import LoraFAOptimizer
+
+    stepped = []
+    for made, factors in ((LoraFAOptimizer, "scaling_factor"), (LoraFAOptimizer, "list"), (theirs.LoraFAOptimizer, "")):
+        values = [torch.linspace(-1, 1, 6).reshape(shape) for shape in ((2, 3), (3, 2))]
+        A, B = (nn.Parameter(value) for value in values)
+        A.grad, B.grad = torch.ones(2, 3), torch.linspace(1, 2, 6).reshape(3, 2)
+        given = {"scaling_factor": 2.0} if factors == "scaling_factor" else {"scaling_factors": [2.0, 2.0]}
+        group = {"params": [A, B], "names": ["l.lora_A.x.weight", "l.lora_B.x.weight"], **given}
+        optimizer = made([group], lr=0.1, correct_bias=False)
+        if factors == "scaling_factor":
+            with pytest.warns(FutureWarning, match="scaling_factors"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        stepped.append(B.detach())
+        assert torch.equal(A, values[0])
+    assert torch.equal(stepped[0], stepped[1])
+    assert torch.allclose(stepped[1], stepped[2], atol=1e-6)
+    assert not torch.allclose(stepped[0], torch.linspace(-1, 1, 6).reshape(3, 2))
+    with pytest.raises(PeanutError, match=r"^parameters without names and scaling_factors"):
+        LoraFAOptimizer([B]).step()  # type: ignore[list-item]
+
+
+def test_lorafa_tells_what_it_is_given_in_vain_and_projects_kernels() -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(2, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match=r"^r=4 and lora_alpha=8 have no effect: adapter 'default' has r=2"):
+        optimizer = create_lorafa_optimizer(model, 4, 8, 0.1)
+    values = model.base_model.model[0].values("default")
+    A, B = values["lora_A.weight"], values["lora_B.weight"]
+    model(torch.randn(1, 2, 5, 5)).square().sum().backward()
+    matrix = A.detach().flatten(1)
+    assert B.grad is not None
+    expected = B.grad.flatten(1) @ torch.linalg.inv(matrix @ matrix.T) / 16
+    optimizer.step()
+    assert A.grad is None
+    assert torch.allclose(optimizer.state[B]["exp_avg"].flatten(1), 0.1 * expected, rtol=1e-3, atol=1e-6)
 
 
 def test_b_of_peanut_learns_faster() -> None:

@@ -125,6 +125,8 @@ def test_the_file_is_sorted_stable_and_read_back(config_class: type[PeftConfig],
     assert again == config
     assert type(again) is config_class
     assert config_class.from_pretrained(tmp_path) == config
+    told = {"proxies": None, "resume_download": True, "_commit_hash": None, "user_agent": "x", "local_files_only": True}
+    assert config_class.from_pretrained(tmp_path, **told) == config
     assert get_peft_config(json.loads(text)) == config
     again.save_pretrained(tmp_path)
     assert path.read_text() == text

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeanutError
+from ..errors import PeanutError, warn
 from ..methods.lora import LoraConfig
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.injection import get_peft_model_state_dict
+from .holding import is_lora
 from .lora import LoraExport, to_lora
 
 __all__ = ["convert_to_lora", "save_as_lora"]
@@ -28,17 +29,18 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and the tensors of an adapter as a LoRA, by the keys of a file: see ``to_lora``.
+    """The config and the tensors of an adapter as a LoRA, by the keys of a file, of its dtype: see ``to_lora``.
 
     Args:
         rank: the largest rank; exact, of the adapter's own rank, where that is less. A float from 0 to 1: the smallest
             rank at which Σ σᵢ² of what is kept is that share of ‖ΔW‖² in every layer.
-        progressbar, compile_kwargs: accepted for scripts.
+        progressbar: show how many layers are done.
+        compile_kwargs: accepted for scripts.
 
     Raises:
         PeanutError: the rank is none, or there is no such adapter or it cannot be a LoRA.
     """
-    with _converted(model, rank, adapter_name) as export:
+    with _converted(model, rank, adapter_name, progressbar) as export:
         config = export.adapters.configs[export.name]
         assert isinstance(config, LoraConfig)
         state = get_peft_model_state_dict(model, adapter_name=export.name, save_embedding_layers=False)
@@ -54,12 +56,12 @@ def save_as_lora(
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what ``convert_to_lora`` gives into a folder; arguments and errors as there."""
-    with _converted(model, rank, adapter_name) as export:
+    with _converted(model, rank, adapter_name, progressbar) as export:
         export.save(path)
 
 
 @contextmanager
-def _converted(model: nn.Module, rank: float, name: str) -> Iterator[LoraExport]:
+def _converted(model: nn.Module, rank: float, name: str, progressbar: bool) -> Iterator[LoraExport]:
     """The LoRA of an adapter, in the model within the context."""
     share = isinstance(rank, float)
     if not rank > 0 or (share and rank > 1):
@@ -71,8 +73,14 @@ def _converted(model: nn.Module, rank: float, name: str) -> Iterator[LoraExport]
         if not share
         else max((_needed(layer.delta(name), rank) for _, layer in adapters.layers(name)), default=1)
     )
-    export = to_lora(model, name, _NAME, most)
+    if is_lora(adapters, name) and not adapters.configs[name].use_dora:  # type: ignore[attr-defined]
+        warn(f"adapter {name!r} is a LoRA already: it is written as one of rank {most} at most")
+    export = to_lora(model, name, _NAME, most, progressbar)
     try:
+        for _, layer in adapters.layers(name):
+            kept = next(own.dtype for own in layer.values(name).values() if own.is_floating_point())
+            for suffix, value in layer.values(export.name).items():
+                layer.adapters[export.name].assign(suffix, value.detach().to(kept))
         yield export
     finally:
         adapters.delete(export.name)

@@ -70,7 +70,11 @@ class LoraExport:
 @torch.no_grad()
 @checked
 def to_lora(
-    model: nn.Module, name: str = "default", new_name: str | None = None, rank: int | None = None
+    model: nn.Module,
+    name: str = "default",
+    new_name: str | None = None,
+    rank: int | None = None,
+    progressbar: bool = False,
 ) -> LoraExport:
     """The adapter ``name`` as a LoRA: B = up, A = down, α = r.
 
@@ -83,10 +87,13 @@ def to_lora(
         name: the adapter.
         new_name: what the LoRA is called; ``<name>_lora`` by default.
         rank: the largest rank allowed; by default that of the factors, or 16 where there are none.
+        progressbar: show how many layers are done.
 
     Raises:
         PeanutError: there is no such adapter, it changes nothing, or it changes a layer that LoRA cannot change.
     """
+    from transformers.utils.logging import tqdm
+
     adapters = AdapterSet.of(model)
     adapters.known(name)
     layers = dict(adapters.layers(name))
@@ -99,7 +106,8 @@ def to_lora(
                 "layers that LoRA can change",
                 "merge it instead",
             )
-    factors = {path: _product(layer, name, rank) for path, layer in layers.items()}
+    steps = tqdm(layers.items(), desc="Converting to LoRA", disable=not progressbar)
+    factors = {path: _product(layer, name, rank) for path, layer in steps}
     shifts = {path: moved_bias(layer, name) for path, layer in layers.items()}
     source = adapters.configs[name]
     r = max(operator.rank for operator in factors.values())
@@ -248,9 +256,6 @@ def _add_beside(
             own[suffix].copy_(value)
     for _, saved in adapters.saved_modules(name):
         saved.modules_to_save[new_name].load_state_dict(saved.modules_to_save[name].state_dict())
-    adapters.freeze(
-        trainable=[active for active in adapters.state.active if not adapters.configs[active].inference_mode]
-    )
     return new_name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,12 @@ class AdapterCommands:
     def adapters(self) -> AdapterSet:
         """The adapters in the model."""
         raise NotImplementedError
+
+    def _base(self) -> nn.Module:
+        """The base model as it was given: what torch.compile had put around it is there still."""
+        modules: Any = self._modules  # type: ignore[attr-defined]  # of an nn.Module
+        base: nn.Module = modules["base_model" if "base_model" in modules else "model"]
+        return base._base() if isinstance(base, AdapterCommands) else base
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -65,8 +72,10 @@ class AdapterCommands:
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """The base model with the adapters merged for good, and no trace of this library in it."""
-        return self.adapters.adopt(adapter_names)
+        self.adapters.adopt(adapter_names)
+        return self._base()
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
-        return self.adapters.unload()
+        self.adapters.unload()
+        return self._base()

@@ -79,7 +79,7 @@ class AdapterControls(AdapterCommands, AsBase):
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
-        return self if inspected(sys._getframe(1)) else self.adapters.model
+        return self if inspected(sys._getframe(1)) else self._base()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         prompt_keys(self.adapters.model, state_dict, prefix)

@@ -173,16 +173,17 @@ def inject_adapter_in_model(
         wide: store parameters in float32 at least, also on a half-precision base.
     """
     adapters = _present(model)
+    base = adapters.model
     if adapters.configs:
         peft_config = own_config(peft_config)
     if state_dict is not None:
-        peft_config = targeting(model, peft_config, state_dict)
+        peft_config = targeting(base, peft_config, state_dict)
     adapter_name = name_for(adapters, peft_config, adapter_name)
     peft_config = add(adapters, adapter_name, peft_config, meta=low_cpu_mem_usage, wide=wide)
-    model.__dict__.setdefault("peft_config", {})[adapter_name] = peft_config
-    model.requires_grad_(False)
+    base.__dict__.setdefault("peft_config", {})[adapter_name] = peft_config
+    base.requires_grad_(False)
     adapters.activate(adapter_name, trainable=not peft_config.inference_mode)
-    warn_of_unreached(model, peft_config)
+    warn_of_unreached(base, peft_config)
     return model
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hub import HUB_WITHOUT_EFFECT
+
 __all__ = ["LOADING", "SAVING"]
 
 SAVING: dict[str, tuple[Any, ...] | None] = {
@@ -14,7 +16,7 @@ SAVING: dict[str, tuple[Any, ...] | None] = {
     "variant": (None,),
 }
 """What ``save_pretrained`` has no use for, each with the values of which that is so (``None``: any)."""
-LOADING: dict[str, tuple[Any, ...] | None] = {
+LOADING: dict[str, tuple[Any, ...] | None] = HUB_WITHOUT_EFFECT | {
     "adapters": (None,),
     "device_map": None,
     "dtype": None,
@@ -25,7 +27,6 @@ LOADING: dict[str, tuple[Any, ...] | None] = {
     "torch_device": None,
     "torch_dtype": None,
     "trust_remote_code": None,
-    "use_auth_token": (False, None),
     "use_safetensors": None,
 }
 """The same for ``from_pretrained`` and ``load_adapter``: an adapter's tensors follow the base's devices."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import PeanutError, check_keywords, shown
 from ..files import read_json, write_json
-from ..hub import HUB_OPTIONS, locate, push
+from ..hub import HUB_OPTIONS, HUB_WITHOUT_EFFECT, locate, push
 from ..identity import Recognised
 from .arguments import checked
 from .known_fields import known_fields
@@ -262,7 +262,7 @@ class PeftConfig(Recognised):
     @classmethod
     def read(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> PeftConfig:
         """The config as a folder has it, with the label of its save in ``peft_version``."""
-        hub = check_keywords(f"{cls.__name__}.from_pretrained", hub, HUB_OPTIONS, {})
+        hub = check_keywords(f"{cls.__name__}.from_pretrained", hub, HUB_OPTIONS, HUB_WITHOUT_EFFECT)
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         values = read_json(path)
         if not isinstance(values, dict):

@@ -107,6 +107,18 @@ def test_a_view_writes_where_the_tensor_is() -> None:
     assert owner["leaf"].tolist() == [2, 2]
 
 
+def test_what_adapters_have_is_read_as_of_a_dict() -> None:
+    modules = ByAdapter()
+    modules["a"] = nn.Linear(1, 1)
+    assert (list(modules.keys()), list(modules.values()), dict(modules.items())) == (
+        ["a"],
+        [modules["a"]],
+        {"a": modules["a"]},
+    )
+    modules["values"] = nn.Linear(1, 1)
+    assert modules.get_submodule("values") is modules["values"]  # an adapter's name wins
+
+
 @settings(deadline=None, max_examples=25)
 @given(samples=st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=1, max_size=6), share=st.integers(1, 4))
 def test_every_row_belongs_to_the_sample_it_came_from(samples: list[str], share: int) -> None:

@@ -43,7 +43,11 @@ class AdapterSet(Acting):
 
     @staticmethod
     def of(model: nn.Module) -> AdapterSet:
-        """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none."""
+        """The set of adapters of a model (of its base model, if it is wrapped); a new one if it has none.
+
+        What torch.compile puts around a model has none of its own: paths and keys never name it.
+        """
+        model = model._modules.get("_orig_mod") or model
         # A wrapper (PeftModel, PeanutModel) knows the set of the model that it wraps.
         found = model.__dict__.get("_adapter_set") or getattr(model, "adapters", None)
         return found if isinstance(found, AdapterSet) else AdapterSet(model)
@@ -173,9 +177,16 @@ class AdapterSet(Acting):
             follow(self)
 
     def add_given(self, name: str, config: PeftConfig, *, meta: bool = False, copies: bool = True) -> None:
-        """``add`` of an adapter whose tensors are given afterwards: the global random state stays as it was."""
+        """``add`` of an adapter whose tensors are given afterwards.
+
+        The global random state stays as it was, and so does which parameters are trained, also where that was set by
+        hand.
+        """
+        trained = [(own, own.requires_grad) for own in self.model.parameters()]
         with torch.random.fork_rng(devices=[]):
             self.add(name, config, meta=meta, copies=copies)
+        for own, before in trained:
+            own.requires_grad_(before)
 
     @changes
     def configure(self, name: str, config: PeftConfig) -> None:
