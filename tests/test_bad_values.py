@@ -151,13 +151,6 @@ def test_two_methods_of_one_adapter_on_one_layer(tiny_llama: Builder) -> None:
         get_peft_model(model, config)
 
 
-def test_two_lists_of_tokens_for_one_tied_weight(tiny_llama: Builder) -> None:
-    model = tiny_llama(tie_word_embeddings=True)
-    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3], "lm_head": [4]})
-    with refused(model, r"'lm_head' is a target of TRAINABLE_TOKENS and of TRAINABLE_TOKENS in one adapter"):
-        get_peft_model(model, config)
-
-
 @pytest.mark.parametrize("config_class", [LoraConfig, AdaLoraConfig])
 def test_tokens_beyond_the_vocabulary_beside_a_method(config_class: type[PeftConfig], tiny_llama: Builder) -> None:
     model = tiny_llama()

@@ -4,6 +4,8 @@
 >>> model = get_peft_model(model, PeanutConfig(r=16, task_type="CAUSAL_LM"))  # doctest: +SKIP
 """
 
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -25,3 +27,9 @@ def __dir__() -> list[str]:
     from .public import homes
 
     return ["__version__", *sorted(homes())]
+
+
+for _name in ("auto", "config", "mapping", "mapping_func", "mixed_model", "peft_model"):  # as scripts import from there
+    _module = ModuleType(f"peanut.{_name}", "The public names of this package.")
+    globals()[_name] = sys.modules[_module.__name__] = _module
+    _module.__dict__.update(__getattr__=__getattr__, __dir__=__dir__)

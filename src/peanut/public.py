@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .absent import absent
@@ -13,7 +14,7 @@ from .absent import absent
 if TYPE_CHECKING:
     from .protocols import Method
 
-__all__ = ["find", "homes", "ours", "submodule", "tuners"]
+__all__ = ["find", "homes", "make_modules", "ours", "submodule", "tuners"]
 
 _WHERE = {
     "errors": ("NoMatchingPeftModuleError", "OutOfReachWarning", "PeanutError", "PeftError", "PeftWarning"),
@@ -233,6 +234,16 @@ def _file_of(method: Method[Any]) -> str:
 def tuners() -> list[str]:
     """The modules in ``tuners``: one for each file of methods, and ``tuners_utils``."""
     return sorted({_file_of(method) for method in ours()} | {"tuners_utils"})
+
+
+def make_modules(package: str, inside: str, names: Iterable[str]) -> None:
+    """Makes modules of these names in a package, where scripts import what ``submodule(inside)`` has."""
+    found = dict(zip(("__getattr__", "__dir__"), submodule(inside), strict=True))
+    for name in names:
+        module = ModuleType(f"{package}.{name}", "Names as Hugging Face PEFT lays them out; see ``public.py``.")
+        module.__dict__.update(found, __path__=[])
+        sys.modules[module.__name__] = module
+        setattr(sys.modules[module.__name__.rpartition(".")[0]], name.rpartition(".")[2], module)
 
 
 def submodule(inside: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

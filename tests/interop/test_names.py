@@ -60,6 +60,30 @@ def test_importing_what_is_not_here_says_what_to_use(module: str) -> None:
         exec(f"from {module} import Typo", {})
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("utils.other", "fsdp_auto_wrap_policy"),
+        ("utils.save_and_load", "get_peft_model_state_dict"),
+        ("utils.peft_types", "TaskType"),
+        ("utils.constants", "SAFETENSORS_WEIGHTS_NAME"),
+        ("tuners.lora.layer", "LoraLayer"),
+        ("tuners.lora.model", "LoraModel"),
+        ("tuners.ia3.config", "IA3Config"),
+        ("peft_model", "PeftModelForCausalLM"),
+        ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
+        ("mapping_func", "get_peft_model"),
+        ("mixed_model", "PeftMixedModel"),
+        ("config", "PeftConfig"),
+        ("auto", "AutoPeftModel"),
+    ],
+)
+def test_names_are_imported_from_where_the_peer_defines_them(module: str, name: str) -> None:
+    theirs, ours = (importlib.import_module(f"{library}.{module}") for library in ("peft", "peanut"))
+    assert getattr(theirs, name) is not None
+    assert getattr(ours, name) is not None
+
+
 def test_layers_are_known_by_their_method() -> None:
     from peanut.tuners.lora import LoraLayer
     from peanut.tuners.peanut import PeanutConfig, PeanutLayer

@@ -236,3 +236,45 @@ def test_hot_swaps(kind: str, tiny_llama: Callable[..., Any], tmp_path: Path) ->
         peft.utils.hotswap.hotswap_adapter(model, tmp_path, "a")
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert list(model.peft_config) == ["a"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_is_loaded_from_its_tensors(kind: str, tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    model.add_adapter(CONFIGS[kind](), "a")
+    state = {f"base_model.model.{key}": value for key, value in model.get_adapter_state_dict("a").items()}
+    again = tiny_llama()
+    again.load_adapter(adapter_state_dict=state, peft_config=CONFIGS[kind](), adapter_name="a")
+    assert isinstance(again.peft_config["a"], peanut.PeftConfig)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_the_peers_functions_make_of_our_models(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = peanut.get_peft_model(tiny_llama(), CONFIGS["peanut"]())
+    base = peft.get_base_model_state_dict(model)
+    assert base.keys() == tiny_llama().state_dict().keys()
+    peft.set_base_model_state_dict(model, base)
+    config, state = peft.convert_to_lora(model, 2)
+    assert isinstance(config, LoraConfig)
+    assert len(state) == 2 * 2 * len(tiny_llama().model.layers)
+    peft.save_as_lora(tmp_path, model, 2)
+    assert isinstance(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), peft.PeftModel)
+    lora = peanut.get_peft_model(tiny_llama(), CONFIGS["lora"]())
+    made = peft.optimizers.create_riemannian_optimizer(lora, torch.optim.SGD, lr=0.1)
+    assert {id(value) for group in made.param_groups for value in group["params"]} == {
+        id(value) for value in lora.parameters() if value.requires_grad
+    }
+
+
+def test_adapters_beside_those_of_the_peers_layers(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, init_lora_weights=False)).save_pretrained(tmp_path)
+    model = tiny_llama()
+    model.load_adapter(str(tmp_path), "theirs")
+    expected = logits(model)
+    with pytest.raises(PeanutError, match=r"a layer of Hugging Face PEFT; .*; call peanut\.from_peft\(model\) fir"):
+        model.add_adapter(CONFIGS["peanut"](), "ours")
+    peanut.from_peft(model)
+    model.add_adapter(CONFIGS["peanut"](), "ours")
+    assert not torch.equal(logits(model), expected)
+    model.set_adapter("theirs")
+    assert (logits(model) - expected).abs().max() < 1e-5

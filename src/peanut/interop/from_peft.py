@@ -103,6 +103,9 @@ def from_peft(model: nn.Module) -> Any:
     adapters.trained = [name for name in configs if any(value.requires_grad for _, value in adapters.parameters(name))]
     as_before(modes)
     if model is base:
+        base.__dict__["peft_config"] = dict(adapters.configs)
+        if hasattr(type(base), "_hf_peft_config_loaded"):  # transformers' mark
+            base.__dict__["_hf_peft_config_loaded"] = True
         return base
     wrapped = PeftModel.around(base)
     wrapped.training = wrapped.base_model.training = model.training

@@ -20,7 +20,12 @@ _MAPPING = "peft.utils.transformers_weight_conversion"
 _MODULES = {
     "peft.mapping": ("inject_adapter_in_model",),
     "peft.mapping_func": ("get_peft_model",),
-    "peft.utils.save_and_load": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "peft.utils.save_and_load": (
+        "get_peft_model_state_dict",
+        "set_peft_model_state_dict",
+        "get_base_model_state_dict",
+        "set_base_model_state_dict",
+    ),
     "peft.tuners.tuners_utils": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
     "peft.peft_model": ("get_layer_status", "get_model_status"),
     "peft.helpers": ("rescale_adapter_scale",),
@@ -31,6 +36,10 @@ _MODULES = {
         "prepare_model_for_compiled_hotswap",
     ),
     "peft.utils.other": ("fsdp_auto_wrap_policy",),
+    "peft.tuners.lora.conversion": ("convert_to_lora", "save_as_lora"),
+    "peft.optimizers.lorafa": ("create_lorafa_optimizer",),
+    "peft.optimizers.loraplus": ("create_loraplus_optimizer",),
+    "peft.optimizers.riemannian": ("create_riemannian_optimizer",),
     _MAPPING: ("build_peft_weight_mapping",),
 }
 """The functions of Hugging Face PEFT that look into models, by the module that defines them; ours have their names."""
@@ -39,6 +48,9 @@ _HOMES = {
     "peft.helpers": "helpers",
     "peft.utils.hotswap": "utils.hotswap",
     "peft.utils.other": "utils",
+    "peft.optimizers.lorafa": "optimizers",
+    "peft.optimizers.loraplus": "optimizers",
+    "peft.optimizers.riemannian": "optimizers",
 }
 """Where ours are, if not among the public names of this package."""
 _ORIGINALS: dict[str, FunctionType] = {}
@@ -82,7 +94,7 @@ def uninstall() -> None:
 def dispatched(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls the function of a name: ours if an argument is ours, else Hugging Face PEFT's as it was."""
     function: Callable[..., Any] = _ORIGINALS[name]
-    if any(_is_ours(value) for value in (*args, *kwargs.values())):
+    if module != _MAPPING and any(_is_ours(value) for value in (*args, *kwargs.values())):
         function = getattr(import_module(f"...{_HOMES.get(module, '')}", __name__), name)
     answer = function(*args, **kwargs)
     return _with_magnitudes(answer, *args, **kwargs) if module == _MAPPING else answer

@@ -24,7 +24,7 @@ def prepare_model_for_kbit_training(
 
     Args:
         model: a model whose linear layers bitsandbytes has quantised; it is changed in place and returned.
-        use_gradient_checkpointing: recompute the blocks' activations in the backward.
+        use_gradient_checkpointing: recompute the blocks' activations in the backward, if the model is quantised.
         gradient_checkpointing_kwargs: what ``torch.utils.checkpoint`` is called with; non-reentrant by default.
         auto_clear_cache: give an accelerator's memory of the weights that were converted back.
     """
@@ -42,7 +42,8 @@ def prepare_model_for_kbit_training(
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
         model, "gradient_checkpointing_enable", None
     )
-    if use_gradient_checkpointing and enable is not None:
+    quantised = codes or getattr(model, "quantization_method", None) is not None
+    if use_gradient_checkpointing and quantised and enable is not None:
         options = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
         enable(options)  # by position: the two names differ in the keyword
         if options.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):

@@ -171,7 +171,7 @@ class PeftConfig(Recognised):
             raise PeanutError(
                 f"{module}.{asking.f_code.co_name}, given a {type(self).__name__} of this library",
                 "a config or a model of Hugging Face PEFT",
-                "call peanut.install() once, before, or use the function of this name in peanut",
+                "call peanut.install() once, before (for functions), or use what is of this name in peanut",
             )
         return self.prompts
 

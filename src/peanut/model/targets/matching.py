@@ -75,10 +75,14 @@ def target_paths(model: nn.Module, config: PeftConfig, method: WeightMethod[Any]
         if not adaptable(modules[path], method.kinds):
             for name in _bare_parameters({path: modules[path]}, fused=True):
                 raise _out_of_reach(f"target_modules matches '{path}'", name)
+            kind = type(bare(modules[path]))
+            theirs = kind.__module__.startswith("peft.")  # as load_adapter of transformers and diffusers makes them
             raise PeanutError(
-                f"target_modules matches '{path}', a {type(bare(modules[path])).__name__}",
+                f"target_modules matches '{path}', a {'layer of Hugging Face PEFT' if theirs else kind.__name__}",
                 f"layers of kind {', '.join(method.kinds)}",
-                "name the layers inside it or exclude it",
+                "call peanut.from_peft(model) first, which takes its adapters over"
+                if theirs
+                else "name the layers inside it or exclude it",
             )
     return left
 
