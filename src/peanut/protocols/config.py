@@ -175,6 +175,10 @@ class PeftConfig(Recognised):
             )
         return self.prompts
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return self.method == "ADAPTION_PROMPT"
+
     def patterns(self) -> Mapping[str, Collection[str]]:
         """By field, the names and regular expressions that are for some of the adapted layers."""
         return {patterns: getattr(self, patterns) or {} for _, patterns in self.by_layer}

@@ -129,9 +129,11 @@ def test_mixed_methods_add_exactly(way: str) -> None:
     assert (model.peft_config["both"].peft_type, model.active_adapters) == ("LORA", ["left"])
 
 
-def test_svd_takes_what_is_no_thin_product() -> None:
+@pytest.mark.parametrize("rank", [6, 40])
+def test_svd_takes_what_is_no_thin_product_and_layers_narrower_than_the_rank(rank: int) -> None:
     model = _mixed()
-    model.add_weighted_adapter(["left", "third"], [1, 2], "both", "svd", svd_rank=6)
+    model.add_weighted_adapter(["left", "third"], [1, 2], "both", "svd", svd_rank=rank)
+    assert model.peft_config["both"].r == rank
     assert distance(_change(model, "both"), _change(model, "left") + 2 * _change(model, "third")) < 1e-5
 
 

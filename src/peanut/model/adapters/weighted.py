@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import PeanutError, nearest
@@ -64,7 +65,9 @@ class Combination:
             total = combined(kind, deltas, weights, self.density, self.majority)
             U, S, Vh = torch.linalg.svd(total, full_matrices=self.svd_full_matrices, driver=self.svd_driver)
             r = self.svd_rank or max(_rank(layer, name) for name in names)
-            return LowRank(*clamped(U[:, :r] * S[:r], Vh[:r], self.svd_clamp))
+            k = min(r, len(S))  # a layer may be narrower
+            B, A = clamped(U[:, :k] * S[:k], Vh[:k], self.svd_clamp)
+            return LowRank(F.pad(B, (0, r - k)), F.pad(A, (0, 0, 0, r - k)))
         factors = [_factors(layer, name, self.kind) for name in names]
         if self.kind in _SUMS:
             if self.kind == "slerp" and len(names) == 2:
