@@ -211,6 +211,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == "call" and report.passed and (_USED or absent):
         report.outcome = "failed"
         report.user_properties.append(("cause", _lacking(absent or _USED)))
+    elif report.skipped and absent:
+        report.user_properties.append(("cause", _lacking(absent)))
     elif report.failed and call.excinfo is not None:
         report.user_properties.append(("cause", cause_of(call.excinfo.value, absent or _USED)))
     return report
