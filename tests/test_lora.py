@@ -88,7 +88,11 @@ def test_biases_are_the_formula() -> None:
 
 @pytest.mark.parametrize(
     ("init", "std_a", "std_b"),
-    [(True, 1 / math.sqrt(3 * 300), 0), ("gaussian", 1 / 64, 0), (False, 1 / math.sqrt(3 * 300), 1)],
+    [
+        (True, 1 / math.sqrt(3 * 300), 0),
+        ("gaussian", 1 / 64, 0),
+        (False, 1 / math.sqrt(3 * 300), 1 / math.sqrt(3 * 64)),
+    ],
 )
 def test_parameters_start_as_published(init: bool | str, std_a: float, std_b: float) -> None:
     config = LoraConfig(r=64, init_lora_weights=init, target_modules=["layer"])

@@ -22,6 +22,7 @@ from ..model.checkpoints.keys import KeyStyle, file_key
 from ..model.checkpoints.stored_adapter import read_adapter
 from ..model.injection import AdaptedModel
 from ..model.keywords import LOADING
+from ..model.layers.by_adapter import Factor
 from ..protocols import PeftConfig
 
 __all__ = [
@@ -149,7 +150,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
         )
 
     def trained(module: nn.Module) -> bool:
-        weight = None if type(module) is nn.Module else getattr(module, "weight", None)  # such hold adapters' tensors
+        weight = None if isinstance(module, Factor) else getattr(module, "weight", None)
         return not list(module.named_children()) and weight is not None and weight.requires_grad
 
     leaves = partial(lambda_auto_wrap_policy, lambda_fn=trained)
