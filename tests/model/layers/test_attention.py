@@ -176,6 +176,8 @@ def test_a_live_model_of_the_peer_becomes_ours_and_back() -> None:
     theirs = peft.get_peft_model(base(), config)
     expected = theirs(X)
     ours = peanut.from_peft(theirs)
+    layers = ours.get_submodule("base_model.model.attention"), theirs.get_submodule("base_model.model.attention")
+    assert (layers[0].in_features, layers[0].out_features) == (layers[1].in_features, layers[1].out_features)
     assert [place.path for place in ours.adapters.places()] == ["attention", "attention.base_layer.out_proj", "head"]
     assert distance(ours(X), expected) < 1e-6
     again = peanut.to_peft(ours)

@@ -32,6 +32,9 @@ class AdaptedAttention(AdaptedLayer):
             self._frozen = FrozenLayer(InProjection(self.base_layer), InProjectionKind())
         return self._frozen
 
+    def _width(self, side: int) -> int:  # of the input projection: its output is queries, keys and values together
+        return (self.frozen.in_features, self.frozen.out_features)[side]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = self._modules["base_layer"]
         tensors = {name: self._effective(own) for name, own in self.reads.items()}

@@ -147,7 +147,7 @@ class Live(Switched):
     @property
     def in_features(self) -> int:
         """The width of the base layer's input: of a convolution its channels, of an embedding its rows."""
-        return _width(self.get_base_layer(), 0)
+        return self._width(0)
 
     @in_features.setter
     def in_features(self, value: int) -> None:
@@ -156,11 +156,14 @@ class Live(Switched):
     @property
     def out_features(self) -> int:
         """The width of the base layer's output."""
-        return _width(self.get_base_layer(), 1)
+        return self._width(1)
 
     @out_features.setter
     def out_features(self, value: int) -> None:  # transformers' resizing does
         self.get_base_layer().out_features = value
+
+    def _width(self, side: int) -> int:
+        return _width(self.get_base_layer(), side)
 
     @property
     def merged_adapters(self) -> list[str]:
