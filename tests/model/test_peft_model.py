@@ -79,6 +79,7 @@ def test_names_that_scripts_reach_for(tiny_llama: Build) -> None:
         False,
     )
     assert "default: PEANUT" in repr(layer)
+    assert repr(layer).startswith("peanut.Linear(")
     assert model.config is base.config
     assert (model.device, model.dtype) == (base.device, base.dtype)
     assert model.get_input_embeddings() is base.model.embed_tokens

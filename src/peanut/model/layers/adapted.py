@@ -121,6 +121,11 @@ class Adapted(Live, nn.Module):
             "use torch.jit.trace, torch.export or torch.compile, or script what merge_and_unload() returns",
         )
 
+    def _get_name(self) -> str:  # lora.Linear, as Hugging Face PEFT shows it
+        own = {method.name.lower() for method, _ in self._methods.values()}
+        base = self._modules.get("base_layer")
+        return f"{own.pop()}.{type(base).__name__}" if base is not None and len(own) == 1 else type(self).__name__
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {method.name}" for name, (method, _) in self._methods.items())
 
