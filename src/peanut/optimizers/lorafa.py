@@ -84,7 +84,7 @@ def _with_first_factors(group: dict[str, Any]) -> list[tuple[nn.Parameter, Tenso
     found = []
     for (name, own), scaling in zip(named.items(), group["scaling_factors"], strict=True):
         first = name.replace("lora_B.", "lora_A.").replace("lora_embedding_B.", "lora_embedding_A.")
-        found.append((own, named.get(first) if first != name else None, scaling))
+        found.append((own, None if first == name or scaling is None else named.get(first), scaling))
     frozen = {id(A) for _, A, _ in found}
     return [each for each in found if id(each[0]) not in frozen]
 
@@ -110,7 +110,7 @@ def create_lorafa_optimizer(
         PeanutError: no LoRA is trained, or ``use_rslora`` is not what an adapter has.
     """
     adapters, scalings = AdapterSet.of(model), dict[int, float]()
-    for name in adapters.state.active:
+    for name in dict.fromkeys((*adapters.state.active, *adapters.trained)):
         config = adapters.configs[name]
         layers = [layer for _, layer in adapters.layers(name)] if isinstance(config, LoraConfig) else []
         if not layers or not isinstance(config, LoraConfig):

@@ -67,12 +67,16 @@ class Acting(Merging):
     @changes
     def activate_in(self, path: str, names: list[str], *, trainable: bool) -> None:
         """Makes exactly ``names`` active in one place; in the model, where all places then agree."""
+        self.refuse_two_heads(names)
         model = self.state.active, self.trained == self.state.active
         there = {each: self.state.local.get(each, model) for each in self._paths()}
         there[path] = names, trainable
         if all(own == (names, trainable) for own in there.values()):
             self.activate(names, trainable=trainable)
         else:
+            if merged := self.state.merged:
+                warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {names} can be active at '{path}'")
+                self.unmerge()
             self.state.local = {each: own for each, own in there.items() if own != model}
             self.freeze(self.trained)
 
@@ -102,8 +106,13 @@ class Acting(Merging):
 
     def set_requires_grad(self, names: str | Sequence[str], trained: bool) -> None:
         """Trains or freezes adapters; which are active stays as it is."""
-        self.trains(self.known(names), trained)
+        wanted = self.known(names)
+        self.trains(wanted, trained)
         self.freeze(self.trained)
+        for place in self.places() if self.state.local else ():  # where others are active, too
+            for own in (place.adapters, place.banks):
+                for name in own.keys() & set(wanted):
+                    own[name].requires_grad_(trained and place.path not in self.state.off)
 
     @changes
     def freeze(self, trainable: Sequence[str]) -> None:

@@ -230,8 +230,8 @@ class AdapterSet(Acting):
         if unwrap:  # else whoever takes it out of the layers one by one does this too
             self.model.__dict__.get("peft_config", {}).pop(name, None)
         self.state.active = [other for other in self.state.active if other != name]
-        for path, (active, trained) in self.state.local.items():
-            self.state.local[path] = [other for other in active if other != name], trained
+        local = {path: ([each for each in own if each != name], on) for path, (own, on) in self.state.local.items()}
+        self.state.local = {path: own for path, own in local.items() if own[0]}
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
         if not self.configs:

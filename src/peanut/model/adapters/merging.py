@@ -190,7 +190,11 @@ class Merging(Surgery):
 def _agree(first: AdaptedLayer, layer: AdaptedLayer, weight: Tensor) -> bool:
     """Whether two merged layers have one weight."""
     sets = [
-        {name: id(getattr(own, "source", own)) for name, own in each.adapters.items() if name in each.written}
+        {
+            name: (id(getattr(own, "source", own)), each.scaling[name])
+            for name, own in each.adapters.items()
+            if name in each.written
+        }
         for each in (first, layer)
     ]
     return sets[0] == sets[1] or torch.equal(weight, layer.frozen.module.weight)

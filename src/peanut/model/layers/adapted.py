@@ -94,8 +94,9 @@ class Adapted(Live, nn.Module):
         return self._external_params.items()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        layer_keys(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self.state.changing():  # what is cached of the tensors that were there is let go of
+            layer_keys(self, state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _replicate_for_data_parallel(self) -> Any:
         """Refuses torch.nn.DataParallel: a copy of a module there would go on reading the tensors of the original.

@@ -33,6 +33,8 @@ def layer_keys(place: Live, state: State, prefix: str) -> None:
         held = [*own.suffixes, *(suffix for shared in place._shared[name] for suffix in shared.suffixes)]
         for suffix in held:  # what several places share is in the first alone
             *outer, last = suffix.split(".")
+            if outer not in ([], ["token_adapter"]):
+                continue
             holder: Any = place._modules.get("token_adapter") if outer == ["token_adapter"] else place
             home = None if holder is None else holder._modules.get(last)
             if not (isinstance(home, ByAdapter) and name in home):
