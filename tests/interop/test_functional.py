@@ -150,3 +150,30 @@ def test_scales_that_were_read_stay_what_they_were() -> None:
         during = layer.scaling
         assert (before, during) == ({"default": 2.0}, {"default": 1.0})
     assert layer.scaling == before != during
+
+
+def test_what_is_written_meanwhile_is_seen() -> None:
+    model, other = adapted(CONFIGS[0]), adapted(CONFIGS[0])
+    with torch.no_grad():
+        for value in other.parameters():
+            value.mul_(1.5)
+    expected = answer(other)
+    with DoraCaching():
+        before = answer(model)
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(answer(model), expected)
+        optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], 0.01)
+        model.train()(INPUT).square().mean().backward()
+        again = answer(model.eval())
+        optimizer.step()
+        assert (answer(model) - again).abs().max() > 1e-4
+    assert (before - expected).abs().max() > 1e-2
+
+
+def test_contexts_within_one_another_end_where_they_began(computed: list[str]) -> None:
+    model, caching = adapted(CONFIGS[0]), DoraCaching()
+    with caching, caching:
+        answer(model)
+    computed.clear()
+    answer(model), answer(model)
+    assert len(computed) == 4

@@ -120,6 +120,21 @@ def test_lorafa_tells_what_it_is_given_in_vain_and_projects_kernels() -> None:
     assert torch.allclose(optimizer.state[B]["exp_avg"].flatten(1), 0.1 * expected, rtol=1e-3, atol=1e-6)
 
 
+def test_lorafa_steps_with_an_adapter_that_is_active_later() -> None:
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+    model.add_adapter("b", config)
+    for name, value in model.named_parameters():
+        value.requires_grad_("lora_" in name)
+    optimizer = create_lorafa_optimizer(model, 2, 8, lr=0.1)
+    model.set_adapter("b")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.partition("lora_")[2] for name in changed} == {"A.b.weight", "B.b.weight"}
+
+
 def test_b_of_peanut_learns_faster() -> None:
     model = get_peft_model(Mixed(), PeanutConfig(r=4, depth=1, target_modules=["first"]))
     optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=16)

@@ -50,3 +50,11 @@ def test_what_was_added_is_adapted_and_saved_as_a_list(field: str, tmp_path: Pat
     assert set(model.base_model.targeted_module_names) == names
     names |= {"3"}
     assert "3" not in model.peft_config["default"].target_modules  # the model has its own
+
+
+def test_names_are_compared_with_sets() -> None:
+    names = Names(["b", "a"])
+    assert {"a"} < names <= {"a", "b"}
+    assert {"a", "b", "c"} >= names
+    assert not names > {"a", "c"}
+    assert names < ["c"]

@@ -14,6 +14,7 @@ from ..methods.lora import LoraConfig, low_rank
 from ..model.adapters.adapter_set import AdapterSet
 from ..model.injection import own_config
 from ..model.layers.layer import AdaptedLayer
+from ..model.layers.mirrored import Mirrored
 from ..model.layers.parameters import Parameters
 from ..operators import LowRank
 from ..protocols import METHODS, WeightMethod, method_of
@@ -172,6 +173,8 @@ def as_lora(adapters: AdapterSet, name: str, source: str, rank: int | None) -> C
     }
 
     def put() -> None:
+        if any(isinstance(layer.adapters[name], Mirrored) for layer in layers.values()):
+            warn(f"adapter {name!r} changes its head apart from its embedding from now on")
         for path, layer in layers.items():
             made = {suffix: value.clone(memory_format=torch.contiguous_format) for suffix, value in held[path].items()}
             layer.delete(name)

@@ -19,6 +19,7 @@ from ..model.checkpoints.stored_adapter import read_adapter
 from ..model.injection import own_config, set_peft_model_state_dict, targeting
 from ..model.keywords import LOADING
 from ..model.layers.layer import AdaptedLayer
+from ..model.layers.mirrored import Mirrored
 from ..protocols import PeftConfig
 from ..protocols.arguments import checked
 from .holding import (
@@ -121,6 +122,13 @@ def _swap(adapters: AdapterSet, name: str, config: PeftConfig, load: Callable[[]
 def _take(adapters: AdapterSet, name: str) -> None:
     """Gives an adapter the values of the one beside it."""
     there, new = dict(adapters.layers(name)), dict(adapters.layers(_NEW))
+    tied = [path for path, layer in there.items() if isinstance(layer.adapters[name], Mirrored)]
+    if apart := [path for path in tied if path in new and not isinstance(new[path].adapters[_NEW], Mirrored)]:
+        raise PeanutError(
+            f"an adapter that changes '{apart[0]}' apart from its embedding, swapped into {name!r}, which ties them",
+            "one with ensure_weight_tying=True",
+            "use load_adapter",
+        )
     heads, new_heads = dict(adapters.saved_modules(name)), dict(adapters.saved_modules(_NEW))
     dora = getattr(adapters.configs[name], "use_dora", False)
     if more := (new.keys() ^ there.keys() if dora else new.keys() - there.keys()) | (heads.keys() ^ new_heads.keys()):

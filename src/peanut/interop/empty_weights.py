@@ -16,8 +16,8 @@ __all__ = ["init_empty_weights", "skip_init_on_device"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_FILLED: ContextVar[bool] = ContextVar("peanut_filled", default=False)
-"""Whether a function runs for which the context is as if it were not there."""
+_EMPTY: ContextVar[bool] = ContextVar("peanut_empty", default=False)
+"""Whether modules that are made now have no storage."""
 
 
 @contextmanager
@@ -25,18 +25,22 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Within the context the parameters that modules are given, and their buffers if asked, are on the meta device."""
 
     def parameter(module: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter | None:
-        return None if _FILLED.get() else nn.Parameter(value.to("meta"), value.requires_grad)
+        if not _EMPTY.get():
+            return None
+        kind: Any = type(value)
+        return kind(value.to("meta"), **{**vars(value), "requires_grad": value.requires_grad})  # type: ignore[no-any-return]
 
     def buffer(module: nn.Module, name: str, value: Tensor | None) -> Tensor | None:
-        return None if value is None or _FILLED.get() else value.to("meta")
+        return value.to("meta") if value is not None and _EMPTY.get() else None
 
     registrars: list[tuple[Any, Any]] = [(hooks.register_module_parameter_registration_hook, parameter)]
     if include_buffers:
         registrars.append((hooks.register_module_buffer_registration_hook, buffer))
-    held = [register(hook) for register, hook in registrars]
+    held, token = [register(hook) for register, hook in registrars], _EMPTY.set(True)
     try:
         yield
     finally:
+        _EMPTY.reset(token)
         for each in held:
             each.remove()
 
@@ -46,10 +50,10 @@ def skip_init_on_device(func: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(func)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        token = _FILLED.set(True)
+        token = _EMPTY.set(False)
         try:
             return func(*args, **kwargs)
         finally:
-            _FILLED.reset(token)
+            _EMPTY.reset(token)
 
     return called

@@ -24,6 +24,7 @@ from ..protocols import PeftConfig, PeftType, WeightMethod, method_of
 from ..protocols.arguments import checked
 from ..protocols.patterns import outer
 from .exchange import as_before, modes_of, only_whole
+from .install import installed
 from .layers import (
     Slot,
     Wrapped,
@@ -104,7 +105,7 @@ def from_peft(model: nn.Module) -> Any:
     as_before(modes)
     if model is base:
         base.__dict__["peft_config"] = dict(adapters.configs)
-        if hasattr(type(base), "_hf_peft_config_loaded"):  # transformers' mark
+        if installed() and hasattr(type(base), "_hf_peft_config_loaded"):  # transformers may go on with it
             base.__dict__["_hf_peft_config_loaded"] = True
         return base
     wrapped = PeftModel.around(base)

@@ -72,23 +72,22 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 class DoraCaching:
-    """Within the context, or for good by ``DoraCaching()(enabled=True)``, evaluation caches, in every model and thread.
+    """Within the context, or for good by ``DoraCaching()(enabled=True)``, evaluation caches, in every model.
 
     In ``eval()`` and without gradients what adapters make of the weights is then computed once: DoRA's norms, and what
-    other methods have of that kind. A forward in training, or a change of the adapters, lets go of it; nothing else
-    may write to the weights meanwhile. ``model.inference()`` does the same for one model.
+    other methods have of that kind. A forward in training, a change of the adapters, or a write to their tensors or the
+    weight (but through ``.data``) lets go of it. ``model.inference()`` does the same for one model.
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.enabled, self._before = enabled, False
+        self.enabled, self._before = enabled, list[bool | None]()
 
     def __enter__(self) -> Self:
-        self._before = EVERYWHERE.on
-        EVERYWHERE.switch(self.enabled)
+        self._before.append(EVERYWHERE.switch_here(self.enabled))
         return self
 
     def __exit__(self, *_: object) -> None:
-        EVERYWHERE.switch(self._before)
+        EVERYWHERE.switch_here(self._before.pop())
 
     def __call__(self, enabled: bool = True) -> None:
         EVERYWHERE.switch(enabled)

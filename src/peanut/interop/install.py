@@ -14,7 +14,7 @@ from torch import nn
 from ..model.adapters.adapter_set import AdapterSet
 from ..protocols import PeftConfig
 
-__all__ = ["dispatched", "install", "uninstall"]
+__all__ = ["dispatched", "install", "installed", "uninstall"]
 
 _MAPPING = "peft.utils.transformers_weight_conversion"
 _MODULES = {
@@ -78,6 +78,11 @@ def install() -> None:
                 _ORIGINALS[name] = original
                 function.__signature__ = inspect.signature(function)
                 function.__code__ = _calling(module, name, function.__code__)
+
+
+def installed() -> bool:
+    """Whether ``install`` holds."""
+    return bool(_ORIGINALS)
 
 
 def uninstall() -> None:

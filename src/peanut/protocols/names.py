@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, MutableSet
+from typing import Any
 
 __all__ = ["Names"]
 
 
-class Names(list[str], MutableSet[str]):  # type: ignore[misc]  # noqa: PLW1641 - no list has a hash
+def _compared(how: str) -> Any:
+    def compare(self: Names, other: object) -> Any:
+        return getattr(set(self) if isinstance(other, (set, frozenset)) else super(Names, self), how)(other)
+
+    return compare
+
+
+class Names(list[str], MutableSet[str]):  # noqa: PLW1641 - no list has a hash
     """Names in order, each once: a list, so that the same config is the same file and indices mean something.
 
     It equals a set of the same names, and scripts may add to it and take from it as from one: ``names |= {"v_proj"}``.
@@ -19,6 +27,8 @@ class Names(list[str], MutableSet[str]):  # type: ignore[misc]  # noqa: PLW1641 
 
     def __eq__(self, other: object) -> bool:
         return set(self) == other if isinstance(other, (set, frozenset)) else super().__eq__(other)
+
+    __le__, __lt__, __ge__, __gt__ = map(_compared, ("__le__", "__lt__", "__ge__", "__gt__"))
 
     def __ne__(self, other: object) -> bool:
         return not self == other

@@ -159,3 +159,54 @@ def test_other_active_adapters_in_one_layer_are_what_the_peer_makes_of_it() -> N
         ours.merge_adapter()
     ours.set_adapter("default")
     assert same_bits(ours(X), seen[-1])
+
+
+def two(**settings: Any) -> Any:
+    model = get_peft_model(base(), LoraConfig(target_modules=["0", "2"], **settings))
+    model.add_adapter("b", LoraConfig(target_modules=["0", "2"], **settings))
+    return randomised(model, ["default", "b"]).eval()
+
+
+def test_another_active_adapter_in_one_layer_is_not_computed_with_what_is_merged() -> None:
+    model = two()
+    plain = copy.deepcopy(model)
+    layers(plain)[0].set_adapter("b")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"^adapter 'default' was merged, and is unmerged so that \['b'\] can be act"):
+        layers(model)[0].set_adapter("b")
+    assert distance(model(X), plain(X)) < 1e-5
+
+
+def test_what_was_of_one_layer_goes_with_the_adapters() -> None:
+    model = two()
+    expected = model(X)
+    layers(model)[0].set_adapter("b")
+    model.delete_adapter("b")
+    assert same_bits(model(X), expected)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    layers(model)[0].enable_adapters(False)
+    model.delete_adapter("default")
+    model.add_adapter("new", LoraConfig(target_modules=["0", "2"], init_lora_weights=False))
+    model.set_adapter("new")
+    assert not any(layer.disable_adapters for layer in layers(model))
+    assert {name for name, _ in model.named_parameters() if "new" in name} == trained(model)
+
+
+def test_heads_and_freezing_are_as_in_the_whole_model() -> None:
+    model = two(modules_to_save=["4"])
+    with pytest.raises(PeanutError, match=r"^adapters 'default' and 'b' each have a trained copy of '4'"):
+        layers(model)[2].set_adapter(["default", "b"])
+    layers(model)[0].set_adapter("b")
+    assert any(".b." in name for name in trained(model))
+    model.set_requires_grad("b", requires_grad=False)
+    assert not any(".b." in name for name in trained(model))
+
+
+def test_a_merge_for_good_says_that_it_takes_what_is_off() -> None:
+    model = two()
+    expected = model(X)
+    layers(model)[0].enable_adapters(False)
+    with pytest.warns(UserWarning, match=r"^adapters that are switched off at '0' are merged too$"):
+        plain = model.merge_and_unload()
+    assert distance(plain(X), expected) < 1e-5

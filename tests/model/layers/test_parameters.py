@@ -42,6 +42,8 @@ def test_modules_of_one_weight_have_no_bias_and_numbered_ones_are_a_list() -> No
     layer: Any = nn.Module()
     Parameters({**values, **levels}).put(layer, "a")
     assert layer.lora_A["a"].bias is None
+    with pytest.raises(PeanutError, match=r"^a Linear in the place of what adapter 'a' has; expected new tensors"):
+        layer.lora_A["a"] = nn.Linear(3, 2)
     assert layer.lora_B["a"].bias.shape == (3,)
     assert (layer.lora_A["a"].in_features, layer.lora_A["a"].out_features) == (3, 2)
     assert torch.equal(layer.lora_B["a"](layer.lora_A["a"](torch.ones(4, 3))), torch.full((4, 3), 7.0))

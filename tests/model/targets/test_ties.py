@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,19 @@ from torch import Tensor
 
 import peanut
 from peanut import AdaLoraConfig, LoraConfig, PeanutError, PeftModel, get_peft_model
+from peanut.utils.hotswap import hotswap_adapter
 
-from ...support import PEER_WARNINGS, distance, gradients, peer_loaded, peer_model, randomised, same_bits, scattered
+from ...support import (
+    PEER_WARNINGS,
+    distance,
+    gradients,
+    peer_loaded,
+    peer_model,
+    randomised,
+    refused,
+    same_bits,
+    scattered,
+)
 
 pytestmark = PEER_WARNINGS
 Build = Callable[..., hf.PreTrainedModel]
@@ -242,3 +254,16 @@ def test_what_scripts_of_the_peer_ask_of_trained_tokens() -> None:
         assert same_bits(layer.trainable_tokens_delta["default"], rows)
         assert same_bits(layer.trainable_tokens_original.default, rows)
         assert (list(layer.trainable_tokens_original), layer.token_indices["default"]) == (["default"], [1, 3])
+
+
+def test_scales_and_swaps_of_tied_layers(tiny_llama: Build, tmp_path: Path) -> None:
+    settings: Any = {"r": 2, "target_modules": ["embed_tokens", "lm_head"], "init_lora_weights": False}
+    build = partial(tiny_llama, tie_word_embeddings=True)
+    model = get_peft_model(build(), LoraConfig(ensure_weight_tying=True, **settings)).eval()
+    get_peft_model(build(), LoraConfig(**settings)).save_pretrained(tmp_path)
+    with refused(model, r"swapped into 'default', which ties them; expected one with ensure_weight_tying=True"):
+        hotswap_adapter(model, tmp_path, "default")
+    head: Any = model.get_base_model().lm_head
+    head.set_scale("default", 2.0)
+    expected = logits(model)
+    assert distance(logits(model.merge_and_unload()), expected) < 1e-5

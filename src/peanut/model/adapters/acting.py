@@ -67,7 +67,8 @@ class Acting(Merging):
     @changes
     def activate_in(self, path: str, names: list[str], *, trainable: bool) -> None:
         """Makes exactly ``names`` active in one place; in the model, where all places then agree."""
-        self.refuse_two_heads(names)
+        if path in dict(self.saved_modules()):
+            self.refuse_two_heads(names)
         model = self.state.active, self.trained == self.state.active
         there = {each: self.state.local.get(each, model) for each in self._paths()}
         there[path] = names, trainable

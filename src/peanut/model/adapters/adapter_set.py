@@ -230,8 +230,11 @@ class AdapterSet(Acting):
         if unwrap:  # else whoever takes it out of the layers one by one does this too
             self.model.__dict__.get("peft_config", {}).pop(name, None)
         self.state.active = [other for other in self.state.active if other != name]
+        left = {place.path for place in self.places() if place.adapters}
+        left |= {path for path, saved in self.saved_modules() if len(saved.modules_to_save)}
+        self.state.off &= left
         local = {path: ([each for each in own if each != name], on) for path, (own, on) in self.state.local.items()}
-        self.state.local = {path: own for path, own in local.items() if own[0]}
+        self.state.local = {path: own for path, own in local.items() if own[0] and path in left}
         self.trained = [other for other in self.trained if other != name]
         self.runner.watch()
         if not self.configs:
@@ -268,6 +271,9 @@ class AdapterSet(Acting):
     @changes
     def adopt(self, names: Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters merged for good and the active adapters' heads put in place."""
+        if self.state.off or not self.state.enabled:
+            where = f" at '{min(self.state.off)}'" if self.state.enabled else ""
+            warn(f"adapters that are switched off{where} are merged too")
         self.merge(names, alone=True)
         self._tie_again()
         for path, layer in list(self.layers()):

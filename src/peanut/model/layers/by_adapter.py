@@ -83,6 +83,7 @@ class ByAdapter(nn.ModuleDict):
 
     def __setitem__(self, name: str, module: Any) -> None:
         if not isinstance(module, Tensor):
+            self._check_module(name, module)
             self._modules[name] = module
             return
         held: dict[str, Any] = self._buffers if name in self._buffers else self._parameters
@@ -103,7 +104,19 @@ class ByAdapter(nn.ModuleDict):
                 "FSDP around the whole layer",
                 "wrap by peanut.utils.fsdp_auto_wrap_policy(model), with use_orig_params=True",
             )
+        if isinstance(value, nn.Module):
+            self._check_module(name, value)
         super().__setattr__(name, value)
+
+    def _check_module(self, name: str, module: nn.Module) -> None:
+        """Refuses another module in the place of factors, whose tensors the layer reads."""
+        there = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(there, (Factor, nn.ModuleList)) and there is not module:
+            raise PeanutError(
+                f"a {type(module).__name__} in the place of what adapter {name!r} has",
+                "new tensors in what is there",
+                f"set its tensors: [{name!r}].weight.data.copy_(…)",
+            )
 
     def __delitem__(self, name: str) -> None:
         for held in self._held():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,31 +67,54 @@ class Cache:
         self._values = None
 
 
-class Everywhere:
-    """What evaluation computes once for each layer of any model, in any thread, while that is switched on.
+_HERE: ContextVar[bool | None] = ContextVar("peanut_everywhere", default=None)
 
-    By the state of a model: the version of its adapters, and the values by layer.
+
+class Everywhere:
+    """What evaluation computes once for each layer of any model, while that is switched on.
+
+    By the state of a model, for each layer: what tells that its tensors were written to, and the values.
     """
 
     def __init__(self) -> None:
-        self.on = False
-        self._values: WeakKeyDictionary[Any, tuple[int, dict[int, dict[Hashable, Any]]]] = WeakKeyDictionary()
+        self.used = self._always = False
+        self._values: WeakKeyDictionary[Any, dict[int, tuple[Hashable, dict[Hashable, Any]]]] = WeakKeyDictionary()
+
+    @property
+    def on(self) -> bool:
+        here = _HERE.get()
+        return self._always if here is None else here
 
     def switch(self, on: bool) -> None:
-        self.on = on
-        if not on:
-            self._values.clear()
+        """For good, in every thread."""
+        self.used, self._always = True, on
+        self._values.clear()
+
+    def switch_here(self, on: bool | None) -> bool | None:
+        """In this thread or task, ``None`` as everywhere; what held before."""
+        before = _HERE.get()
+        self.used = True
+        _HERE.set(on)
+        self._values.clear()
+        return before
 
     def of(self, layer: Any) -> dict[Hashable, Any]:
-        """The values of a layer, none once its adapters have changed."""
-        version, layers = self._values.get(layer.state, (None, {}))
-        if version != layer.state.version:
-            version, layers = self._values[layer.state] = layer.state.version, {}
-        return layers.setdefault(id(layer), {})
+        """The values of a layer, none once its tensors have changed."""
+        layers, now = self._values.setdefault(layer.state, {}), _versions(layer)
+        if layers.get(id(layer), (None, {}))[0] != now:
+            layers[id(layer)] = now, {}
+        return layers[id(layer)][1]
 
     def forget(self, state: object) -> None:
         """Lets go of a model's values: it is in training."""
         self._values.pop(state, None)
+
+
+def _versions(layer: Any) -> tuple[int, ...]:
+    """Numbers that change when the adapters of a layer do, or what is written in its tensors."""
+    own = (*layer.adapters.values(), *(shared for each in layer._shared.values() for shared in each))
+    tensors = (*layer.base_layer.parameters(), *(value for parameters in own for value in parameters))
+    return layer.state.version, *(0 if value.is_inference() else value._version for value in tensors)
 
 
 EVERYWHERE = Everywhere()

@@ -97,7 +97,7 @@ class AdaptedLayer(AdaptedWeight):
 
         It may where the caller has said so, and only in evaluation. After a change of the adapters it is empty.
         """
-        if not (call.contexts or EVERYWHERE.on) or captured():
+        if not (call.contexts or EVERYWHERE.used) or captured():
             return None
         if self.training or call.sampling or torch.is_grad_enabled():
             EVERYWHERE.forget(self.state)

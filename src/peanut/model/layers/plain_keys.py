@@ -33,11 +33,10 @@ def layer_keys(place: Live, state: State, prefix: str) -> None:
         held = [*own.suffixes, *(suffix for shared in place._shared[name] for suffix in shared.suffixes)]
         for suffix in held:  # what several places share is in the first alone
             *outer, last = suffix.split(".")
-            if outer not in ([], ["token_adapter"]):
-                continue
             holder: Any = place._modules.get("token_adapter") if outer == ["token_adapter"] else place
             home = None if holder is None else holder._modules.get(last)
-            if not (isinstance(home, ByAdapter) and name in home):
+            bare = outer in ([], ["token_adapter"])
+            if bare and not (isinstance(home, ByAdapter) and name in home):
                 state.pop(f"{prefix}{suffix}.{name}", None)
             if isinstance(own, Mirrored):  # a head's, which are its embedding's
                 state.pop(f"{prefix}{'.'.join([*outer, name, last])}", None)
