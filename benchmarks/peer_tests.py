@@ -55,6 +55,8 @@ ASIDE = {
     ),
     "otherwise on purpose: within disable_adapter parameters stay trainable": r"Expected \(\) to require gradients",
     "otherwise on purpose: starts in the weight are saved as LoRAs": "^test_(load_|lora_)?(config_)?(pissa|olora)_",
+    "otherwise on purpose: a layer switched off alone stays so after disable_adapter": "^test_disable_adapters_exit",
+    "the version that a library says it is, patched inside it": "^test_peft_version_",
     "refused on purpose: a pattern that names no layer": "names …, which none of the N adapted layers",
     "refused on purpose: fields that neither library has": r"sets \w+=…; expected the fields of",
     "refused on purpose: another method's name as peft_type": "peft_type=… in a",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -215,3 +216,9 @@ def test_prompts_are_what_hugging_face_peft_gives(kind: str) -> None:
         plain.get_prompt(1)
     with pytest.raises(PeanutError, match="has no prompt"):
         plain.get_prompt_embedding_to_save("default")
+
+
+def test_heads_of_the_task_are_among_the_modules_to_save(tiny_bert: Callable[..., Any]) -> None:
+    config = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    found = peanut.get_peft_model(tiny_bert(), peanut.LoraConfig(**config)).modules_to_save
+    assert found == peft.get_peft_model(tiny_bert(), peft.LoraConfig(**config)).modules_to_save

@@ -27,6 +27,7 @@ from .layers.plain_keys import prompt_keys
 from .layers.saved_modules import SavedModule
 from .prompts.encoders import encoders_of
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .targets.matching import heads_of
 from .targets.paths import bare
 from .targets.reach import reach_of
 
@@ -87,8 +88,9 @@ class AdapterControls(AdapterCommands, AsBase):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """The names of the modules that adapters train whole; ``None`` if there are none."""
-        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+        """The names of the modules that adapters train whole, their tasks' heads too; ``None`` if there are none."""
+        configs = self.peft_config.values()
+        return {name for own in configs for name in (*(own.modules_to_save or ()), *heads_of(own))} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
