@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for a test")
     parser.add_argument("--minutes", type=float, default=120, help="for one run of all the files on one library")
     parser.add_argument("--suite", type=Path, help="the unpacked source distribution, if it is there already")
-    parser.add_argument("--peer", type=Path, help="the peer's outcomes, from the JSON of an earlier run")
+    parser.add_argument("--outcomes", type=Path, help="a file for what came of every test (30 MB for all)")
+    parser.add_argument("--peer", type=Path, help="the peer's outcomes, from such a file of an earlier run")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for JSON and table")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subprocess.run([sys.executable, "-c", fill, home / "hub"], check=True)  # there the hub's settings are of no use
         found: dict[str, Outcomes] = {}
         if options.peer is not None:
-            found["peft"] = json.loads(options.peer.read_text())["outcomes"]["peft"]
+            found["peft"] = json.loads(options.peer.read_text())["peft"]
         for library in ("peft", "ours"):
             if library not in found:
                 found[library] = _run(library, suite, home, options)
@@ -97,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"peer-tests-{__version__}"
     options.output.mkdir(parents=True, exist_ok=True)
     versions = {"peanut": __version__, "peft": VERSION}
-    write_json(options.output / f"{name}.json", {"versions": versions, **result, "outcomes": found})
+    write_json(options.output / f"{name}.json", {"versions": versions, **result})
+    if options.outcomes is not None:
+        write_json(options.outcomes, found)
     text = table(result)
     (options.output / f"{name}.md").write_text(text)
     print(text)
@@ -154,9 +157,9 @@ def _run(library: str, suite: Path, home: Path, options: argparse.Namespace) -> 
 
 
 def compared(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the tests that the peer passes: how many we pass, by file, and why we fail the others, with counts."""
+    """Of the tests that the peer passes: how many we pass, by file, and which we fail and why, with counts."""
     files: dict[str, Counter[str]] = {}
-    causes: Counter[str] = Counter()
+    failures: dict[str, str] = {}
     plain = {_plain(test): line for test, line in ours.items()}
     for test, line in peer.items():
         if line["outcome"] != "passed":
@@ -171,8 +174,13 @@ def compared(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
             if (reason := _aside(test, cause)) is not None:
                 counts[reason] += 1
             else:
-                causes[cause] += 1
-    return {"files": {name: dict(counts) for name, counts in files.items()}, "causes": dict(causes.most_common())}
+                failures[test] = cause
+    causes = Counter(failures.values()).most_common()
+    return {
+        "files": {name: dict(counts) for name, counts in files.items()},
+        "causes": dict(causes),
+        "failures": failures,
+    }
 
 
 def _plain(test: str) -> str:
