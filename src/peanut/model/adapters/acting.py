@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import PeanutError, warn
 from ...protocols import MixtureMethod, PeftConfig, method_of
+from ..layers.adapted import Adapted, walk
 from ..layers.saved_modules import SavedModule
 from .merging import Merging, changes
 from .surgery import SHARED
@@ -65,9 +66,10 @@ class Acting(Merging):
             self._resting = None
 
     @changes
-    def activate_in(self, path: str, names: list[str], *, trainable: bool) -> None:
+    def activate_in(self, place: Any, names: list[str], *, trainable: bool) -> None:
         """Makes exactly ``names`` active in one place; in the model, where all places then agree."""
-        if path in dict(self.saved_modules()):
+        path = place.path
+        if isinstance(place, SavedModule):
             self.refuse_two_heads(names)
         model = self.state.active, self.trained == self.state.active
         there = {each: self.state.local.get(each, model) for each in self._paths()}
@@ -79,23 +81,25 @@ class Acting(Merging):
                 warn(f"adapter {merged[0]!r} was merged, and is unmerged so that {names} can be active at '{path}'")
                 self.unmerge()
             self.state.local = {each: own for each, own in there.items() if own != model}
-            self.freeze(self.trained)
+            self.freeze_in(place)
 
     def _paths(self) -> set[str]:
-        """The paths of all places with adapters in the model."""
-        return {place.path for place in self.places() if place.path != SHARED} | {
-            path for path, _ in self.saved_modules()
-        }
+        """The paths of all modules with adapters."""
+        found = (module.path for module in walk(self.model) if isinstance(module, (Adapted, SavedModule)))
+        return {path for path in found if path != SHARED}
 
     @changes
-    def enable_in(self, path: str, enabled: bool) -> None:
+    def enable_in(self, place: Any, enabled: bool) -> None:
         """Switches the adapters of one place; of the model, where all places are then on or off alike."""
         every = self._paths()
         off = set(self.state.off) if self.state.enabled else every
-        off = off - {path} if enabled else off | {path}
+        off = off - {place.path} if enabled else off | {place.path}
         if off == every:
             self.enable(False)
-        elif not self.state.enabled or off != self.state.off:
+        elif self.state.enabled:
+            self.state.off = off
+            self.freeze_in(place)
+        else:
             self.enable(True)
             self.state.off = off
             self.freeze(self.trained)

@@ -88,11 +88,11 @@ class Switched(Recognised):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches the adapters of this module on or off, until it is called again; those that are off are frozen."""
-        self.owner.enable_in(self.path, enabled)
+        self.owner.enable_in(self, enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active in this module, and trainable unless ``inference_mode``."""
-        self.owner.activate_in(self.path, self.owner.known(adapter_names), trainable=not inference_mode)
+        self.owner.activate_in(self, self.owner.known(adapter_names), trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Takes an adapter out of the model; its modules stay wrapped. Without effect where it is gone already."""
