@@ -135,6 +135,13 @@ def test_lorafa_steps_with_an_adapter_that_is_active_later() -> None:
     assert {name.partition("lora_")[2] for name in changed} == {"A.b.weight", "B.b.weight"}
 
 
+def test_lorafa_divides_by_no_scale_of_zero() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.model[0].set_scale("default", 0.0)
+    with pytest.raises(PeanutError, match=r"^adapter 'default' of scale 0 at '0'; expected another scale"):
+        create_lorafa_optimizer(model, 2, 8, lr=0.1)
+
+
 def test_b_of_peanut_learns_faster() -> None:
     model = get_peft_model(Mixed(), PeanutConfig(r=4, depth=1, target_modules=["first"]))
     optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.5, loraplus_lr_ratio=16)

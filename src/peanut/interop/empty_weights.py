@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 
 __all__ = ["init_empty_weights", "skip_init_on_device"]
 
@@ -25,7 +26,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Within the context the parameters that modules are given, and their buffers if asked, are on the meta device."""
 
     def parameter(module: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter | None:
-        if not _EMPTY.get():
+        if not _EMPTY.get() or is_lazy(value):
             return None
         kind: Any = type(value)
         return kind(value.to("meta"), **{**vars(value), "requires_grad": value.requires_grad})  # type: ignore[no-any-return]

@@ -141,5 +141,7 @@ def _scalings(layer: AdaptedLayer, name: str) -> dict[int, float]:
     values, (a, b) = layer.values(name), suffixes(layer.frozen)
     if a not in values:
         return {}
+    if layer.scaling[name] == 0:
+        raise PeanutError(f"adapter {name!r} of scale 0 at '{layer.path}'", "another scale", "set_scale(name, 1.0)")
     values[a].requires_grad_(False)
     return {id(values[suffix]): layer.scaling[name] for suffix in (a, b)}
