@@ -58,3 +58,11 @@ def test_names_are_compared_with_sets() -> None:
     assert {"a", "b", "c"} >= names
     assert not names > {"a", "c"}
     assert names < ["c"]
+
+
+def test_files_hold_each_name_once_in_order_however_the_list_was_written_to() -> None:
+    config = LoraConfig(target_modules=["q", "v"])
+    assert isinstance(config.target_modules, list)
+    config.target_modules.append("k")
+    config.target_modules += ["q"]
+    assert config.to_dict()["target_modules"] == ["k", "q", "v"]

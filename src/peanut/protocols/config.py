@@ -213,7 +213,7 @@ class PeftConfig(Recognised):
             value = getattr(self, field.name)
             if field.name in self.only_here and value == default_of(field):
                 continue
-            value = list(value) if isinstance(value, Names) else value
+            value = sorted(set(value)) if isinstance(value, Names) else value
             plain[field.name] = value.value if isinstance(value, (Enum, PeftType)) else value
         return plain
 
