@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -57,6 +57,10 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+_BY_POSITION = 7
+"""How many fields may be given without a name: those that all configs of Hugging Face PEFT begin with."""
+
+
 class _Signature:
     """A class's signature, for ``inspect``, is its ``__init__``'s, whatever its ``__new__`` takes."""
 
@@ -65,7 +69,7 @@ class _Signature:
         return inspect.Signature(parameters)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PeftConfig(Recognised):
     """What every method's config holds.
 
@@ -106,6 +110,7 @@ class PeftConfig(Recognised):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    _: KW_ONLY
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -114,11 +119,11 @@ class PeftConfig(Recognised):
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
         own: Any = cls
-        if args:  # their order is not the same in all libraries
+        if len(args) > _BY_POSITION:  # the order of the others is not the same in all libraries
             raise PeanutError(
-                f"{cls.__name__} is given {shown(args[0])} without a name",
-                "keywords",
-                f"write {next(iter(_keywords(own)), 'task_type')}=… and the like",
+                f"{cls.__name__} is given {shown(args[_BY_POSITION])} without a name",
+                f"keywords, but for the first {_BY_POSITION}",
+                f"write {(_keywords(own) or ['name'])[-1]}=… and the like",
             )
         check_keywords(cls.__name__, given, _keywords(own) or given, {})
         return super().__new__(cls)
