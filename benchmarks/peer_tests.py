@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = compared(found["peft"], found["ours"])
     name = f"peer-tests-{__version__}"
     options.output.mkdir(parents=True, exist_ok=True)
-    versions = {"peanut": __version__, "peft": VERSION}
+    versions = {"peanut": __version__, "peft": VERSION, "python": platform.python_version()}
+    versions |= {library: version(library) for library in ("torch", "transformers")}
     write_json(options.output / f"{name}.json", {"versions": versions, **result})
     if options.outcomes is not None:
         write_json(options.outcomes, found)

@@ -25,9 +25,9 @@ __all__ = [
     "check_hotswap_configs_compatible",
     "is_lora",
     "magnitudes",
-    "nothing",
-    "parts_of",
+    "no_change",
     "prepare_model_for_compiled_hotswap",
+    "thin_change",
 ]
 
 
@@ -100,7 +100,7 @@ def is_lora(adapters: AdapterSet, name: str) -> bool:
     return isinstance(config, LoraConfig) and not config.starts_in_weight and config.bias == "none"
 
 
-def parts_of(layer: AdaptedLayer, name: str) -> tuple[LowRank, Tensor | None]:
+def thin_change(layer: AdaptedLayer, name: str) -> tuple[LowRank, Tensor | None]:
     """The change of a layer as a product of thin factors, before any DoRA, and that of its bias.
 
     Raises:
@@ -125,7 +125,7 @@ def magnitudes(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
     return {suffix: value for suffix, value in values.items() if suffix == "lora_magnitude_vector"}
 
 
-def nothing(layer: AdaptedLayer) -> LowRank:
+def no_change(layer: AdaptedLayer) -> LowRank:
     """The change of a layer that is left alone."""
     zeros = torch.zeros(layer.frozen.out_features + layer.frozen.in_features, 1, device=layer.frozen.beside.device)
     return LowRank(zeros[: layer.frozen.out_features], zeros[layer.frozen.out_features :].T)
@@ -143,7 +143,7 @@ def as_lora(adapters: AdapterSet, name: str, source: str, rank: int | None) -> C
         for layer in layers.values() if source == name else ():
             layer.set_scale(name, 1.0)
         parts = {
-            path: parts_of(layer, source) if source in layer.adapters else (nothing(layer), None)
+            path: thin_change(layer, source) if source in layer.adapters else (no_change(layer), None)
             for path, layer in layers.items()
         }
     finally:

@@ -27,8 +27,8 @@ from .holding import (
     check_hotswap_configs_compatible,
     is_lora,
     magnitudes,
-    nothing,
-    parts_of,
+    no_change,
+    thin_change,
 )
 from .lora import lora_values
 
@@ -139,7 +139,7 @@ def _take(adapters: AdapterSet, name: str) -> None:
         )
     if is_lora(adapters, name) and all(_fits(layer, name, new.get(path)) for path, layer in there.items()):
         for path, layer in there.items():
-            product, shift = parts_of(new[path], _NEW) if path in new else (nothing(layer), None)
+            product, shift = thin_change(new[path], _NEW) if path in new else (no_change(layer), None)
             values = lora_values(layer, product, shift, layer.method_of(name)[1])
             for suffix, value in {**values, **magnitudes(layer, _NEW)}.items():
                 layer.values(name)[suffix].copy_(value)
@@ -156,7 +156,7 @@ def _fits(layer: AdaptedLayer, name: str, new: AdaptedLayer | None) -> bool:
     config = layer.method_of(name)[1]
     if new is None or not isinstance(config, LoraConfig) or not config.scaling:
         return isinstance(config, LoraConfig) and config.scaling != 0
-    product, shift = parts_of(new, _NEW)
+    product, shift = thin_change(new, _NEW)
     return product.rank <= config.r and (shift is None or config.lora_bias)
 
 

@@ -87,7 +87,7 @@ def prefix_of(adapters: AdapterSet) -> str:
     parts = {
         part
         for place in adapters.places()
-        for part, held in _parts_of(place)
+        for part, held in _held_in(place)
         if not part.startswith("token_adapter.")  # rows of an embedding, beside any method
         and any(True for _ in held.parameters())  # no buffer is among a model's parameters
     }
@@ -104,7 +104,7 @@ def prefix_of(adapters: AdapterSet) -> str:
     return found
 
 
-def _parts_of(place: Adapted) -> list[tuple[str, nn.Module]]:
+def _held_in(place: Adapted) -> list[tuple[str, nn.Module]]:
     """What adapters have in a place, by the name that it has there; of prompts the place as a whole."""
     if isinstance(place, AdaptedInput):
         return [(place.name, place)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parameters import Parameters, parts_of
+from .parameters import Parameters, way_to
 
 __all__ = ["Mirrored"]
 
@@ -30,7 +30,7 @@ class Mirrored(Parameters):
         turned = _Turned(source, self.names)
         for suffix in self.names:
             self.places[suffix] = (turned, suffix)
-            first, *branches = parts_of(suffix)
+            first, *branches = way_to(suffix)
             if branches:
                 self._trees[first] = _Leaf(turned, suffix)
 

@@ -12,7 +12,7 @@ from ...errors import PeanutError
 from ...weights.stored import onload
 from .by_adapter import ByAdapter, Factor, Place, TokenHolder
 
-__all__ = ["NoParameters", "Parameters", "parts_of"]
+__all__ = ["NoParameters", "Parameters", "way_to"]
 
 
 class _Places(dict[str, Place]):
@@ -43,7 +43,7 @@ class Parameters:
         bare: dict[str, Tensor] = {}
         for suffix, value in values.items():
             own = value if suffix in untrained else nn.Parameter(value)
-            first, *branches = parts_of(suffix)
+            first, *branches = way_to(suffix)
             if not branches:
                 bare[suffix] = own
                 self.places[suffix] = (bare, suffix)
@@ -78,7 +78,7 @@ class Parameters:
         for first, tree in self._trees.items():
             _by_adapter(layer, first)[name] = tree
         for suffix, value in self._loose.items():
-            (first,) = parts_of(suffix)
+            (first,) = way_to(suffix)
             outer = _holder(layer, suffix)
             home = _by_adapter(outer, first)
             self.homes |= {first: home} if outer is layer else {_TOKENS: outer}
@@ -93,7 +93,7 @@ class Parameters:
     def take_out(self, layer: nn.Module, name: str) -> None:
         """Takes the tensors out of a layer."""
         for suffix in self.suffixes:
-            first, *_ = parts_of(suffix)
+            first, *_ = way_to(suffix)
             outer = layer._modules.get(_TOKENS) if suffix.startswith(_TOKENS) else layer
             home = None if outer is None else outer._modules.get(first)
             if outer is not None and isinstance(home, ByAdapter):
@@ -143,7 +143,7 @@ def _holder(layer: nn.Module, suffix: str) -> nn.Module:
     return layer._modules[_TOKENS]  # type: ignore[return-value]
 
 
-def parts_of(suffix: str) -> list[str]:
+def way_to(suffix: str) -> list[str]:
     """The names on the way to a tensor; that of a trained bias does not hide the base layer or its bias."""
     suffix = suffix.removeprefix(f"{_TOKENS}.")
     if suffix == "lora_magnitude_vector":  # which files call so, and there is the weight of a module
